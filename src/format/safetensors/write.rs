@@ -1,0 +1,61 @@
+//! A header for a planned layout.
+
+use super::{MAX_HEADER_LEN, PREFIX_LEN};
+use crate::error::{Error, Result};
+use crate::layout::Layout;
+use std::io::Write as _;
+use std::path::Path;
+
+/// Files below this size get a header padded to 64 bytes rather than to a page.
+const SMALL_FILE: u64 = 64 * 1024;
+
+/// The header (length field included) for `layout`, and the layout placed behind it.
+///
+/// The header is padded with spaces, which every reader skips, until the data starts on a 4096-byte
+/// boundary (64 in a small file). Same layout, same bytes.
+///
+/// # Errors
+/// [`Error::Limit`] if no reader would accept so long a header.
+pub(crate) fn encode(layout: &Layout, path: &Path) -> Result<(Vec<u8>, Layout)> {
+    let mut json = Vec::with_capacity(PREFIX_LEN + 128 * layout.len() + 64);
+    json.extend([0; PREFIX_LEN]);
+    // Writing to memory and serializing strings cannot fail; the error type says otherwise.
+    write_json(&mut json, layout).map_err(Error::io(path, "encoding the header"))?;
+
+    let unpadded = json.len() as u64;
+    let small = unpadded.next_multiple_of(64) + layout.data_len() < SMALL_FILE;
+    json.resize(json.len().next_multiple_of(if small { 64 } else { 4096 }), b' ');
+
+    let len = (json.len() - PREFIX_LEN) as u64;
+    if len > MAX_HEADER_LEN {
+        let hint = Some("split the tensors over shards with max_shard_size");
+        let limit = MAX_HEADER_LEN;
+        return Err(Error::Limit { path: path.into(), what: "the header length", found: len, limit, hint });
+    }
+    json[..PREFIX_LEN].copy_from_slice(&len.to_le_bytes());
+    let placed = layout.clone().placed_at(json.len() as u64);
+    Ok((json, placed))
+}
+
+fn write_json(out: &mut Vec<u8>, layout: &Layout) -> std::io::Result<()> {
+    out.push(b'{');
+    let mut separator = "";
+    if layout.has_metadata() {
+        out.extend(b"\"__metadata__\":");
+        serde_json::to_writer(&mut *out, layout.metadata())?;
+        separator = ",";
+    }
+    for info in layout.iter() {
+        out.extend(separator.as_bytes());
+        serde_json::to_writer(&mut *out, info.name())?;
+        write!(out, ":{{\"dtype\":\"{}\",\"shape\":[", info.dtype().name())?;
+        for (i, dim) in info.shape().iter().enumerate() {
+            write!(out, "{}{dim}", if i == 0 { "" } else { "," })?;
+        }
+        let range = layout.relative(&info);
+        write!(out, "],\"data_offsets\":[{},{}]}}", range.start, range.end)?;
+        separator = ",";
+    }
+    out.push(b'}');
+    Ok(())
+}

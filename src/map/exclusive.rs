@@ -1,0 +1,155 @@
+//! A file that this process has just made, and nobody else knows of.
+
+use super::{Backing, Mapping};
+use memmap2::{MmapOptions, MmapRaw};
+use rustix::fs::{AtFlags, FallocateFlags, FlockOperation, Mode, OFlags};
+use rustix::io::Errno;
+use std::fs::File;
+use std::io;
+use std::os::fd::BorrowedFd;
+use std::os::unix::fs::FileExt as _;
+
+/// A new file under a random name, created with `O_EXCL`, on its way to becoming someone's weights.
+///
+/// Only this process knows it: that is what makes mapping it shared and writing through `&mut [u8]`
+/// safe. Nothing here shrinks it once it has its size.
+pub(crate) struct ExclusiveFile {
+    file: File,
+    name: String,
+}
+
+/// How names of unfinished files start; [`ExclusiveFile::sweep`] looks for it.
+const PREFIX: &str = ".maptensors-";
+
+impl ExclusiveFile {
+    /// Creates a new, empty, locked file in `dir`, with the mode that `mode` and the umask give.
+    pub(crate) fn create(dir: BorrowedFd<'_>, mode: u32) -> io::Result<Self> {
+        loop {
+            let name = format!("{PREFIX}{:016x}.tmp", random()?);
+            let flags = OFlags::RDWR | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+            let file = match rustix::fs::openat(dir, &name, flags, Mode::from_raw_mode(mode)) {
+                Ok(fd) => File::from(fd),
+                Err(Errno::EXIST | Errno::INTR) => continue,
+                Err(error) => return Err(error.into()),
+            };
+            // The lock says that the file has a living owner. File systems without locks lose only the
+            // sweeping of files that a crash left behind.
+            let locked = rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive);
+            // A sweeper may have come between creation and lock, and taken the file for an orphan.
+            let swept = locked == Err(Errno::WOULDBLOCK) || rustix::fs::fstat(&file)?.st_nlink == 0;
+            if !swept {
+                return Ok(Self { file, name });
+            }
+        }
+    }
+
+    /// Removes unfinished files of dead processes from `dir`: ours by name, orphans because nobody
+    /// holds their lock. Best effort.
+    pub(crate) fn sweep(dir: BorrowedFd<'_>) {
+        let Ok(entries) = rustix::fs::Dir::read_from(dir) else { return };
+        for entry in entries.flatten() {
+            let name = entry.file_name();
+            if !name.to_bytes().starts_with(PREFIX.as_bytes()) || !name.to_bytes().ends_with(b".tmp") {
+                continue;
+            }
+            let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
+            let Ok(fd) = rustix::fs::openat(dir, name, flags, Mode::empty()) else { continue };
+            let ours = rustix::fs::fstat(&fd).is_ok_and(|stat| {
+                rustix::fs::FileType::from_raw_mode(stat.st_mode).is_file()
+                    && stat.st_uid == rustix::process::geteuid().as_raw()
+            });
+            if ours && rustix::fs::flock(&fd, FlockOperation::NonBlockingLockExclusive).is_ok() {
+                rustix::fs::unlinkat(dir, name, AtFlags::empty()).ok();
+            }
+        }
+    }
+
+    pub(crate) fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// Gives the file its size, with every block allocated, so that a full disk is an error here and
+    /// not a `SIGBUS` later. `false`: the file system cannot allocate; the file has its size, but must be
+    /// written with [`ExclusiveFile::file`], not mapped.
+    pub(crate) fn allocate(&self, len: u64) -> io::Result<bool> {
+        // Past the limit fallocate(2) would raise SIGXFSZ, which kills.
+        if rustix::process::getrlimit(rustix::process::Resource::Fsize).current.is_some_and(|max| len > max) {
+            return Err(Errno::FBIG.into());
+        }
+        if len == 0 {
+            return Ok(true);
+        }
+        match rustix::io::retry_on_intr(|| rustix::fs::fallocate(&self.file, FallocateFlags::empty(), 0, len)) {
+            Ok(()) => Ok(true),
+            Err(Errno::OPNOTSUPP | Errno::NOSYS) => self.file.set_len(len).map(|()| false),
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    /// Maps the whole file, of `len` bytes, to be written. [`ExclusiveFile::allocate`] came before and
+    /// said yes.
+    pub(crate) fn map(&self, len: usize) -> io::Result<Mapping> {
+        // Mapping raw is safe: what makes reading and writing it sound is that this process alone knows
+        // the file (type invariant), which stays so as long as the mapping is ours to write.
+        let raw: MmapRaw = MmapOptions::new().len(len).map_raw(&self.file)?;
+        Ok(Mapping::huge(raw, len, Backing::Output))
+    }
+
+    /// Writes at an offset inside the file's size.
+    pub(crate) fn write_all_at(&self, bytes: &[u8], offset: u64) -> io::Result<()> {
+        self.file.write_all_at(bytes, offset)
+    }
+
+    /// The file, to write parts of it at offsets.
+    pub(crate) fn file(&self) -> &File {
+        &self.file
+    }
+
+    /// Gives the file a mode. File systems without modes keep their own.
+    pub(crate) fn set_mode(&self, mode: u32) -> io::Result<()> {
+        match rustix::fs::fchmod(&self.file, Mode::from_raw_mode(mode)) {
+            Err(Errno::PERM | Errno::OPNOTSUPP | Errno::NOSYS) | Ok(()) => Ok(()),
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    /// fsync(2), once: after a failure the kernel marks the pages clean, and a second call would lie.
+    pub(crate) fn sync(&self) -> io::Result<()> {
+        rustix::fs::fsync(&self.file).map_err(Into::into)
+    }
+}
+
+fn random() -> io::Result<u64> {
+    let mut bytes = [0; 8];
+    rustix::rand::getrandom(&mut bytes, rustix::rand::GetRandomFlags::empty())?;
+    Ok(u64::from_ne_bytes(bytes))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::fd::AsFd as _;
+
+    #[test]
+    fn sweeping_removes_orphans_and_nothing_else() {
+        let dir = tempfile::tempdir().unwrap();
+        let fd = File::open(dir.path()).unwrap();
+        let living = ExclusiveFile::create(fd.as_fd(), 0o600).unwrap();
+        let orphan = dir.path().join(".maptensors-0123456789abcdef.tmp");
+        let other = dir.path().join(".maptensors-notes.txt");
+        let fifo = dir.path().join(".maptensors-fifo.tmp");
+        std::fs::write(&orphan, b"left by a crash").unwrap();
+        std::fs::write(&other, b"not ours").unwrap();
+        rustix::fs::mknodat(rustix::fs::CWD, &fifo, rustix::fs::FileType::Fifo, Mode::RUSR | Mode::WUSR, 0).unwrap();
+        ExclusiveFile::sweep(fd.as_fd());
+        assert!(!orphan.exists());
+        assert!(dir.path().join(living.name()).exists() && other.exists() && fifo.exists());
+    }
+
+    #[test]
+    fn a_file_larger_than_any_disk_is_an_error_and_no_signal() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = ExclusiveFile::create(File::open(dir.path()).unwrap().as_fd(), 0o600).unwrap();
+        assert!(file.allocate(1 << 60).is_err());
+    }
+}

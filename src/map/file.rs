@@ -1,0 +1,42 @@
+//! Opening files that may be anything.
+
+use crate::error::{Error, Result};
+use std::fs::File;
+use std::os::unix::fs::{FileExt as _, FileTypeExt as _, OpenOptionsExt as _};
+use std::path::Path;
+
+/// Opens a regular file for reading and tells its length; never blocks on a FIFO or touches a device.
+///
+/// # Errors
+/// [`Error::Io`], [`Error::NotRegular`].
+pub(crate) fn open_regular(path: &Path) -> Result<(File, u64)> {
+    // O_NONBLOCK: open(2) of a FIFO would wait for a writer. It has no effect on regular files.
+    let file = File::options()
+        .read(true)
+        .custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY)
+        .open(path)
+        .map_err(Error::io(path, "opening the file"))?;
+    let metadata = file.metadata().map_err(Error::io(path, "asking for its length"))?;
+    let kind = metadata.file_type();
+    if kind.is_file() {
+        return Ok((file, metadata.len()));
+    }
+    let found = match () {
+        () if kind.is_dir() => "a directory",
+        () if kind.is_fifo() => "a FIFO",
+        () if kind.is_char_device() || kind.is_block_device() => "a device",
+        () if kind.is_socket() => "a socket",
+        () => "something else",
+    };
+    Err(Error::NotRegular { path: path.into(), found })
+}
+
+/// Reads `len` bytes at `offset`.
+///
+/// # Errors
+/// [`Error::Io`], also where the file has shrunk since its length was asked for.
+pub(crate) fn read_exact_at(file: &File, path: &Path, offset: u64, len: usize) -> Result<Vec<u8>> {
+    let mut bytes = vec![0; len];
+    file.read_exact_at(&mut bytes, offset).map_err(Error::io(path, "reading the header"))?;
+    Ok(bytes)
+}

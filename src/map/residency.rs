@@ -1,0 +1,83 @@
+//! What the kernel says about the pages of a mapping.
+
+use std::fs::File;
+use std::io;
+use std::os::unix::fs::FileExt as _;
+
+/// Which pages of a range are in memory, and whose. Counts are pages of [`Residency::page_size`] bytes.
+///
+/// ```
+/// use maptensors::Model;
+///
+/// // SAFETY: nobody writes to the file while it is mapped.
+/// let model = unsafe { Model::open("models/digits.safetensors")? };
+/// let pages = model.residency()?;
+/// assert_eq!(pages.touched, 0); // opening reads the header, not the data
+/// assert_eq!(pages.private, 0);
+/// # Ok::<(), maptensors::Error>(())
+/// ```
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[non_exhaustive]
+pub struct Residency {
+    /// Bytes in a page.
+    pub page_size: usize,
+    /// Pages that hold any byte of the range.
+    pub pages: usize,
+    /// Pages in memory, put there by anyone: the page cache, as mincore(2) counts it.
+    pub resident: usize,
+    /// Pages in this process's page tables: touched through this mapping, by it or around it.
+    pub touched: usize,
+    /// Pages that belong to this process alone: copied because they were written.
+    pub private: usize,
+}
+
+impl std::ops::AddAssign for Residency {
+    /// Adds the counts of another range.
+    fn add_assign(&mut self, other: Self) {
+        self.page_size = other.page_size;
+        self.pages += other.pages;
+        self.resident += other.resident;
+        self.touched += other.touched;
+        self.private += other.private;
+    }
+}
+
+// /proc/PID/pagemap, from the kernel's Documentation/admin-guide/mm/pagemap.rst.
+const PRESENT: u64 = 1 << 63;
+const SWAPPED: u64 = 1 << 62;
+const FILE_OR_SHARED: u64 = 1 << 61;
+
+/// Asks about the pages that hold `len` bytes at `ptr`, which must be mapped.
+pub(super) fn of(ptr: *const u8, len: usize) -> io::Result<Residency> {
+    let page_size = rustix::param::page_size();
+    let mut found = Residency { page_size, ..Residency::default() };
+    if len == 0 {
+        return Ok(found);
+    }
+    let first = ptr.addr() / page_size;
+    let last = (ptr.addr() + len - 1) / page_size;
+    found.pages = last - first + 1;
+    let pagemap = File::open("/proc/self/pagemap")?;
+    // In blocks, so that asking about a terabyte does not allocate by its size.
+    const BLOCK: usize = 1 << 16;
+    let mut core = vec![0u8; BLOCK.min(found.pages)];
+    let mut entries = vec![0u64; BLOCK.min(found.pages)];
+    for block in (first..=last).step_by(BLOCK) {
+        let n = BLOCK.min(last + 1 - block);
+        let start = ptr.wrapping_sub(ptr.addr()).wrapping_add(block * page_size);
+        // SAFETY: mincore(2) reads no memory at `start` and writes one byte a page to `core`, which has
+        // room for n of them.
+        let answer = unsafe { libc::mincore(start.cast_mut().cast(), n * page_size, core.as_mut_ptr().cast()) };
+        if answer != 0 {
+            return Err(io::Error::last_os_error());
+        }
+        found.resident += core[..n].iter().filter(|&&b| b & 1 == 1).count();
+        pagemap.read_exact_at(bytemuck::cast_slice_mut(&mut entries[..n]), (block * 8) as u64)?;
+        for &entry in &entries[..n] {
+            let present = entry & PRESENT != 0;
+            found.touched += usize::from(present);
+            found.private += usize::from((present && entry & FILE_OR_SHARED == 0) || entry & SWAPPED != 0);
+        }
+    }
+    Ok(found)
+}

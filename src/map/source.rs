@@ -1,0 +1,69 @@
+//! Bytes that others may be changing while they are copied.
+
+use std::fs::File;
+use std::io;
+use std::marker::PhantomData;
+use std::ops::Range;
+use std::os::unix::fs::FileExt as _;
+
+/// Bytes to copy into a file: a slice, or memory of another language that may change meanwhile.
+///
+/// Never a `&[u8]` for the latter: whoever mutates an array while it is saved gets a structurally valid
+/// file with some mixture of old and new values, as with any library that writes from live arrays.
+#[derive(Clone, Copy)]
+pub(crate) struct Source<'a> {
+    // INVARIANT: readable for len bytes as long as 'a.
+    ptr: *const u8,
+    len: usize,
+    life: PhantomData<&'a [u8]>,
+}
+
+// SAFETY: a Source only reads, and what it points to is readable from any thread (field invariant).
+unsafe impl Send for Source<'_> {}
+// SAFETY: as for Send.
+unsafe impl Sync for Source<'_> {}
+
+impl<'a> From<&'a [u8]> for Source<'a> {
+    fn from(bytes: &'a [u8]) -> Self {
+        Self { ptr: bytes.as_ptr(), len: bytes.len(), life: PhantomData }
+    }
+}
+
+impl Source<'_> {
+    /// # Safety
+    /// `ptr` is readable for `len` bytes from any thread as long as the value lives.
+    #[cfg(feature = "python")]
+    pub(crate) unsafe fn from_raw(ptr: *const u8, len: usize) -> Self {
+        Self { ptr, len, life: PhantomData }
+    }
+
+    pub(crate) fn len(&self) -> usize {
+        self.len
+    }
+
+    /// Copies a part to `to`, which has its length.
+    ///
+    /// # Panics
+    /// If the part lies outside or the lengths differ: a fault of this crate.
+    pub(crate) fn copy_to(&self, part: Range<usize>, to: &mut [u8]) {
+        assert!(part.start <= part.end && part.end <= self.len && part.len() == to.len());
+        // SAFETY: the part lies inside what is readable (assert, field invariant); `to` is ours alone and
+        // of the same length; they cannot overlap because `to` is exclusively borrowed memory.
+        unsafe { std::ptr::copy_nonoverlapping(self.ptr.wrapping_add(part.start), to.as_mut_ptr(), part.len()) };
+    }
+
+    /// Writes a part to `file` at `offset`.
+    ///
+    /// # Panics
+    /// As [`Source::copy_to`].
+    pub(crate) fn write_to(&self, part: Range<usize>, file: &File, offset: u64) -> io::Result<()> {
+        assert!(part.start <= part.end && part.end <= self.len);
+        if part.is_empty() {
+            return Ok(());
+        }
+        // SAFETY: the part lies inside what is readable (assert, field invariant). The slice goes no
+        // further than pwrite(2), which may see bytes change and does not mind.
+        let bytes = unsafe { std::slice::from_raw_parts(self.ptr.wrapping_add(part.start), part.len()) };
+        file.write_all_at(bytes, offset)
+    }
+}
