@@ -142,7 +142,11 @@ pub enum Error {
     },
 
     /// A byte range does not have the length that shape and dtype ask for.
-    #[error("tensor {} takes {expected} bytes by shape and dtype, found {found}{}", quote(tensor), of_file(path))]
+    #[error(
+        "tensor {} takes {expected} bytes by shape and dtype, found {found}{}",
+        quote(tensor),
+        of_file(path)
+    )]
     Shape {
         /// The file concerned.
         path: PathBuf,
@@ -256,7 +260,8 @@ pub(crate) fn printable(text: &str) -> String {
             break;
         }
         // Bidirectional controls reorder what surrounds them; the rest drive a terminal.
-        let reorders = matches!(c, '\u{200e}' | '\u{200f}' | '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}');
+        let reorders =
+            matches!(c, '\u{200e}' | '\u{200f}' | '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}');
         if c.is_control() || reorders {
             out.extend(c.escape_unicode());
         } else {
@@ -267,11 +272,19 @@ pub(crate) fn printable(text: &str) -> String {
 }
 
 fn at(path: &Path) -> String {
-    if path.as_os_str().is_empty() { String::new() } else { format!("{}: ", printable(&path.to_string_lossy())) }
+    if path.as_os_str().is_empty() {
+        String::new()
+    } else {
+        format!("{}: ", printable(&path.to_string_lossy()))
+    }
 }
 
 fn of_file(path: &Path) -> String {
-    if path.as_os_str().is_empty() { String::new() } else { format!(" in {}", printable(&path.to_string_lossy())) }
+    if path.as_os_str().is_empty() {
+        String::new()
+    } else {
+        format!(" in {}", printable(&path.to_string_lossy()))
+    }
 }
 
 fn of(tensor: &str) -> String {

@@ -56,6 +56,11 @@ impl<'a> TensorInfo<'a> {
     pub fn range(&self) -> Range<u64> {
         self.offset..self.offset + self.nbytes
     }
+    /// As [`TensorInfo::range`], in a mapping of the file: its length fits the address space, so these do.
+    #[allow(clippy::cast_possible_truncation)]
+    pub(crate) fn bytes(&self) -> Range<usize> {
+        self.offset as usize..(self.offset + self.nbytes) as usize
+    }
     /// The largest power of two, at most 4096, that divides the tensor's file offset:
     /// its alignment in a mapping, which starts on a page.
     pub fn alignment(&self) -> u64 {
@@ -135,6 +140,12 @@ impl Layout {
     /// Bytes of the whole file.
     pub fn file_len(&self) -> u64 {
         self.data_start + self.data_len
+    }
+
+    /// Where the data is in a mapping of the file: its length fits the address space, so this does.
+    #[allow(clippy::cast_possible_truncation)]
+    pub(crate) fn data_range(&self) -> Range<usize> {
+        self.data_start as usize..self.file_len() as usize
     }
 
     /// The file's string-to-string metadata, empty if it has none.
@@ -280,7 +291,14 @@ impl Parts {
     }
 
     /// Adds a tensor whose dims are those pushed since `first_dim`. `None` if a place leaves `u32`.
-    pub(crate) fn push(&mut self, name: Range<u32>, dtype: DType, first_dim: usize, begin: u64, end: u64) -> Option<()> {
+    pub(crate) fn push(
+        &mut self,
+        name: Range<u32>,
+        dtype: DType,
+        first_dim: usize,
+        begin: u64,
+        end: u64,
+    ) -> Option<()> {
         let dims = u32::try_from(first_dim).ok()?..u32::try_from(self.dims.len()).ok()?;
         self.entries.push(Entry { name, dims, dtype, begin, end });
         Some(())
@@ -309,7 +327,11 @@ impl Parts {
             );
             match slot {
                 hashbrown::hash_table::Entry::Occupied(_) => {
-                    return Err(Error::Duplicate { path: path.into(), what: "tensor", name: name(entry).into() });
+                    return Err(Error::Duplicate {
+                        path: path.into(),
+                        what: "tensor",
+                        name: name(entry).into(),
+                    });
                 }
                 hashbrown::hash_table::Entry::Vacant(slot) => {
                     slot.insert(i);
@@ -343,7 +365,12 @@ impl Parts {
             }
             let found = entry.end - entry.begin;
             if found != nbytes {
-                return Err(Error::Shape { path: path.into(), tensor: tensor.into(), found, expected: nbytes });
+                return Err(Error::Shape {
+                    path: path.into(),
+                    tensor: tensor.into(),
+                    found,
+                    expected: nbytes,
+                });
             }
             if entry.begin != next {
                 let what = if entry.begin > next { "a hole before data" } else { "overlapping data" };
@@ -404,6 +431,13 @@ impl LayoutBuilder {
         self
     }
 
+    /// Writes a metadata entry even if it has no keys.
+    #[must_use]
+    pub(crate) fn empty_metadata(mut self) -> Self {
+        self.metadata.get_or_insert_default();
+        self
+    }
+
     /// Orders and places the tensors.
     ///
     /// The format forbids gaps, so alignment comes from order: tensors whose size is a multiple of 4096
@@ -419,7 +453,9 @@ impl LayoutBuilder {
         let mut sized = Vec::with_capacity(self.tensors.len());
         for (name, dtype, shape) in self.tensors {
             if name == "__metadata__" {
-                return Err(Error::Argument("a tensor cannot be called __metadata__: safetensors reserves the name".into()));
+                return Err(Error::Argument(
+                    "a tensor cannot be called __metadata__: safetensors reserves the name".into(),
+                ));
             }
             let nbytes = checked_nbytes(path, &name, dtype, &shape)?;
             sized.push((alignment_class(nbytes), name, dtype, shape, nbytes as u64));
@@ -430,8 +466,10 @@ impl LayoutBuilder {
         let mut begin = 0u64;
         for (_, name, dtype, shape, nbytes) in sized {
             let too_many = || Error::Argument("the tensors' names and shapes take more than 4 GiB".into());
-            let overflow = || Error::Overflow { path: path.into(), tensor: name.clone(), shape: shape.clone() };
-            let end = begin.checked_add(nbytes).filter(|&end| i64::try_from(end).is_ok()).ok_or_else(overflow)?;
+            let overflow =
+                || Error::Overflow { path: path.into(), tensor: name.clone(), shape: shape.clone() };
+            let end =
+                begin.checked_add(nbytes).filter(|&end| i64::try_from(end).is_ok()).ok_or_else(overflow)?;
             let place = parts.intern(&name).ok_or_else(too_many)?;
             let first = parts.dims_len();
             shape.iter().for_each(|&dim| parts.push_dim(dim));
@@ -469,13 +507,16 @@ mod tests {
         for shape in [[0, huge, huge], [huge, huge, 0]] {
             assert_eq!(Layout::builder().tensor("a", DType::F64, &shape).build().unwrap().data_len(), 0);
         }
-        let sum = Layout::builder().tensor("a", DType::U8, &[1 << 62]).tensor("b", DType::U8, &[1 << 62]).build();
+        let sum =
+            Layout::builder().tensor("a", DType::U8, &[1 << 62]).tensor("b", DType::U8, &[1 << 62]).build();
         assert!(matches!(sum, Err(Error::Overflow { .. })));
     }
 
     #[test]
     fn odd_counts_of_packed_elements_are_refused() {
-        for (dtype, shape, ok) in [(DType::F4, 3, false), (DType::F4, 4, true), (DType::F6E2M3, 6, false), (DType::F6E3M2, 4, true)] {
+        for (dtype, shape, ok) in
+            [(DType::F4, 3, false), (DType::F4, 4, true), (DType::F6E2M3, 6, false), (DType::F6E3M2, 4, true)]
+        {
             let built = Layout::builder().tensor("a", dtype, &[shape]).build();
             assert_eq!(built.is_ok(), ok, "{dtype} {shape}");
         }
@@ -483,7 +524,10 @@ mod tests {
 
     #[test]
     fn the_reserved_name_is_refused() {
-        assert!(matches!(Layout::builder().tensor("__metadata__", DType::U8, &[1]).build(), Err(Error::Argument(_))));
+        assert!(matches!(
+            Layout::builder().tensor("__metadata__", DType::U8, &[1]).build(),
+            Err(Error::Argument(_))
+        ));
     }
 
     proptest! {

@@ -1,3 +1,92 @@
-//! stub
-mod dtype; mod error; mod format; mod layout; mod map;
-pub use dtype::*; pub use error::*; pub use layout::*; pub use map::*;
+//! `maptensors` loads, edits, shares and saves machine-learning weights without copying them.
+//!
+//! A model file is a [`Layout`] — which tensors there are, and where — seen through a [`Mapping`] — bytes
+//! in memory that the kernel backs with the file. Opening parses a layout and maps the file; saving plans
+//! a layout and maps a new file. Nothing in between serializes anything. Files are `safetensors`, readable
+//! by everything that reads those.
+//!
+//! # Load
+//!
+//! ```
+//! use maptensors::Model;
+//!
+//! // A file, a directory, or a model.safetensors.index.json.
+//! // SAFETY: nobody writes to the file while it is mapped (renaming over it is fine).
+//! let model = unsafe { Model::open("models/digits.safetensors")? };
+//! let w: &[f32] = model.tensor("fc1.weight")?.as_slice()?; // checked by bytemuck, zero-copy
+//! assert_eq!(w.len(), 64 * 64);
+//! # Ok::<(), maptensors::Error>(())
+//! ```
+//!
+//! # Edit
+//!
+//! ```
+//! use maptensors::ModelMut;
+//!
+//! # let out = std::env::temp_dir().join("maptensors-doc-edit.safetensors");
+//! // SAFETY: as above.
+//! let mut tuned = unsafe { ModelMut::open("models/digits.safetensors")? }; // copy-on-write
+//! tuned.tensor_mut("fc1.bias")?.as_mut_slice::<f32>()?[0] += 1.0; // the file never changes
+//! tuned.save(&out)?;
+//! # std::fs::remove_file(out).unwrap();
+//! # Ok::<(), maptensors::Error>(())
+//! ```
+//!
+//! # Save
+//!
+//! ```
+//! use maptensors::{DType, Draft, Layout};
+//!
+//! # let out = std::env::temp_dir().join("maptensors-doc-make.safetensors");
+//! let layout = Layout::builder().tensor("w", DType::F32, &[2, 3]).metadata("format", "pt").build()?;
+//! let mut draft = Draft::create(&out, &layout)?; // allocated, mapped, invisible
+//! draft.tensor_mut("w")?.as_mut_slice::<f32>()?.fill(0.5);
+//! draft.commit()?; // synced, then renamed into place
+//! # std::fs::remove_file(out).unwrap();
+//! # Ok::<(), maptensors::Error>(())
+//! ```
+//!
+//! [`save`] does the same for tensors that exist already, anything that is a `safetensors::View`.
+//!
+//! # What you may rely on
+//!
+//! - **Zero-copy.** [`Model::open`] reads headers; [`TensorView::as_slice`] is a pointer into the mapping. A
+//!   page is read when it is first touched, and copied when [`ModelMut`] first writes it.
+//! - **The stable-file contract.** Mapping a file that others write to is undefined behaviour, hence
+//!   `unsafe fn open`; its text is under [`Model::open`]. [`Model::read`] is the safe twin, over owned memory.
+//! - **Hostile files are errors.** Sizes, counts and offsets are checked before anything is allocated or
+//!   touched; what is accepted is what the `safetensors` crate accepts, less its leniencies.
+//! - **Saves are atomic.** A reader sees the old file or the new one; a failed save leaves the old one and
+//!   nothing else. Durable unless told otherwise. Not promised: power loss on a network file
+//!   system, and anything about hard links to a replaced file.
+//! - **Same input, same bytes**, with every large tensor on a page boundary.
+//!
+//! # Features
+//!
+//! None by default. `cli` builds the `maptensors` command, `python` the extension module of the wheel.
+
+mod dtype;
+mod error;
+mod format;
+mod layout;
+mod map;
+mod model;
+mod save;
+mod tensor;
+
+#[cfg(feature = "cli")]
+pub mod cli;
+#[cfg(feature = "python")]
+mod python;
+
+pub use dtype::{
+    DType, Element, F4x2, F6E2M3x4, F6E3M2x4, F8E4M3, F8E4M3Fnuz, F8E5M2, F8E5M2Fnuz, F8E8M0, UnknownDType,
+};
+pub use error::{Error, Result};
+pub use half::{bf16, f16};
+pub use layout::{Layout, LayoutBuilder, MAX_RANK, TensorInfo};
+pub use map::{Advice, Backing, Mapping, Residency};
+pub use model::{Model, ModelMut, OpenOptions};
+pub use num_complex::Complex32;
+pub use save::{Draft, DraftOptions, SaveOptions, save};
+pub use tensor::{Index, TensorSlice, TensorView, TensorViewMut};

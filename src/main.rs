@@ -1,1 +1,2 @@
-fn main(){}
+//! The `maptensors` command.
+fn main() {}

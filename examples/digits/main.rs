@@ -1,1 +1,2 @@
-fn main(){}
+//! The walk.
+fn main() {}

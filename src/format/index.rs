@@ -46,12 +46,17 @@ pub(crate) fn parse(bytes: &[u8], path: &Path) -> Result<Index> {
         (Err(_), Some(problem)) => return Err(problem),
         (Err(source), None) => return Err(json(source)),
     };
-    let total_size = top.metadata.and_then(|m| serde_json::from_str::<Totals>(m.get()).ok()).and_then(|t| t.total_size);
+    let total_size =
+        top.metadata.and_then(|m| serde_json::from_str::<Totals>(m.get()).ok()).and_then(|t| t.total_size);
     Ok(Index { shards, tensors, total_size })
 }
 
 /// The text of an index for these tensors; deterministic.
-pub(crate) fn encode(weight_map: &BTreeMap<&str, &str>, metadata: &BTreeMap<String, String>, total_size: u64) -> String {
+pub(crate) fn encode(
+    weight_map: &BTreeMap<&str, &str>,
+    metadata: &BTreeMap<String, String>,
+    total_size: u64,
+) -> String {
     #[derive(Serialize)]
     struct Written<'a> {
         metadata: BTreeMap<&'a str, serde_json::Value>,
@@ -61,7 +66,8 @@ pub(crate) fn encode(weight_map: &BTreeMap<&str, &str>, metadata: &BTreeMap<Stri
         metadata.iter().map(|(k, v)| (k.as_str(), v.as_str().into())).collect();
     entries.insert("total_size", total_size.into());
     // Maps with string keys always serialize.
-    let mut text = serde_json::to_string_pretty(&Written { metadata: entries, weight_map }).unwrap_or_default();
+    let mut text =
+        serde_json::to_string_pretty(&Written { metadata: entries, weight_map }).unwrap_or_default();
     text.push('\n');
     text
 }
@@ -143,7 +149,19 @@ mod tests {
     #[test]
     fn every_way_an_index_can_lie_has_its_error() {
         let named = |name: &str| serde_json::json!({ "weight_map": { "a": name } }).to_string();
-        for name in ["../../etc/passwd", "/etc/passwd", "a/../../b", "..\\x", "C:\\x", "", ".", "..", "x/", "a\0b", "C:x"] {
+        for name in [
+            "../../etc/passwd",
+            "/etc/passwd",
+            "a/../../b",
+            "..\\x",
+            "C:\\x",
+            "",
+            ".",
+            "..",
+            "x/",
+            "a\0b",
+            "C:x",
+        ] {
             assert_eq!(kind(&named(name)), "Path", "{name:?}");
         }
         for name in ["model-00001-of-00002.safetensors", "...", "a b", "é"] {

@@ -79,7 +79,8 @@ impl ExclusiveFile {
         if len == 0 {
             return Ok(true);
         }
-        match rustix::io::retry_on_intr(|| rustix::fs::fallocate(&self.file, FallocateFlags::empty(), 0, len)) {
+        match rustix::io::retry_on_intr(|| rustix::fs::fallocate(&self.file, FallocateFlags::empty(), 0, len))
+        {
             Ok(()) => Ok(true),
             Err(Errno::OPNOTSUPP | Errno::NOSYS) => self.file.set_len(len).map(|()| false),
             Err(error) => Err(error.into()),
@@ -140,7 +141,8 @@ mod tests {
         let fifo = dir.path().join(".maptensors-fifo.tmp");
         std::fs::write(&orphan, b"left by a crash").unwrap();
         std::fs::write(&other, b"not ours").unwrap();
-        rustix::fs::mknodat(rustix::fs::CWD, &fifo, rustix::fs::FileType::Fifo, Mode::RUSR | Mode::WUSR, 0).unwrap();
+        rustix::fs::mknodat(rustix::fs::CWD, &fifo, rustix::fs::FileType::Fifo, Mode::RUSR | Mode::WUSR, 0)
+            .unwrap();
         ExclusiveFile::sweep(fd.as_fd());
         assert!(!orphan.exists());
         assert!(dir.path().join(living.name()).exists() && other.exists() && fifo.exists());

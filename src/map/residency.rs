@@ -67,7 +67,8 @@ pub(super) fn of(ptr: *const u8, len: usize) -> io::Result<Residency> {
         let start = ptr.wrapping_sub(ptr.addr()).wrapping_add(block * page_size);
         // SAFETY: mincore(2) reads no memory at `start` and writes one byte a page to `core`, which has
         // room for n of them.
-        let answer = unsafe { libc::mincore(start.cast_mut().cast(), n * page_size, core.as_mut_ptr().cast()) };
+        let answer =
+            unsafe { libc::mincore(start.cast_mut().cast(), n * page_size, core.as_mut_ptr().cast()) };
         if answer != 0 {
             return Err(io::Error::last_os_error());
         }

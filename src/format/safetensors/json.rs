@@ -118,7 +118,9 @@ impl<'de> Visitor<'de> for TensorEntry<'_, '_> {
             match &*key {
                 "dtype" if dtype.is_some() => return Err(self.header.duplicate("field", "dtype")),
                 "shape" if first_dim.is_some() => return Err(self.header.duplicate("field", "shape")),
-                "data_offsets" if offsets.is_some() => return Err(self.header.duplicate("field", "data_offsets")),
+                "data_offsets" if offsets.is_some() => {
+                    return Err(self.header.duplicate("field", "data_offsets"));
+                }
                 "dtype" => {
                     let found = map.next_value_seed(Text)?;
                     dtype = Some(DType::from_name(found.as_bytes()).ok_or_else(|| {

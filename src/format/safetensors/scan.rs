@@ -87,7 +87,8 @@ impl Cursor<'_> {
             value = value.checked_mul(10)?.checked_add(u64::from(b - b'0'))?;
             len += 1;
         }
-        let plain = len > 0 && (len == 1 || rest[0] != b'0') && !matches!(rest.get(len), Some(b'.' | b'e' | b'E'));
+        let plain =
+            len > 0 && (len == 1 || rest[0] != b'0') && !matches!(rest.get(len), Some(b'.' | b'e' | b'E'));
         self.pos += len;
         plain.then_some(value)
     }
@@ -145,7 +146,8 @@ impl Cursor<'_> {
 
     /// Free-form strings are full of escapes, and rare: left to the JSON crate.
     fn metadata(&mut self) -> Option<std::collections::BTreeMap<String, String>> {
-        let mut values = serde_json::Deserializer::from_str(&self.text[self.pos..]).into_iter::<MetadataMap>();
+        let mut values =
+            serde_json::Deserializer::from_str(&self.text[self.pos..]).into_iter::<MetadataMap>();
         let map = values.next()?.ok()?;
         self.pos += values.byte_offset();
         Some(map.0)

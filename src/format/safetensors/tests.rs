@@ -78,30 +78,66 @@ const SAME_AS_REFERENCE: &[Row] = &[
     (r#"{"a":{"dtype":"F32","shape":[2305843009213693952],"data_offsets":[0,4]}}"#, 4, "Overflow"),
     // 2^63 + 2 elements of 8 bytes wrap to 16 bytes.
     (r#"{"a":{"dtype":"F64","shape":[9223372036854775810],"data_offsets":[0,16]}}"#, 16, "Overflow"),
-    (r#"{"a":{"dtype":"F64","shape":[0,9223372036854775808,9223372036854775808],"data_offsets":[0,0]}}"#, 0, "OK"),
+    (
+        r#"{"a":{"dtype":"F64","shape":[0,9223372036854775808,9223372036854775808],"data_offsets":[0,0]}}"#,
+        0,
+        "OK",
+    ),
     (r#"{"a":{"dtype":"F32","shape":[1],"data_offsets":[4,0]}}"#, 4, "Layout"),
     (r#"{"a":{"dtype":"F32","shape":[1],"data_offsets":[4,8]}}"#, 8, "Layout"),
-    (r#"{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]},"b":{"dtype":"F32","shape":[1],"data_offsets":[8,12]}}"#, 12, "Layout"),
-    (r#"{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]},"b":{"dtype":"F32","shape":[1],"data_offsets":[4,8]}}"#, 8, "Layout"),
+    (
+        r#"{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]},"b":{"dtype":"F32","shape":[1],"data_offsets":[8,12]}}"#,
+        12,
+        "Layout",
+    ),
+    (
+        r#"{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]},"b":{"dtype":"F32","shape":[1],"data_offsets":[4,8]}}"#,
+        8,
+        "Layout",
+    ),
     (r#"{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,4]}}"#, 4, "Shape"),
     (r#"{"a":{"dtype":"F32","shape":[],"data_offsets":[0,4]}}"#, 4, "OK"),
     (r#"{"a":{"dtype":"F4","shape":[3],"data_offsets":[0,2]}}"#, 2, "Align"),
     (r#"{"a":{"dtype":"F4","shape":[4],"data_offsets":[0,2]}}"#, 2, "OK"),
-    (r#"{"a":{"dtype":"F32","shape":[0],"data_offsets":[0,0]},"b":{"dtype":"F32","shape":[0,3],"data_offsets":[0,0]}}"#, 0, "OK"),
-    (r#"{"b":{"dtype":"F32","shape":[1],"data_offsets":[4,8]},"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}"#, 8, "OK"),
-    (r#"{"":{"dtype":"U8","shape":[1],"data_offsets":[0,1]},"\u0000\u001b[31m":{"dtype":"U8","shape":[1],"data_offsets":[1,2]}}"#, 2, "OK"),
+    (
+        r#"{"a":{"dtype":"F32","shape":[0],"data_offsets":[0,0]},"b":{"dtype":"F32","shape":[0,3],"data_offsets":[0,0]}}"#,
+        0,
+        "OK",
+    ),
+    (
+        r#"{"b":{"dtype":"F32","shape":[1],"data_offsets":[4,8]},"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}"#,
+        8,
+        "OK",
+    ),
+    (
+        r#"{"":{"dtype":"U8","shape":[1],"data_offsets":[0,1]},"\u0000\u001b[31m":{"dtype":"U8","shape":[1],"data_offsets":[1,2]}}"#,
+        2,
+        "OK",
+    ),
     ("{\"a\nb\":{\"dtype\":\"U8\",\"shape\":[1],\"data_offsets\":[0,1]}}", 1, "Json"),
     (r#"{"../x":{"dtype":"U8","shape":[1],"data_offsets":[0,1]}}"#, 1, "OK"),
 ];
 
 /// The documented exceptions: what we refuse or accept and the reference does not.
 const UNLIKE_REFERENCE: &[Row] = &[
-    (r#"{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]},"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}"#, 4, "Duplicate"),
-    (r#"{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]},"\u0061":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}"#, 4, "Duplicate"),
+    (
+        r#"{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]},"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}"#,
+        4,
+        "Duplicate",
+    ),
+    (
+        r#"{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]},"\u0061":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}"#,
+        4,
+        "Duplicate",
+    ),
     (r#"{"__metadata__":{"a":"1","a":"1"}}"#, 0, "Duplicate"),
     (r#"{"a":["F32",[1],[0,4]]}"#, 4, "Json"),
     (r#"{"a":{"dtype":{"F32":null},"shape":[1],"data_offsets":[0,4]}}"#, 4, "Json"),
-    (r#"{"a":{"dtype":"F64","shape":[9223372036854775808,9223372036854775808,0],"data_offsets":[0,0]}}"#, 0, "OK"),
+    (
+        r#"{"a":{"dtype":"F64","shape":[9223372036854775808,9223372036854775808,0],"data_offsets":[0,0]}}"#,
+        0,
+        "OK",
+    ),
 ];
 
 #[test]
@@ -129,7 +165,9 @@ fn a_length_field_that_lies_is_refused_before_anything_is_allocated() {
         assert_eq!(kind(&vec![0; len]), "Truncated");
     }
     assert_eq!(kind(&60u64.to_le_bytes()), "Truncated");
-    for (len, expected) in [(u64::MAX, "Limit"), (100_000_001, "Limit"), (100_000_000, "Truncated"), (1, "Truncated")] {
+    for (len, expected) in
+        [(u64::MAX, "Limit"), (100_000_001, "Limit"), (100_000_000, "Truncated"), (1, "Truncated")]
+    {
         assert_eq!(header_len(&len.to_le_bytes(), 8, path).unwrap_err().kind(), expected);
     }
     let mut bytes = file("{\"xx\"}", 0);
@@ -170,13 +208,17 @@ fn deep_nesting_is_an_error_and_no_stack_overflow() {
 #[test]
 fn a_million_dimensions_are_refused() {
     let shape = vec!["1"; 1_000_000].join(",");
-    assert_eq!(kind(&file(&format!(r#"{{"a":{{"dtype":"U8","shape":[{shape}],"data_offsets":[0,1]}}}}"#), 1)), "Limit");
+    assert_eq!(
+        kind(&file(&format!(r#"{{"a":{{"dtype":"U8","shape":[{shape}],"data_offsets":[0,1]}}}}"#), 1)),
+        "Limit"
+    );
 }
 
 #[test]
 fn a_million_and_a_half_empty_tensors_open() {
-    let entries: Vec<_> =
-        (0..1_500_000).map(|i| format!(r#""{i}":{{"dtype":"U8","shape":[0],"data_offsets":[0,0]}}"#)).collect();
+    let entries: Vec<_> = (0..1_500_000)
+        .map(|i| format!(r#""{i}":{{"dtype":"U8","shape":[0],"data_offsets":[0,0]}}"#))
+        .collect();
     // Shortened names keep the header under its limit.
     let layout = parse_bytes(&file(&format!("{{{}}}", entries.join(",")), 0), Path::new("")).unwrap();
     assert_eq!(layout.len(), 1_500_000);

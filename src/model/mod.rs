@@ -1,0 +1,211 @@
+//! A model: one file or a sharded set, its tensors by name.
+
+mod catalog;
+mod model_mut;
+mod open;
+
+pub(crate) use catalog::Catalog;
+pub use model_mut::ModelMut;
+pub(crate) use model_mut::split;
+pub use open::OpenOptions;
+pub(crate) use open::{Place, locate};
+
+use crate::error::{Error, Result};
+use crate::layout::{Layout, TensorInfo};
+use crate::map::{Mapping, Residency};
+use crate::tensor::TensorView;
+use std::collections::BTreeMap;
+use std::path::Path;
+
+/// A model, to read. Opening costs the header; data pages are read when they are touched.
+///
+/// ```
+/// use maptensors::Model;
+///
+/// // SAFETY: nobody writes to these files while they are mapped.
+/// let model = unsafe { Model::open("models/digits-sharded")? };
+/// assert_eq!(model.len(), 4);
+/// for tensor in model.tensors() {
+///     println!("{} {} {:?}", tensor.name(), tensor.dtype(), tensor.shape());
+/// }
+/// # Ok::<(), maptensors::Error>(())
+/// ```
+pub struct Model {
+    catalog: Catalog,
+    // INVARIANT: one for each shard of the catalog, as long as its layout's file.
+    mappings: Vec<Mapping>,
+}
+
+impl Model {
+    /// Maps a model: a `.safetensors` file, a `*.safetensors.index.json`, or a directory that holds
+    /// either. Read-only; [`ModelMut::open`] is the writable twin.
+    ///
+    /// # Safety
+    /// For the life of a mapping and everything derived from it, nobody — this process through another
+    /// descriptor included — writes to, truncates or punches holes in that *inode*. Renaming over it and
+    /// unlinking it are fine; that is how every save here replaces a file. Break it and the bytes under a
+    /// `&[T]` change (undefined behaviour) or the process gets `SIGBUS`. `MAP_PRIVATE` does **not**
+    /// protect: pages not yet written still show the file.
+    ///
+    /// # Errors
+    /// [`Error::Io`] and [`Error::NotRegular`] for the files; for their headers [`Error::Truncated`],
+    /// [`Error::Limit`], [`Error::Utf8`], [`Error::Json`], [`Error::Duplicate`], [`Error::DType`],
+    /// [`Error::Overflow`], [`Error::Layout`], [`Error::Shape`], [`Error::Align`]; for an index also
+    /// [`Error::Path`] and [`Error::Missing`].
+    #[allow(unsafe_code)]
+    pub unsafe fn open(path: impl AsRef<Path>) -> Result<Self> {
+        // SAFETY: the caller's promise is passed on.
+        unsafe { OpenOptions::new().open(path) }
+    }
+
+    /// Maps a list of files as one model.
+    ///
+    /// # Safety
+    /// As [`Model::open`].
+    ///
+    /// # Errors
+    /// As [`Model::open`]; [`Error::Duplicate`] for a tensor that is in two of the files.
+    #[allow(unsafe_code)]
+    pub unsafe fn open_files(paths: &[impl AsRef<Path>]) -> Result<Self> {
+        // SAFETY: the caller's promise is passed on.
+        unsafe { OpenOptions::new().open_files(paths) }
+    }
+
+    /// Reads a model into owned memory: everything [`Model::open`] does, without its contract, at the
+    /// price of reading every byte. Data is 64-byte aligned, even where it is not in the file.
+    ///
+    /// # Errors
+    /// As [`Model::open`].
+    ///
+    /// ```
+    /// let model = maptensors::Model::read("models/digits.safetensors")?;
+    /// assert_eq!(model.tensor("fc1.weight")?.shape(), [64, 64]);
+    /// # Ok::<(), maptensors::Error>(())
+    /// ```
+    pub fn read(path: impl AsRef<Path>) -> Result<Self> {
+        OpenOptions::new().read(path)
+    }
+
+    /// A model from the bytes of one file, copied once into aligned memory.
+    ///
+    /// # Errors
+    /// As [`Model::open`]; the path in errors is empty.
+    ///
+    /// ```
+    /// let bytes = std::fs::read("models/digits.safetensors").unwrap();
+    /// assert_eq!(maptensors::Model::from_bytes(&bytes)?.len(), 4);
+    /// # Ok::<(), maptensors::Error>(())
+    /// ```
+    pub fn from_bytes(bytes: &[u8]) -> Result<Self> {
+        open::from_bytes(bytes)
+    }
+
+    pub(crate) fn new(catalog: Catalog, mappings: Vec<Mapping>) -> Self {
+        debug_assert_eq!(catalog.shards().len(), mappings.len());
+        Self { catalog, mappings }
+    }
+
+    /// What there is, and where it lies in memory.
+    #[cfg(feature = "python")]
+    pub(crate) fn into_parts(self) -> (Catalog, Vec<Mapping>) {
+        (self.catalog, self.mappings)
+    }
+
+    /// Number of tensors.
+    pub fn len(&self) -> usize {
+        self.catalog.len()
+    }
+
+    /// Whether there is no tensor.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// Whether there is a tensor called `name`.
+    pub fn contains(&self, name: &str) -> bool {
+        self.catalog.find(name).is_some()
+    }
+
+    /// The tensor called `name`.
+    ///
+    /// # Errors
+    /// [`Error::Missing`], with near names.
+    pub fn tensor(&self, name: &str) -> Result<TensorView<'_>> {
+        self.get(name).ok_or_else(|| self.catalog.missing(name))
+    }
+
+    /// The tensor called `name`, if there is one.
+    pub fn get(&self, name: &str) -> Option<TensorView<'_>> {
+        let (shard, index) = self.catalog.find(name)?;
+        let info = self.catalog.shards()[shard].layout.at(index)?;
+        Some(view(info, &self.mappings[shard]))
+    }
+
+    /// All tensors, shard by shard, in file order.
+    pub fn tensors(&self) -> impl Iterator<Item = TensorView<'_>> {
+        self.catalog
+            .shards()
+            .iter()
+            .zip(&self.mappings)
+            .flat_map(|(shard, mapping)| shard.layout.iter().map(move |info| view(info, mapping)))
+    }
+
+    /// All names, shard by shard, in file order.
+    pub fn names(&self) -> impl Iterator<Item = &str> {
+        self.catalog.infos().map(|(_, info)| info.name())
+    }
+
+    /// The metadata of the file; of a sharded set, of all files together (the first shard to name a key
+    /// wins).
+    pub fn metadata(&self) -> &BTreeMap<String, String> {
+        self.catalog.metadata()
+    }
+
+    /// Whether any file has a metadata entry at all.
+    pub(crate) fn has_metadata(&self) -> bool {
+        self.catalog.shards().iter().any(|s| s.layout.has_metadata())
+    }
+
+    /// Number of files.
+    pub fn shards(&self) -> usize {
+        self.mappings.len()
+    }
+
+    /// The path of the `shard`-th file, as it was opened; empty for bytes.
+    pub fn path(&self, shard: usize) -> Option<&Path> {
+        self.catalog.shards().get(shard).map(|s| s.path.as_path())
+    }
+
+    /// The layout of the `shard`-th file.
+    pub fn layout(&self, shard: usize) -> Option<&Layout> {
+        self.catalog.shards().get(shard).map(|s| &s.layout)
+    }
+
+    /// The memory behind the `shard`-th file.
+    pub fn mapping(&self, shard: usize) -> Option<&Mapping> {
+        self.mappings.get(shard)
+    }
+
+    /// Pages of all tensor data: in memory, touched, private. Headers do not count.
+    ///
+    /// # Errors
+    /// [`Error::Io`] where the kernel does not tell.
+    pub fn residency(&self) -> Result<Residency> {
+        let mut total = Residency { page_size: rustix::param::page_size(), ..Residency::default() };
+        for (shard, mapping) in self.catalog.shards().iter().zip(&self.mappings) {
+            let range = shard.layout.data_range();
+            total += mapping.residency(range).map_err(Error::io(&shard.path, "asking about its pages"))?;
+        }
+        Ok(total)
+    }
+}
+
+fn view<'a>(info: TensorInfo<'a>, mapping: &'a Mapping) -> TensorView<'a> {
+    TensorView::new(info, &mapping.as_bytes()[info.bytes()])
+}
+
+impl std::fmt::Debug for Model {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Model").field("shards", &self.shards()).field("tensors", &self.len()).finish()
+    }
+}

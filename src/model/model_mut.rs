@@ -1,0 +1,117 @@
+//! A model whose tensors can be written.
+
+use super::{Model, OpenOptions};
+use crate::error::Result;
+use crate::map::Mapping;
+use crate::tensor::TensorViewMut;
+use std::ops::Deref;
+use std::path::Path;
+
+/// A model, to edit: copy-on-write. A page becomes this process's own when it is first written; the
+/// file never changes, and pages not written stay shared with everyone who maps it.
+///
+/// Everything [`Model`] can do, this can.
+///
+/// ```
+/// use maptensors::ModelMut;
+///
+/// // SAFETY: nobody writes to the file while it is mapped.
+/// let mut tuned = unsafe { ModelMut::open("models/digits.safetensors")? };
+/// tuned.tensor_mut("fc1.bias")?.as_mut_slice::<f32>()?[0] += 1.0; // the file never changes
+/// let out = std::env::temp_dir().join("maptensors-doc-tuned.safetensors");
+/// tuned.save(&out)?;
+/// # std::fs::remove_file(out).unwrap();
+/// # Ok::<(), maptensors::Error>(())
+/// ```
+#[derive(Debug)]
+pub struct ModelMut {
+    // INVARIANT: every mapping is writable.
+    model: Model,
+}
+
+impl ModelMut {
+    /// Maps a model copy-on-write; paths as for [`Model::open`].
+    ///
+    /// # Safety
+    /// As [`Model::open`].
+    ///
+    /// # Errors
+    /// As [`Model::open`].
+    #[allow(unsafe_code)]
+    pub unsafe fn open(path: impl AsRef<Path>) -> Result<Self> {
+        // SAFETY: the caller's promise is passed on.
+        unsafe { OpenOptions::new().open_mut(path) }
+    }
+
+    /// Maps a list of files as one model, copy-on-write.
+    ///
+    /// # Safety
+    /// As [`Model::open`].
+    ///
+    /// # Errors
+    /// As [`Model::open_files`].
+    #[allow(unsafe_code)]
+    pub unsafe fn open_files(paths: &[impl AsRef<Path>]) -> Result<Self> {
+        // SAFETY: the caller's promise is passed on.
+        unsafe { OpenOptions::new().open_files_mut(paths) }
+    }
+
+    /// Reads a model into owned memory, to edit there; see [`Model::read`].
+    ///
+    /// # Errors
+    /// As [`Model::open`].
+    pub fn read(path: impl AsRef<Path>) -> Result<Self> {
+        Ok(Self { model: Model::read(path)? })
+    }
+
+    /// `model`'s mappings are writable.
+    pub(super) fn new(model: Model) -> Self {
+        Self { model }
+    }
+
+    /// The tensor called `name`, to write.
+    ///
+    /// # Errors
+    /// [`Error::Missing`](crate::Error::Missing), with near names.
+    pub fn tensor_mut(&mut self, name: &str) -> Result<TensorViewMut<'_>> {
+        let Model { catalog, mappings } = &mut self.model;
+        let found = catalog.find(name).and_then(|(s, i)| Some((s, catalog.shards()[s].layout.at(i)?)));
+        let (shard, info) = found.ok_or_else(|| catalog.missing(name))?;
+        Ok(TensorViewMut::new(info, &mut mappings[shard].as_bytes_mut()[info.bytes()]))
+    }
+
+    /// All tensors at once, to write, shard by shard, in file order.
+    ///
+    /// ```
+    /// # // SAFETY: nobody writes to the file while it is mapped.
+    /// # let mut model = unsafe { maptensors::ModelMut::open("models/digits.safetensors")? };
+    /// for mut tensor in model.tensors_mut() {
+    ///     tensor.as_mut_slice::<f32>()?.iter_mut().for_each(|w| *w *= 0.5);
+    /// }
+    /// # Ok::<(), maptensors::Error>(())
+    /// ```
+    pub fn tensors_mut(&mut self) -> impl Iterator<Item = TensorViewMut<'_>> {
+        let Model { catalog, mappings } = &mut self.model;
+        catalog.shards().iter().zip(mappings).flat_map(|(shard, mapping)| split(&shard.layout, mapping))
+    }
+}
+
+/// One writable view for each tensor. They cannot overlap: a layout's tensors follow one another.
+pub(crate) fn split<'a>(
+    layout: &'a crate::layout::Layout,
+    mapping: &'a mut Mapping,
+) -> impl Iterator<Item = TensorViewMut<'a>> {
+    let mut rest = &mut mapping.as_bytes_mut()[layout.data_range()];
+    layout.iter().map(move |info| {
+        let (data, behind) = std::mem::take(&mut rest).split_at_mut(info.bytes().len());
+        rest = behind;
+        TensorViewMut::new(info, data)
+    })
+}
+
+impl Deref for ModelMut {
+    type Target = Model;
+    fn deref(&self) -> &Model {
+        &self.model
+    }
+}

@@ -1,0 +1,283 @@
+//! From a path to a model.
+
+use super::catalog::Shard;
+use super::{Catalog, Model, ModelMut};
+use crate::error::{Error, Result};
+use crate::format::{index, safetensors};
+use crate::layout::Layout;
+use crate::map::{self, Advice, Backing, Mapping};
+use std::fs::File;
+use std::io;
+use std::path::{Path, PathBuf};
+
+/// How to open a model; [`Model::open`] and its kin are the defaults.
+///
+/// ```
+/// use maptensors::OpenOptions;
+///
+/// // SAFETY: nobody writes to the file while it is mapped.
+/// let model = unsafe { OpenOptions::new().populate(true).open("models/digits.safetensors")? };
+/// assert!(model.residency()?.touched > 0); // read in already; an I/O error would have shown
+/// # Ok::<(), maptensors::Error>(())
+/// ```
+#[derive(Debug, Clone, Default)]
+pub struct OpenOptions {
+    populate: bool,
+}
+
+impl OpenOptions {
+    /// The defaults: nothing is read but headers.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Read all pages in before returning, on several threads; an I/O error is then an error here
+    /// instead of a later `SIGBUS`. Copies nothing: pages stay shared until written.
+    #[must_use]
+    pub fn populate(mut self, populate: bool) -> Self {
+        self.populate = populate;
+        self
+    }
+
+    /// As [`Model::open`].
+    ///
+    /// # Safety
+    /// As [`Model::open`].
+    ///
+    /// # Errors
+    /// As [`Model::open`].
+    #[allow(unsafe_code)]
+    pub unsafe fn open(&self, path: impl AsRef<Path>) -> Result<Model> {
+        // SAFETY: the caller's promise is passed on.
+        unsafe { self.open_place(&locate(path.as_ref())?, Backing::ReadOnly) }
+    }
+
+    /// As [`ModelMut::open`].
+    ///
+    /// # Safety
+    /// As [`Model::open`].
+    ///
+    /// # Errors
+    /// As [`Model::open`].
+    #[allow(unsafe_code)]
+    pub unsafe fn open_mut(&self, path: impl AsRef<Path>) -> Result<ModelMut> {
+        // SAFETY: the caller's promise is passed on.
+        unsafe { self.open_place(&locate(path.as_ref())?, Backing::CopyOnWrite) }.map(ModelMut::new)
+    }
+
+    /// As [`Model::open_files`].
+    ///
+    /// # Safety
+    /// As [`Model::open`].
+    ///
+    /// # Errors
+    /// As [`Model::open_files`].
+    #[allow(unsafe_code)]
+    pub unsafe fn open_files(&self, paths: &[impl AsRef<Path>]) -> Result<Model> {
+        // SAFETY: the caller's promise is passed on.
+        unsafe { self.open_place(&Place::files(paths), Backing::ReadOnly) }
+    }
+
+    /// As [`ModelMut::open_files`].
+    ///
+    /// # Safety
+    /// As [`Model::open`].
+    ///
+    /// # Errors
+    /// As [`Model::open_files`].
+    #[allow(unsafe_code)]
+    pub unsafe fn open_files_mut(&self, paths: &[impl AsRef<Path>]) -> Result<ModelMut> {
+        // SAFETY: the caller's promise is passed on.
+        unsafe { self.open_place(&Place::files(paths), Backing::CopyOnWrite) }.map(ModelMut::new)
+    }
+
+    /// As [`Model::read`].
+    ///
+    /// # Errors
+    /// As [`Model::read`].
+    pub fn read(&self, path: impl AsRef<Path>) -> Result<Model> {
+        self.read_place(&locate(path.as_ref())?)
+    }
+
+    /// As [`Model::read`], for files already located.
+    pub(crate) fn read_place(&self, place: &Place) -> Result<Model> {
+        assemble(place, |file, len, layout| Mapping::read(file, len, layout.data_range().start))
+    }
+
+    /// Maps files already located.
+    ///
+    /// # Safety
+    /// As [`Model::open`].
+    #[allow(unsafe_code)]
+    pub(crate) unsafe fn open_place(&self, place: &Place, backing: Backing) -> Result<Model> {
+        assemble(place, |file, len, layout| {
+            let mapping = if backing == Backing::ReadOnly {
+                // SAFETY: the caller vouches for the files; `len` is this descriptor's length.
+                unsafe { Mapping::open_read_only(file, len) }
+            } else {
+                // SAFETY: as above.
+                unsafe { Mapping::open_copy_on_write(file, len) }
+            }?;
+            if self.populate {
+                populate(&mapping, layout)?;
+            }
+            Ok(mapping)
+        })
+    }
+}
+
+/// Reads the data's pages in, cut at huge pages so that the page cache stays made of them.
+fn populate(mapping: &Mapping, layout: &Layout) -> io::Result<()> {
+    let data = layout.data_range();
+    let chunks = (data.start / map::CHUNK..data.end.div_ceil(map::CHUNK)).collect();
+    map::each_in_parallel(chunks, |i: usize| {
+        let range = (i * map::CHUNK).max(data.start)..((i + 1) * map::CHUNK).min(data.end);
+        match mapping.advise_range(Advice::PopulateRead, range) {
+            // A kernel before 5.14: pages come when they are touched.
+            Err(error) if error.raw_os_error() == Some(libc::EINVAL) => Ok(()),
+            result => result,
+        }
+    })
+}
+
+/// The files of a model.
+#[derive(Debug)]
+pub(crate) struct Place {
+    /// What the user named, for errors that concern the whole.
+    pub(crate) path: PathBuf,
+    pub(crate) files: Vec<PathBuf>,
+    /// What the index says, to be held against the files.
+    pub(crate) index: Option<index::Index>,
+}
+
+impl Place {
+    pub(crate) fn files(paths: &[impl AsRef<Path>]) -> Self {
+        let files: Vec<PathBuf> = paths.iter().map(|p| p.as_ref().to_owned()).collect();
+        Self { path: files.first().cloned().unwrap_or_default(), files, index: None }
+    }
+}
+
+const INDEX_SUFFIX: &str = ".safetensors.index.json";
+
+/// Finds the files that `path` stands for.
+///
+/// # Errors
+/// [`Error::Io`]; those of [`index::parse`]; [`Error::NotRegular`] for a directory without a model, or
+/// with several.
+pub(crate) fn locate(path: &Path) -> Result<Place> {
+    let name = path.file_name().and_then(|n| n.to_str()).unwrap_or_default();
+    if path.is_dir() {
+        return locate(&pick(path)?);
+    }
+    if !name.ends_with(".index.json") {
+        return Ok(Place::files(&[path]));
+    }
+    let (file, len) = map::open_regular(path)?;
+    let limit = index::MAX_INDEX_LEN;
+    let too_long =
+        || Error::Limit { path: path.into(), what: "the index length", found: len, limit, hint: None };
+    let len = usize::try_from(len).ok().filter(|&n| n as u64 <= limit).ok_or_else(too_long)?;
+    let index = index::parse(&map::read_exact_at(&file, path, 0, len)?, path)?;
+    // Beside the index as it was named: a hub cache's index is a link, and so are the shards beside it.
+    let dir = path.parent().unwrap_or(Path::new(""));
+    let files = index.shards.iter().map(|shard| dir.join(shard)).collect();
+    Ok(Place { path: path.into(), files, index: Some(index) })
+}
+
+/// The model in a directory: its index, or its only safetensors file.
+fn pick(dir: &Path) -> Result<PathBuf> {
+    for name in ["model.safetensors.index.json", "model.safetensors"] {
+        if dir.join(name).exists() {
+            return Ok(dir.join(name));
+        }
+    }
+    let (mut indices, mut files) = (Vec::new(), Vec::new());
+    for entry in std::fs::read_dir(dir).map_err(Error::io(dir, "listing the directory"))? {
+        let name = entry.map_err(Error::io(dir, "listing the directory"))?.file_name();
+        let text = name.to_string_lossy();
+        if text.ends_with(INDEX_SUFFIX) {
+            indices.push(dir.join(&name));
+        } else if text.ends_with(".safetensors") {
+            files.push(dir.join(&name));
+        }
+    }
+    match (indices.as_slice(), files.as_slice()) {
+        ([only], _) | ([], [only]) => Ok(only.clone()),
+        ([], []) => {
+            Err(Error::NotRegular { path: dir.into(), found: "a directory without a safetensors model" })
+        }
+        _ => Err(Error::NotRegular { path: dir.into(), found: "a directory with several models: name one" }),
+    }
+}
+
+/// Opens every file of `place`, gets its bytes with `bring`, and holds the whole against the index.
+fn assemble(
+    place: &Place,
+    bring: impl Fn(&File, usize, &Layout) -> io::Result<Mapping> + Sync,
+) -> Result<Model> {
+    let open = |path: &Path| -> Result<(Shard, Mapping)> {
+        let (file, layout, len) = read_layout(path)?;
+        let mapping = bring(&file, len, &layout).map_err(Error::io(path, "mapping the file"))?;
+        Ok((Shard { path: path.into(), layout }, mapping))
+    };
+    let mut opened: Vec<Option<(Shard, Mapping)>> = Vec::new();
+    opened.resize_with(place.files.len(), || None);
+    let jobs = place.files.iter().zip(&mut opened).collect();
+    map::each_in_parallel(jobs, |(path, slot): (&PathBuf, &mut Option<_>)| {
+        *slot = Some(open(path)?);
+        Ok(())
+    })?;
+    let (shards, mappings) = opened.into_iter().flatten().unzip();
+    let catalog = Catalog::new(shards)?;
+    if let Some(index) = &place.index {
+        check_index(index, &catalog, &place.path)?;
+    }
+    Ok(Model::new(catalog, mappings))
+}
+
+/// One descriptor: open, length, header. Returns the length as the address space can hold it.
+fn read_layout(path: &Path) -> Result<(File, Layout, usize)> {
+    let (file, file_len) = map::open_regular(path)?;
+    let prefix_len = safetensors::PREFIX_LEN.min(usize::try_from(file_len).unwrap_or(usize::MAX));
+    let prefix = map::read_exact_at(&file, path, 0, prefix_len)?;
+    let header_len = safetensors::header_len(&prefix, file_len, path)?;
+    let header = map::read_exact_at(&file, path, safetensors::PREFIX_LEN as u64, header_len)?;
+    let layout = safetensors::parse(header, file_len, path)?;
+    let too_large = || Error::io(path, "mapping the file")(io::ErrorKind::OutOfMemory.into());
+    let len = isize::try_from(file_len).map_err(|_| too_large())?.cast_unsigned();
+    Ok((file, layout, len))
+}
+
+fn check_index(index: &index::Index, catalog: &Catalog, path: &Path) -> Result<()> {
+    for (name, said) in &index.tensors {
+        let found = catalog.find(name).map(|(shard, _)| shard);
+        if found == Some(*said) {
+            continue;
+        }
+        let hint = match found {
+            Some(other) => format!(
+                " in {}, where the index puts it; it is in {}",
+                crate::error::quote(&index.shards[*said]),
+                crate::error::quote(&index.shards[other])
+            ),
+            None => format!(" in {}, where the index puts it", crate::error::quote(&index.shards[*said])),
+        };
+        return Err(Error::Missing { path: path.into(), name: name.clone(), hint });
+    }
+    Ok(())
+}
+
+pub(super) fn from_bytes(bytes: &[u8]) -> Result<Model> {
+    let path = Path::new("");
+    let layout = safetensors::parse_bytes(bytes, path)?;
+    let mut mapping = Mapping::owned(bytes.len(), layout.data_range().start)
+        .map_err(Error::io(path, "allocating memory for the model"))?;
+    let source = map::Source::from(bytes);
+    let chunks = mapping.as_bytes_mut().chunks_mut(map::CHUNK).enumerate().collect();
+    let copied: Result<(), ()> = map::each_in_parallel(chunks, |(i, chunk): (usize, &mut [u8])| {
+        source.copy_to(i * map::CHUNK..i * map::CHUNK + chunk.len(), chunk);
+        Ok(())
+    });
+    debug_assert!(copied.is_ok());
+    Ok(Model::new(Catalog::new(vec![Shard { path: path.into(), layout }])?, vec![mapping]))
+}

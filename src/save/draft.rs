@@ -1,0 +1,256 @@
+//! A file being made in place.
+
+use super::{Pending, Target, fill};
+use crate::error::{Error, Result};
+use crate::format::safetensors;
+use crate::layout::Layout;
+use crate::map::{Mapping, Source};
+use crate::model::split;
+use crate::tensor::TensorViewMut;
+use std::path::Path;
+
+/// How to make a [`Draft`]; [`Draft::create`] is the defaults.
+///
+/// ```
+/// use maptensors::{DType, DraftOptions, Layout};
+///
+/// let layout = Layout::builder().tensor("w", DType::U8, &[4]).build()?;
+/// let path = std::env::temp_dir().join("maptensors-doc-options.safetensors");
+/// DraftOptions::new().durable(false).create(&path, &layout)?.commit()?;
+/// # std::fs::remove_file(path).unwrap();
+/// # Ok::<(), maptensors::Error>(())
+/// ```
+#[derive(Debug, Clone)]
+pub struct DraftOptions {
+    durable: bool,
+    mapped: bool,
+}
+
+impl Default for DraftOptions {
+    fn default() -> Self {
+        Self { durable: true, mapped: true }
+    }
+}
+
+impl DraftOptions {
+    /// Durable and mapped.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Whether the file survives a power loss once committed (default), or is only whole.
+    #[must_use]
+    pub fn durable(mut self, durable: bool) -> Self {
+        self.durable = durable;
+        self
+    }
+
+    /// Whether to write through a mapping (default, where the file system can allocate space). If not,
+    /// tensors are filled in ordinary memory and written by the commit.
+    #[must_use]
+    pub fn mapped(mut self, mapped: bool) -> Self {
+        self.mapped = mapped;
+        self
+    }
+
+    pub(super) fn is_durable(&self) -> bool {
+        self.durable
+    }
+
+    /// As [`Draft::create`].
+    ///
+    /// # Errors
+    /// As [`Draft::create`].
+    pub fn create(&self, path: impl AsRef<Path>, layout: &Layout) -> Result<Draft> {
+        Draft::with(path.as_ref(), layout, self)
+    }
+}
+
+/// A safetensors file being made: allocated and mapped, but invisible until [`Draft::commit`].
+///
+/// Its tensors start as zeros. Dropped without a commit it leaves nothing behind.
+///
+/// ```
+/// use maptensors::{DType, Draft, Layout, Model};
+///
+/// let layout = Layout::builder().tensor("w", DType::F32, &[2, 2]).build()?;
+/// let path = std::env::temp_dir().join("maptensors-doc-draft.safetensors");
+/// let mut draft = Draft::create(&path, &layout)?;
+/// draft.tensor_mut("w")?.as_mut_slice::<f32>()?.copy_from_slice(&[1.0, 2.0, 3.0, 4.0]);
+/// assert!(!path.exists());
+/// draft.commit()?; // synced, then renamed into place
+/// assert_eq!(Model::read(&path)?.tensor("w")?.as_slice::<f32>()?[3], 4.0);
+/// # std::fs::remove_file(path).unwrap();
+/// # Ok::<(), maptensors::Error>(())
+/// ```
+pub struct Draft {
+    layout: Layout,
+    // INVARIANT: the whole file, header included: its mapping, or memory to be written at commit.
+    memory: Option<Mapping>,
+    mapped: bool,
+    durable: bool,
+    // Declared last: the mapping goes before the file does.
+    pending: Pending,
+}
+
+impl Draft {
+    /// Allocates and maps a new file for `layout`, beside `path`.
+    ///
+    /// # Errors
+    /// [`Error::Io`]: no space, no permission, no such directory; [`Error::NotRegular`] if `path` is a
+    /// directory or device; [`Error::Limit`] if the header is longer than readers accept.
+    pub fn create(path: impl AsRef<Path>, layout: &Layout) -> Result<Self> {
+        DraftOptions::new().create(path, layout)
+    }
+
+    fn with(path: &Path, layout: &Layout, options: &DraftOptions) -> Result<Self> {
+        let (header, layout) = safetensors::encode(layout, path)?;
+        let pending = Pending::create(path)?;
+        let mapped = pending.allocate(layout.file_len())? && options.mapped;
+        if !mapped {
+            pending.file().write_all_at(&header, 0).map_err(Error::io(path, "writing the header"))?;
+            return Ok(Self { layout, memory: None, mapped, durable: options.durable, pending });
+        }
+        let mapping = |source| Error::io(path, "mapping the new file")(source);
+        let len = usize::try_from(layout.file_len())
+            .map_err(|_| mapping(std::io::ErrorKind::OutOfMemory.into()))?;
+        let mut memory = pending.file().map(len).map_err(mapping)?;
+        memory.as_bytes_mut()[..header.len()].copy_from_slice(&header);
+        Ok(Self { layout, memory: Some(memory), mapped, durable: options.durable, pending })
+    }
+
+    /// The layout of the file being made.
+    pub fn layout(&self) -> &Layout {
+        &self.layout
+    }
+
+    /// The path the file will have.
+    pub fn path(&self) -> &Path {
+        self.pending.path()
+    }
+
+    /// Whether tensors are written straight into the file's pages. `false` where the file system cannot
+    /// allocate space ahead: then they are written by the commit.
+    pub fn is_mapped(&self) -> bool {
+        self.mapped
+    }
+
+    /// The whole file's bytes to write. Without a mapping they are allocated when first asked for.
+    fn memory(&mut self) -> Result<&mut Mapping> {
+        if self.memory.is_none() {
+            let data = self.layout.data_range();
+            let memory = Mapping::owned(data.end, data.start)
+                .map_err(Error::io(self.pending.path(), "allocating memory to fill"))?;
+            self.memory = Some(memory);
+        }
+        // Filled in just above where it was missing.
+        self.memory.as_mut().ok_or_else(|| Error::Argument("no memory".into()))
+    }
+
+    /// The tensor called `name`, to fill in place.
+    ///
+    /// # Errors
+    /// [`Error::Missing`]; [`Error::Io`] where memory for an unmapped draft cannot be had.
+    pub fn tensor_mut(&mut self, name: &str) -> Result<TensorViewMut<'_>> {
+        let path = self.pending.path().to_owned();
+        let missing = || Error::Missing { path, name: name.into(), hint: " in the planned layout".into() };
+        let index = self.layout.position(name).ok_or_else(missing)?;
+        self.memory()?;
+        let Self { layout, memory: Some(memory), .. } = self else {
+            return Err(Error::Argument("no memory".into()));
+        };
+        let info = layout.at(index).ok_or_else(|| Error::Argument("no such tensor".into()))?;
+        Ok(TensorViewMut::new(info, &mut memory.as_bytes_mut()[info.bytes()]))
+    }
+
+    /// All tensors at once, to fill in place, in file order.
+    ///
+    /// # Errors
+    /// [`Error::Io`] where memory for an unmapped draft cannot be had.
+    ///
+    /// ```
+    /// # use maptensors::{DType, Draft, Layout};
+    /// # let layout = Layout::builder().tensor("w", DType::U8, &[4]).build()?;
+    /// # let path = std::env::temp_dir().join("maptensors-doc-tensors.safetensors");
+    /// let mut draft = Draft::create(&path, &layout)?;
+    /// for mut tensor in draft.tensors_mut()? {
+    ///     tensor.as_bytes_mut().fill(7);
+    /// }
+    /// # Ok::<(), maptensors::Error>(())
+    /// ```
+    pub fn tensors_mut(&mut self) -> Result<impl Iterator<Item = TensorViewMut<'_>>> {
+        self.memory()?;
+        let Self { layout, memory, .. } = self;
+        Ok(memory.iter_mut().flat_map(|memory| split(layout, memory)))
+    }
+
+    /// Copies whole tensors, given by their place in the layout, in parallel.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] if a source is not as long as its tensor; [`Error::Io`].
+    pub(crate) fn fill(&mut self, jobs: Vec<(usize, Source<'_>)>) -> Result<()> {
+        let placed = place(&self.layout, jobs, self.pending.path())?;
+        // Once tensors were filled in memory, all are: the commit writes that memory.
+        let target = match &mut self.memory {
+            Some(memory) => Target::Memory(memory.as_bytes_mut()),
+            None => Target::File(self.pending.file()),
+        };
+        fill(target, placed).map_err(Error::io(self.pending.path(), "writing tensor data"))
+    }
+
+    /// Makes the file visible under its path, replacing what is there; durable when this returns, unless
+    /// [`DraftOptions::durable`] says otherwise.
+    ///
+    /// # Errors
+    /// [`Error::Io`]: nothing is left behind and the old file is as it was. [`Error::NotDurable`].
+    pub fn commit(mut self) -> Result<()> {
+        if let (Some(memory), false) = (&self.memory, self.mapped) {
+            let data = self.layout.data_range();
+            let source = Source::from(&memory.as_bytes()[data.clone()]);
+            fill(Target::File(self.pending.file()), vec![(data.start, source)])
+                .map_err(Error::io(self.pending.path(), "writing tensor data"))?;
+        }
+        // Unmapped before the sync: nothing can dirty a page after it.
+        drop(self.memory.take());
+        self.pending.publish(self.durable)
+    }
+
+    /// The pieces, for a face that shares the memory with another language.
+    #[cfg(feature = "python")]
+    pub(crate) fn into_parts(mut self) -> Result<(Layout, Mapping, bool, bool, Pending)> {
+        self.memory()?;
+        let Self { layout, memory, mapped, durable, pending } = self;
+        let memory = memory.ok_or_else(|| Error::Argument("no memory".into()))?;
+        Ok((layout, memory, mapped, durable, pending))
+    }
+}
+
+/// The file offset of each source's tensor.
+///
+/// # Errors
+/// [`Error::Shape`] if a source is not as long as its tensor.
+pub(crate) fn place<'a>(
+    layout: &Layout,
+    jobs: Vec<(usize, Source<'a>)>,
+    path: &Path,
+) -> Result<Vec<(usize, Source<'a>)>> {
+    jobs.into_iter()
+        .map(|(index, source)| {
+            let info = layout.at(index).ok_or_else(|| Error::Argument("no such tensor".into()))?;
+            if info.bytes().len() == source.len() {
+                return Ok((info.bytes().start, source));
+            }
+            let (tensor, found) = (info.name().into(), source.len() as u64);
+            Err(Error::Shape { path: path.into(), tensor, found, expected: info.nbytes() })
+        })
+        .collect()
+}
+
+impl std::fmt::Debug for Draft {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Draft")
+            .field("path", &self.path())
+            .field("layout", &self.layout)
+            .finish_non_exhaustive()
+    }
+}

@@ -1,0 +1,238 @@
+//! Writing files: planned, allocated, mapped, filled, then renamed into place.
+//!
+//! # The commit protocol
+//!
+//! 1. A temporary sibling, created with `O_EXCL` under a random name in the same directory, locked.
+//! 2. `fallocate(2)` to the full size: a full disk is an error now, not a `SIGBUS` later. Where the file
+//!    system cannot, the file is written with `pwrite(2)` instead of through a mapping.
+//! 3. Mapped shared, huge pages advised before the first touch, filled in parallel, unmapped.
+//! 4. Mode: the umask's for a new file, the old file's for a replacement.
+//! 5. One fsync(2). The first error is final; the temporary is removed and the error returned.
+//! 6. `rename(2)`, then fsync of the directory. A failure there is [`Error::NotDurable`]: the new file is
+//!    visible, but perhaps not after a power loss.
+//!
+//! `durable(false)` skips the two fsyncs and nothing else: readers still see the old file or the new one,
+//! whole; a power loss may lose it.
+//!
+//! What is not promised: a symbolic link at the destination is itself replaced, its target is not
+//! touched; of a hard-linked file, the other names keep the old content; owner, ACLs and extended
+//! attributes of a replaced file are not carried over. Saving takes the space of both files until the rename.
+
+#![forbid(unsafe_code)]
+
+mod draft;
+mod fill;
+mod pending;
+mod sharded;
+
+pub use draft::{Draft, DraftOptions};
+pub(crate) use fill::{Target, fill};
+pub(crate) use pending::Pending;
+
+use crate::dtype::DType;
+use crate::error::{Error, Result};
+use crate::layout::{Layout, LayoutBuilder};
+use crate::map::Source;
+use crate::model::{Model, ModelMut};
+use safetensors::View;
+use std::borrow::Cow;
+use std::collections::BTreeMap;
+use std::path::Path;
+
+/// Writes tensors to `path`: one copy, from where they lie into the mapped output.
+///
+/// Anything that implements the `safetensors` crate's `View` is a tensor, ours included. The file appears
+/// whole or not at all, and is durable when this returns.
+///
+/// # Errors
+/// As [`SaveOptions::save`].
+///
+/// ```
+/// use maptensors::Model;
+/// use safetensors::{Dtype, tensor::TensorView};
+///
+/// let values: Vec<u8> = [1.0f32, 2.0].iter().flat_map(|v| v.to_le_bytes()).collect();
+/// let tensor = TensorView::new(Dtype::F32, vec![2], &values).unwrap();
+/// let path = std::env::temp_dir().join("maptensors-doc-save.safetensors");
+/// maptensors::save([("w", tensor)], &path)?;
+/// assert_eq!(Model::read(&path)?.tensor("w")?.as_slice::<f32>()?, [1.0, 2.0]);
+/// # std::fs::remove_file(path).unwrap();
+/// # Ok::<(), maptensors::Error>(())
+/// ```
+pub fn save<N: Into<String>, V: View>(
+    tensors: impl IntoIterator<Item = (N, V)>,
+    path: impl AsRef<Path>,
+) -> Result<()> {
+    SaveOptions::new().save(tensors, path)
+}
+
+/// How to save; [`save`] is the defaults.
+///
+/// ```
+/// use maptensors::{Model, SaveOptions};
+///
+/// let model = Model::read("models/digits.safetensors")?;
+/// let dir = std::env::temp_dir().join("maptensors-doc-sharded");
+/// std::fs::create_dir_all(&dir).unwrap();
+/// SaveOptions::new()
+///     .metadata("format", "pt")
+///     .max_shard_size(17_000)
+///     .save(model.tensors().map(|t| (t.name(), t)), dir.join("model.safetensors"))?;
+/// assert_eq!(Model::read(&dir)?.shards(), 2);
+/// # std::fs::remove_dir_all(dir).unwrap();
+/// # Ok::<(), maptensors::Error>(())
+/// ```
+#[derive(Debug, Clone, Default)]
+pub struct SaveOptions {
+    metadata: Option<BTreeMap<String, String>>,
+    max_shard_size: Option<u64>,
+    draft: DraftOptions,
+}
+
+impl SaveOptions {
+    /// Durable, one file, no metadata.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Adds one metadata entry; a key given again is replaced.
+    #[must_use]
+    pub fn metadata(mut self, key: impl Into<String>, value: impl Into<String>) -> Self {
+        self.metadata.get_or_insert_default().insert(key.into(), value.into());
+        self
+    }
+
+    /// Replaces all metadata.
+    #[must_use]
+    pub fn all_metadata(mut self, metadata: BTreeMap<String, String>) -> Self {
+        self.metadata = Some(metadata);
+        self
+    }
+
+    /// Whether the file survives a power loss once saved (default), or is only whole.
+    #[must_use]
+    pub fn durable(mut self, durable: bool) -> Self {
+        self.draft = self.draft.durable(durable);
+        self
+    }
+
+    /// Whether to write through a mapping (default, where the file system can) or with `pwrite(2)`.
+    #[must_use]
+    pub fn mapped(mut self, mapped: bool) -> Self {
+        self.draft = self.draft.mapped(mapped);
+        self
+    }
+
+    /// Splits the tensors over files of at most so many data bytes (a larger tensor gets a file of its
+    /// own). Saving to `model.safetensors` then makes `model-00001-of-00002.safetensors`, … and
+    /// `model.safetensors.index.json`, written last; what fits one file stays one file.
+    #[must_use]
+    pub fn max_shard_size(mut self, bytes: u64) -> Self {
+        self.max_shard_size = Some(bytes);
+        self
+    }
+
+    /// Writes tensors to `path`.
+    ///
+    /// # Errors
+    /// Those of planning ([`LayoutBuilder::build`]); [`Error::Shape`] if a tensor's data is not as
+    /// long as its shape asks for; [`Error::DType`] for a dtype this crate does not know; [`Error::Io`]
+    /// for what the system refuses, with nothing left behind; [`Error::NotRegular`] if `path` is a
+    /// directory or device; [`Error::NotDurable`].
+    pub fn save<N: Into<String>, V: View>(
+        &self,
+        tensors: impl IntoIterator<Item = (N, V)>,
+        path: impl AsRef<Path>,
+    ) -> Result<()> {
+        let tensors: Vec<Pair<V>> =
+            tensors.into_iter().map(|(name, view)| Pair { name: name.into(), view }).collect();
+        let path = path.as_ref();
+        match self.max_shard_size {
+            None => self.save_one(&tensors, path),
+            Some(limit) => sharded::save(self, &tensors, path, limit),
+        }
+    }
+
+    /// One file.
+    fn save_one<V: View>(&self, tensors: &[Pair<V>], path: &Path) -> Result<()> {
+        let mut draft = self.draft.create(path, &self.plan(tensors)?)?;
+        // What is borrowed is filled in one parallel go at the end; what has to be brought (from a device,
+        // by a gather) is filled at once, so that no two such copies exist together.
+        let mut borrowed = Vec::with_capacity(tensors.len());
+        for tensor in tensors {
+            // Planned just now, from these very names.
+            let index = draft.layout().position(&tensor.name).unwrap_or_default();
+            match tensor.view.data() {
+                Cow::Borrowed(data) => borrowed.push((index, Source::from(data))),
+                Cow::Owned(data) => draft.fill(vec![(index, Source::from(&*data))])?,
+            }
+        }
+        draft.fill(borrowed)?;
+        draft.commit()
+    }
+
+    fn plan<V: View>(&self, tensors: &[Pair<V>]) -> Result<Layout> {
+        let mut builder = Layout::builder();
+        for (key, value) in self.metadata.iter().flatten() {
+            builder = builder.metadata(key, value);
+        }
+        // A file whose metadata is there and empty stays so.
+        if self.metadata.as_ref().is_some_and(BTreeMap::is_empty) {
+            builder = builder.empty_metadata();
+        }
+        for tensor in tensors {
+            builder = tensor.declare(builder)?;
+        }
+        builder.build()
+    }
+}
+
+/// A tensor to save.
+struct Pair<V> {
+    name: String,
+    view: V,
+}
+
+impl<V: View> Pair<V> {
+    fn declare(&self, builder: LayoutBuilder) -> Result<LayoutBuilder> {
+        let dtype = DType::try_from(self.view.dtype()).map_err(|unknown| Error::DType {
+            path: std::path::PathBuf::new(),
+            tensor: self.name.clone(),
+            found: unknown.0,
+            expected: "a dtype this version knows".into(),
+        })?;
+        Ok(builder.tensor(&self.name, dtype, self.view.shape()))
+    }
+}
+
+impl Model {
+    /// Writes all tensors and the metadata to one file at `path`; also onto a file this model has mapped.
+    ///
+    /// # Errors
+    /// As [`SaveOptions::save`].
+    ///
+    /// ```
+    /// let set = maptensors::Model::read("models/digits-sharded")?;
+    /// let path = std::env::temp_dir().join("maptensors-doc-merged.safetensors");
+    /// set.save(&path)?; // two shards become one file
+    /// # std::fs::remove_file(path).unwrap();
+    /// # Ok::<(), maptensors::Error>(())
+    /// ```
+    pub fn save(&self, path: impl AsRef<Path>) -> Result<()> {
+        let mut options = SaveOptions::new();
+        if self.has_metadata() {
+            options = options.all_metadata(self.metadata().clone());
+        }
+        options.save(self.tensors().map(|t| (t.name(), t)), path)
+    }
+}
+
+impl ModelMut {
+    /// As [`Model::save`], with the edits made so far.
+    ///
+    /// # Errors
+    /// As [`SaveOptions::save`].
+    pub fn save(&self, path: impl AsRef<Path>) -> Result<()> {
+        Model::save(self, path)
+    }
+}

@@ -1,0 +1,94 @@
+//! A file on its way to its name: the commit protocol's steps, in their only order.
+
+use crate::error::{Error, Result};
+use crate::map::ExclusiveFile;
+use rustix::fs::{AtFlags, FileType, Mode, OFlags};
+use rustix::io::Errno;
+use std::ffi::OsString;
+use std::os::fd::{AsFd as _, OwnedFd};
+use std::path::{Path, PathBuf};
+
+/// An unfinished file beside the path it is meant for. Dropped without
+/// [`publish`](Pending::publish), it leaves nothing behind.
+pub(crate) struct Pending {
+    dir: OwnedFd,
+    path: PathBuf,
+    name: OsString,
+    file: ExclusiveFile,
+    /// The mode of the file to be replaced, if there is one.
+    mode: Option<u32>,
+    published: bool,
+}
+
+impl Pending {
+    /// Step 1: a temporary sibling of `path`.
+    pub(crate) fn create(path: &Path) -> Result<Self> {
+        let name =
+            path.file_name().ok_or_else(|| Error::Argument(format!("{} names no file", path.display())))?;
+        let parent = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
+        let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        let dir = rustix::fs::open(parent, flags, Mode::empty())
+            .map_err(|e| Error::io(path, "opening its directory")(e.into()))?;
+        let mode = replaced_mode(&dir, path, name)?;
+        ExclusiveFile::sweep(dir.as_fd());
+        // A replacement is nobody else's to read until it has the old file's mode.
+        let file = ExclusiveFile::create(dir.as_fd(), if mode.is_some() { 0o600 } else { 0o666 })
+            .map_err(Error::io(path, "creating a temporary file beside it"))?;
+        Ok(Self { dir, path: path.into(), name: name.into(), file, mode, published: false })
+    }
+
+    /// The path this file is meant for.
+    pub(crate) fn path(&self) -> &Path {
+        &self.path
+    }
+
+    pub(crate) fn file(&self) -> &ExclusiveFile {
+        &self.file
+    }
+
+    /// Step 2: all space, now. `false` where it can only be written, not mapped.
+    pub(crate) fn allocate(&self, len: u64) -> Result<bool> {
+        self.file.allocate(len).map_err(Error::io(&self.path, "allocating space for it"))
+    }
+
+    /// Steps 4 to 6: mode, sync, rename, sync of the directory.
+    pub(crate) fn publish(mut self, durable: bool) -> Result<()> {
+        let path = self.path.clone();
+        if let Some(mode) = self.mode {
+            self.file.set_mode(mode).map_err(Error::io(&path, "setting its mode"))?;
+        }
+        if durable {
+            self.file.sync().map_err(Error::io(&path, "writing it to disk"))?;
+        }
+        rustix::fs::renameat(&self.dir, self.file.name(), &self.dir, &self.name)
+            .map_err(|e| Error::io(&path, "renaming the finished file into place")(e.into()))?;
+        self.published = true;
+        if durable {
+            rustix::fs::fsync(&self.dir).map_err(|e| Error::NotDurable { path, source: e.into() })?;
+        }
+        Ok(())
+    }
+}
+
+impl Drop for Pending {
+    fn drop(&mut self) {
+        if !self.published {
+            rustix::fs::unlinkat(&self.dir, self.file.name(), AtFlags::empty()).ok();
+        }
+    }
+}
+
+/// The mode of the file at `path`, if there is one; refuses what a rename would wrongly replace.
+fn replaced_mode(dir: &OwnedFd, path: &Path, name: &std::ffi::OsStr) -> Result<Option<u32>> {
+    // Followed, for a link to a device is as bad as the device; a dangling link counts as nothing.
+    let stat = match rustix::fs::statat(dir, name, AtFlags::empty()) {
+        Ok(stat) => stat,
+        Err(Errno::NOENT | Errno::LOOP) => return Ok(None),
+        Err(error) => return Err(Error::io(path, "looking at the file to replace")(error.into())),
+    };
+    match FileType::from_raw_mode(stat.st_mode) {
+        FileType::RegularFile => Ok(Some(Mode::from_raw_mode(stat.st_mode).bits())),
+        FileType::Directory => Err(Error::NotRegular { path: path.into(), found: "a directory" }),
+        _ => Err(Error::NotRegular { path: path.into(), found: "a device, FIFO or socket" }),
+    }
+}
