@@ -431,10 +431,10 @@ impl LayoutBuilder {
         self
     }
 
-    /// Writes a metadata entry even if it has no keys.
+    /// Replaces all metadata; `Some` of nothing writes an entry without keys.
     #[must_use]
-    pub(crate) fn empty_metadata(mut self) -> Self {
-        self.metadata.get_or_insert_default();
+    pub(crate) fn all_metadata(mut self, metadata: Option<BTreeMap<String, String>>) -> Self {
+        self.metadata = metadata;
         self
     }
 
@@ -472,7 +472,9 @@ impl LayoutBuilder {
                 begin.checked_add(nbytes).filter(|&end| i64::try_from(end).is_ok()).ok_or_else(overflow)?;
             let place = parts.intern(&name).ok_or_else(too_many)?;
             let first = parts.dims_len();
-            shape.iter().for_each(|&dim| parts.push_dim(dim));
+            for &dim in &shape {
+                parts.push_dim(dim);
+            }
             parts.push(place, dtype, first, begin, end).ok_or_else(too_many)?;
             begin = end;
         }
@@ -483,7 +485,7 @@ impl LayoutBuilder {
 
 /// The alignment that a tensor of this size passes on to the one behind it.
 fn alignment_class(nbytes: usize) -> usize {
-    [4096, 64, 8, 4, 2].into_iter().find(|class| nbytes % class == 0).unwrap_or(1)
+    [4096, 64, 8, 4, 2].into_iter().find(|&class| nbytes.is_multiple_of(class)).unwrap_or(1)
 }
 
 #[cfg(test)]

@@ -65,6 +65,10 @@
 //!
 //! None by default. `cli` builds the `maptensors` command, `python` the extension module of the wheel.
 
+// The demo's walk is one text, compiled into the example and the command: both call the crate by name.
+#[cfg(feature = "cli")]
+extern crate self as maptensors;
+
 mod dtype;
 mod error;
 mod format;

@@ -1,2 +1,7 @@
 //! The `maptensors` command.
-fn main() {}
+
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    ExitCode::from(maptensors::cli::run(std::env::args_os()))
+}

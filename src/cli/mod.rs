@@ -1,1 +1,95 @@
-//! The command line.
+//! The command line: what was typed (`args`), what it means (`Job`), doing it.
+
+mod args;
+mod demo;
+mod inspect;
+mod report;
+mod table;
+mod text;
+
+use std::error::Error;
+use std::ffi::OsString;
+use std::io::{self, BufWriter, IsTerminal as _, Write};
+use std::path::PathBuf;
+
+/// Exit codes, as `--help` lists them.
+const DONE: u8 = 0;
+const FAILED: u8 = 1;
+const USAGE: u8 = 2;
+
+/// What was asked for.
+enum Job {
+    Inspect(inspect::Inspect),
+    Demo {
+        /// Where the demo's files stay; `None`: nowhere.
+        dir: Option<PathBuf>,
+    },
+}
+
+/// Runs the command line `args`, of which the first is the program's name, and returns its exit code:
+/// 0 done, 1 failed, 2 not understood. Writes to the process's standard output and error; never exits.
+///
+/// ```
+/// let args = ["maptensors", "inspect", "models/digits.safetensors"];
+/// assert_eq!(maptensors::cli::run(args.map(Into::into)), 0);
+/// ```
+pub fn run<I: IntoIterator<Item = OsString>>(args: I) -> u8 {
+    let typed = match args::parse(args) {
+        Ok(typed) => typed,
+        Err(answer) => {
+            // Help and version, on standard output, or a usage error. If nobody listens, so be it.
+            answer.print().ok();
+            return if answer.use_stderr() { USAGE } else { DONE };
+        }
+    };
+    let job = match typed.meaning(terminal_width()) {
+        Ok(job) => job,
+        Err(error) => {
+            complain(&*error);
+            return USAGE;
+        }
+    };
+    let mut out = BufWriter::new(io::stdout().lock());
+    let done = job.run(&mut out).and_then(|code| Ok(out.flush().map(|()| code)?));
+    match done {
+        Ok(code) => code,
+        Err(error) if is_broken_pipe(&*error) => DONE,
+        Err(error) => {
+            // What was printed before it went wrong stands before the error.
+            out.flush().ok();
+            complain(&*error);
+            FAILED
+        }
+    }
+}
+
+impl Job {
+    fn run(&self, out: &mut impl Write) -> Result<u8, Box<dyn Error>> {
+        match self {
+            Self::Inspect(inspect) => inspect.run(out),
+            Self::Demo { dir } => demo::run(out, dir.as_deref()).map(|()| DONE),
+        }
+    }
+}
+
+/// The width of the terminal that standard output is, if it is one.
+fn terminal_width() -> Option<usize> {
+    let stdout = io::stdout();
+    if !stdout.is_terminal() {
+        return None;
+    }
+    // 0: a terminal that was never told its size.
+    rustix::termios::tcgetwinsize(&stdout).ok().map(|size| size.ws_col.into()).filter(|&width| width > 0)
+}
+
+/// An error's own words hold its cause's already, so causes are not listed.
+fn complain(error: &dyn Error) {
+    // Without standard error there is nobody to tell.
+    writeln!(io::stderr(), "maptensors: {error}").ok();
+}
+
+/// Whether the reader of our output went away, as `head` does. Rust ignores `SIGPIPE`, so it is an error
+/// where C programs die silently.
+fn is_broken_pipe(error: &(dyn Error + 'static)) -> bool {
+    error.downcast_ref::<io::Error>().is_some_and(|e| e.kind() == io::ErrorKind::BrokenPipe)
+}

@@ -56,7 +56,7 @@ macro_rules! plain {
             }
             fn collect(bytes: &[u8]) -> Result<Vec<Self>, CheckedCastError> {
                 const SIZE: usize = size_of::<$t>();
-                if bytes.len() % SIZE != 0 {
+                if !bytes.len().is_multiple_of(SIZE) {
                     return Err(PodCastError::OutputSliceWouldHaveSlop.into());
                 }
                 let mut values = vec![<$t as bytemuck::Zeroable>::zeroed(); bytes.len() / SIZE];

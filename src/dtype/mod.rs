@@ -145,7 +145,7 @@ impl DType {
     /// assert_eq!(maptensors::DType::F4.itemsize(), None);
     /// ```
     pub const fn itemsize(self) -> Option<usize> {
-        if self.bits() % 8 == 0 { Some(self.bits() / 8) } else { None }
+        if self.bits().is_multiple_of(8) { Some(self.bits() / 8) } else { None }
     }
 
     /// Bytes that `elements` elements take, or `None` on overflow or where they end inside a byte.

@@ -166,6 +166,7 @@ pub struct F6E3M2x4(
 );
 
 #[cfg(test)]
+#[allow(clippy::float_cmp)] // every value here is exact
 mod tests {
     use super::*;
 

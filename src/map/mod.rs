@@ -27,7 +27,7 @@ pub(crate) use exclusive::ExclusiveFile;
 pub(crate) use file::{open_regular, read_exact_at};
 pub use residency::Residency;
 #[cfg(feature = "python")]
-pub(crate) use shared::SharedMapping;
+pub(crate) use shared::SharedMemory;
 pub(crate) use source::Source;
 
 use memmap2::{MmapOptions, MmapRaw};
@@ -235,7 +235,10 @@ impl Mapping {
 
 impl std::fmt::Debug for Mapping {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Mapping").field("backing", &self.backing).field("len", &self.len).finish()
+        f.debug_struct("Mapping")
+            .field("backing", &self.backing)
+            .field("len", &self.len)
+            .finish_non_exhaustive()
     }
 }
 

@@ -47,6 +47,9 @@ const PRESENT: u64 = 1 << 63;
 const SWAPPED: u64 = 1 << 62;
 const FILE_OR_SHARED: u64 = 1 << 61;
 
+/// Pages asked about at once, so that asking about a terabyte does not allocate by its size.
+const BLOCK: usize = 1 << 16;
+
 /// Asks about the pages that hold `len` bytes at `ptr`, which must be mapped.
 pub(super) fn of(ptr: *const u8, len: usize) -> io::Result<Residency> {
     let page_size = rustix::param::page_size();
@@ -58,8 +61,6 @@ pub(super) fn of(ptr: *const u8, len: usize) -> io::Result<Residency> {
     let last = (ptr.addr() + len - 1) / page_size;
     found.pages = last - first + 1;
     let pagemap = File::open("/proc/self/pagemap")?;
-    // In blocks, so that asking about a terabyte does not allocate by its size.
-    const BLOCK: usize = 1 << 16;
     let mut core = vec![0u8; BLOCK.min(found.pages)];
     let mut entries = vec![0u64; BLOCK.min(found.pages)];
     for block in (first..=last).step_by(BLOCK) {

@@ -50,8 +50,8 @@ impl Source<'_> {
         // SAFETY: the part lies inside what is readable (assert, field invariant); `to` is ours alone and
         // of the same length; they cannot overlap because `to` is exclusively borrowed memory.
         unsafe {
-            std::ptr::copy_nonoverlapping(self.ptr.wrapping_add(part.start), to.as_mut_ptr(), part.len())
-        };
+            std::ptr::copy_nonoverlapping(self.ptr.wrapping_add(part.start), to.as_mut_ptr(), part.len());
+        }
     }
 
     /// Writes a part to `file` at `offset`.

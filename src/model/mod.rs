@@ -8,7 +8,8 @@ pub(crate) use catalog::Catalog;
 pub use model_mut::ModelMut;
 pub(crate) use model_mut::split;
 pub use open::OpenOptions;
-pub(crate) use open::{Place, locate};
+#[cfg(feature = "python")]
+pub(crate) use open::{Place, locate, read_place};
 
 use crate::error::{Error, Result};
 use crate::layout::{Layout, TensorInfo};

@@ -96,12 +96,9 @@ impl OpenOptions {
     /// # Errors
     /// As [`Model::read`].
     pub fn read(&self, path: impl AsRef<Path>) -> Result<Model> {
-        self.read_place(&locate(path.as_ref())?)
-    }
-
-    /// As [`Model::read`], for files already located.
-    pub(crate) fn read_place(&self, place: &Place) -> Result<Model> {
-        assemble(place, |file, len, layout| Mapping::read(file, len, layout.data_range().start))
+        // Everything is read in any case: no option changes that.
+        let _ = self;
+        read_place(&locate(path.as_ref())?)
     }
 
     /// Maps files already located.
@@ -124,6 +121,11 @@ impl OpenOptions {
             Ok(mapping)
         })
     }
+}
+
+/// Reads files already located into owned memory.
+pub(crate) fn read_place(place: &Place) -> Result<Model> {
+    assemble(place, |file, len, layout| Mapping::read(file, len, layout.data_range().start))
 }
 
 /// Reads the data's pages in, cut at huge pages so that the page cache stays made of them.

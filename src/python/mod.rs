@@ -1,1 +1,47 @@
-//! The extension module.
+//! The extension module `maptensors._native`: argument in, call, result out.
+//!
+//! Free-threaded Python: not claimed. The module asks for the GIL (`gil_used = true`), which such an
+//! interpreter then turns on when it imports it. Classes are immutable or lock inside; memory that Python
+//! can write is reached by raw copies only.
+#![allow(unsafe_code)]
+// pyo3's extraction and protocols dictate these signatures.
+#![allow(clippy::needless_pass_by_value, clippy::unnecessary_wraps)]
+
+mod arrays;
+mod buffer;
+mod dlpack;
+mod draft;
+mod error;
+mod given;
+mod model;
+mod save;
+mod tensor;
+
+use pyo3::prelude::*;
+
+#[pymodule(gil_used = true)]
+#[pyo3(name = "_native")]
+mod native {
+    #[pymodule_export]
+    use super::draft::{Draft, create};
+    #[pymodule_export]
+    use super::model::{Model, load_bytes, open};
+    #[pymodule_export]
+    use super::save::{save, save_bytes};
+    #[pymodule_export]
+    use super::tensor::Tensor;
+
+    #[cfg(feature = "cli")]
+    use pyo3::prelude::*;
+
+    #[pymodule_export]
+    #[allow(non_upper_case_globals)]
+    const __version__: &str = env!("CARGO_PKG_VERSION");
+
+    /// Runs the command line with these arguments (the program's name first); returns the exit code.
+    #[cfg(feature = "cli")]
+    #[pyfunction]
+    fn cli(py: Python<'_>, args: Vec<std::ffi::OsString>) -> u8 {
+        py.detach(|| crate::cli::run(args))
+    }
+}

@@ -23,8 +23,10 @@
 mod draft;
 mod fill;
 mod pending;
-mod sharded;
+pub(crate) mod sharded;
 
+#[cfg(feature = "python")]
+pub(crate) use draft::place;
 pub use draft::{Draft, DraftOptions};
 pub(crate) use fill::{Target, fill};
 pub(crate) use pending::Pending;
@@ -37,6 +39,7 @@ use crate::model::{Model, ModelMut};
 use safetensors::View;
 use std::borrow::Cow;
 use std::collections::BTreeMap;
+use std::ops::Range;
 use std::path::Path;
 
 /// Writes tensors to `path`: one copy, from where they lie into the mapped output.
@@ -149,7 +152,12 @@ impl SaveOptions {
         let path = path.as_ref();
         match self.max_shard_size {
             None => self.save_one(&tensors, path),
-            Some(limit) => sharded::save(self, &tensors, path, limit),
+            Some(limit) => {
+                let sizes: Vec<(&str, u64)> =
+                    tensors.iter().map(|t| (t.name.as_str(), t.view.data_len() as u64)).collect();
+                let write = |part: Range<usize>, path: &Path| self.save_one(&tensors[part], path);
+                sharded::save(&sizes, path, limit, self.metadata.as_ref(), self.draft.is_durable(), write)
+            }
         }
     }
 
@@ -172,14 +180,7 @@ impl SaveOptions {
     }
 
     fn plan<V: View>(&self, tensors: &[Pair<V>]) -> Result<Layout> {
-        let mut builder = Layout::builder();
-        for (key, value) in self.metadata.iter().flatten() {
-            builder = builder.metadata(key, value);
-        }
-        // A file whose metadata is there and empty stays so.
-        if self.metadata.as_ref().is_some_and(BTreeMap::is_empty) {
-            builder = builder.empty_metadata();
-        }
+        let mut builder = Layout::builder().all_metadata(self.metadata.clone());
         for tensor in tensors {
             builder = tensor.declare(builder)?;
         }

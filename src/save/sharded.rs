@@ -1,70 +1,76 @@
 //! A model over several files: shards first, index last.
 
-use super::{Pair, Pending, SaveOptions};
+use super::Pending;
 use crate::error::{Error, Result};
 use crate::format::index::{self, Index};
 use crate::map;
-use safetensors::View;
 use std::collections::BTreeMap;
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 
-/// Saves `tensors` over files of at most `limit` data bytes. All or nothing: no existing shard is
-/// overwritten, so until the index is renamed into place the old set is whole; after it, the new one is.
+/// Saves tensors, given by name and size, over files of at most `limit` data bytes; `write` saves a part
+/// of them as one file. All or nothing: no existing shard is overwritten, so until the index is renamed
+/// into place the old set is whole; after it, the new one is.
 ///
 /// # Errors
-/// As [`SaveOptions::save`].
-pub(super) fn save<V: View>(
-    options: &SaveOptions,
-    tensors: &[Pair<V>],
+/// Those of `write`; [`Error::Argument`] for a path that shards cannot be named after,
+/// [`Error::Duplicate`]; of the index [`Error::Io`], [`Error::NotDurable`].
+pub(crate) fn save<E: From<Error>>(
+    tensors: &[(&str, u64)],
     path: &Path,
     limit: u64,
-) -> Result<()> {
+    metadata: Option<&BTreeMap<String, String>>,
+    durable: bool,
+    write: impl Fn(Range<usize>, &Path) -> Result<(), E>,
+) -> Result<(), E> {
     let target = Target::of(path)?;
-    let old = target.old_shards();
+    let mut old = target.old_shards();
     let groups = group(tensors, limit);
-    if groups.len() <= 1 {
-        options.save_one(tensors, path)?;
+    if let [all] = groups.as_slice() {
+        write(all.clone(), path)?;
         // Readers prefer an index: a stale one would hide the new file.
-        remove(&target.index);
-        old.iter().filter(|shard| shard.as_path() != path).for_each(|shard| remove(shard));
+        remove_all(std::slice::from_ref(&target.index));
+        old.retain(|shard| shard != path);
+        remove_all(&old);
         return Ok(());
     }
     let names = target.free_names(groups.len());
-    let mut undo = Undo(Vec::new());
     let mut weight_map = BTreeMap::new();
-    let mut total_size = 0u64;
-    for (group, name) in groups.iter().zip(&names) {
-        let shard = target.dir.join(name);
-        options.save_one(group, &shard)?;
-        undo.0.push(shard);
-        for tensor in *group {
-            weight_map.insert(tensor.name.as_str(), name.as_str());
-            total_size += tensor.view.data_len() as u64;
+    for (group, file) in groups.iter().zip(&names) {
+        for (name, _) in &tensors[group.clone()] {
+            if weight_map.insert(*name, file.as_str()).is_some() {
+                return Err(
+                    Error::Duplicate { path: path.into(), what: "tensor", name: (*name).into() }.into()
+                );
+            }
         }
     }
-    if weight_map.len() != tensors.len() {
-        let mut seen = std::collections::HashSet::new();
-        let twice = tensors.iter().find(|t| !seen.insert(&t.name)).map_or("", |t| &t.name);
-        return Err(Error::Duplicate { path: path.into(), what: "tensor", name: twice.into() });
+    let mut undo = Undo(Vec::new());
+    for (group, file) in groups.iter().zip(&names) {
+        let shard = target.dir.join(file);
+        write(group.clone(), &shard)?;
+        undo.0.push(shard);
     }
-    let metadata = options.metadata.clone().unwrap_or_default();
-    let text = index::encode(&weight_map, &metadata, total_size);
+    let total_size = tensors.iter().map(|(_, size)| size).sum();
+    let text = index::encode(&weight_map, metadata.unwrap_or(&BTreeMap::new()), total_size);
     let pending = Pending::create(&target.index)?;
     pending.allocate(text.len() as u64)?;
-    pending.file().write_all_at(text.as_bytes(), 0).map_err(Error::io(&target.index, "writing the index"))?;
-    let published = pending.publish(options.draft.is_durable());
+    let written = pending.file().write_all_at(text.as_bytes(), 0);
+    written.map_err(Error::io(&target.index, "writing the index"))?;
+    let published = pending.publish(durable);
     if !matches!(published, Err(Error::Io { .. })) {
         // The index is in place: the new set is the model, whatever happens now.
         undo.0.clear();
-        let new = |shard: &PathBuf| names.iter().any(|name| target.dir.join(name) == *shard);
-        old.iter().filter(|shard| !new(shard)).for_each(|shard| remove(shard));
+        remove_all(&old);
     }
-    published
+    Ok(published?)
 }
 
 /// Best effort: what is left behind takes space and harms nobody.
-fn remove(path: &Path) {
-    std::fs::remove_file(path).ok();
+fn remove_all(paths: &[PathBuf]) {
+    for path in paths {
+        std::fs::remove_file(path).ok();
+    }
 }
 
 /// Shards already in place, removed again unless the index follows.
@@ -72,23 +78,22 @@ struct Undo(Vec<PathBuf>);
 
 impl Drop for Undo {
     fn drop(&mut self) {
-        self.0.iter().for_each(|shard| remove(shard));
+        remove_all(&self.0);
     }
 }
 
 /// Consecutive tensors of at most `limit` bytes together; a larger one stands alone.
-fn group<V: View>(tensors: &[Pair<V>], limit: u64) -> Vec<&[Pair<V>]> {
+fn group(tensors: &[(&str, u64)], limit: u64) -> Vec<Range<usize>> {
     let mut groups = Vec::new();
     let (mut start, mut size) = (0, 0u64);
-    for (i, tensor) in tensors.iter().enumerate() {
-        let len = tensor.view.data_len() as u64;
-        if i > start && size.saturating_add(len) > limit {
-            groups.push(&tensors[start..i]);
+    for (i, (_, len)) in tensors.iter().enumerate() {
+        if i > start && size.saturating_add(*len) > limit {
+            groups.push(start..i);
             (start, size) = (i, 0);
         }
-        size = size.saturating_add(len);
+        size = size.saturating_add(*len);
     }
-    groups.push(&tensors[start..]);
+    groups.push(start..tensors.len());
     groups
 }
 

@@ -144,7 +144,7 @@ impl Selection {
     }
 
     /// Calls `each` with the first element of every unbroken run, in C order; returns the run's length.
-    fn for_each_run(&self, mut each: impl FnMut(usize, usize)) {
+    pub(crate) fn for_each_run(&self, mut each: impl FnMut(usize, usize)) {
         if self.elements() == 0 {
             return;
         }

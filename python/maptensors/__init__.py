@@ -1,0 +1,45 @@
+"""Load, edit, share and save machine-learning weights without copying them.
+
+>>> import maptensors as mt
+>>> with mt.open("models/digits.safetensors") as model:  # maps the file; reads only its header
+...     w = model["fc1.weight"].numpy()  # the file's own pages, copy-on-write
+>>> w.shape
+(64, 64)
+
+**The file must stay as it is while it is mapped.** Nobody may write into it, truncate it or punch holes in
+it until the model and every array taken from it are gone: the arrays would change, or the process would die
+of ``SIGBUS``. Replacing it by renaming another file over it, as every save here does, and deleting it
+are fine. For files that others rewrite in place, open with ``backend="pread"``: the same interface over
+memory of its own.
+
+``maptensors.numpy``, ``maptensors.torch`` and ``maptensors.flax`` have the functions of the safetensors
+modules of the same names; :class:`safe_open` is safetensors' too. Moving over is a change of import.
+"""
+
+from collections.abc import Mapping as _Mapping
+
+from maptensors._api import save, save_bytes
+from maptensors._native import Draft, Model, Tensor, __version__, create, open
+from maptensors._native import load_bytes as load
+from maptensors._safe_open import safe_open
+from maptensors.errors import MapTensorsError
+
+#: What code written for safetensors catches.
+SafetensorError = MapTensorsError
+
+_Mapping.register(Model)
+
+__all__ = [
+    "Draft",
+    "MapTensorsError",
+    "Model",
+    "SafetensorError",
+    "Tensor",
+    "__version__",
+    "create",
+    "load",
+    "open",
+    "safe_open",
+    "save",
+    "save_bytes",
+]

@@ -1,0 +1,63 @@
+"""Functions whose arguments want more care than the extension module takes."""
+
+import os
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from maptensors import _native
+
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+_BINARY = {"KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
+
+
+def parse_size(size: int | str) -> int:
+    """Bytes of ``5_000_000_000``, ``"5GB"`` (powers of 1000) or ``"5GiB"`` (powers of 1024)."""
+    if isinstance(size, str):
+        match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]I?)?B?\s*", size.upper())
+        if match is None:
+            raise ValueError(f"a size is a number of bytes or text like '5GB' or '2GiB', not {size!r}")
+        number, unit = match[1], match[2] or ""
+        size = int(float(number) * (_UNITS | _BINARY)[unit])
+    if size <= 0:
+        raise ValueError(f"a size must be positive, not {size}")
+    return size
+
+
+def save(
+    tensors: Mapping[str, Any] | Iterable[tuple[str, Any]],
+    path: str | os.PathLike[str],
+    *,
+    metadata: Mapping[str, str] | None = None,
+    durable: bool = True,
+    max_shard_size: int | str | None = None,
+) -> None:
+    """Write tensors to a safetensors file: one copy, from where they lie into the mapped output.
+
+    ``tensors`` maps names to numpy or JAX arrays, torch tensors, :class:`maptensors.Tensor`, or anything with
+    ``__array__`` or ``__dlpack__``. Strided, byte-swapped and device arrays are written right, straight
+    into the file's pages. A :class:`maptensors.Model` is saved with its metadata, edits included, also onto
+    its own file.
+
+    The file appears under ``path`` whole or not at all; a failed save leaves what was there. With
+    ``durable=False`` nothing is synced, and a power loss may lose it.
+
+    With ``max_shard_size`` (bytes, or text like ``"5GB"``) what does not fit one file is saved over several,
+    named after ``path`` (``model-00001-of-00002.safetensors``), with ``model.safetensors.index.json`` last.
+    """
+    if metadata is None and isinstance(tensors, _native.Model) and tensors.has_metadata:
+        metadata = tensors.metadata
+    limit = None if max_shard_size is None else parse_size(max_shard_size)
+    given = None if metadata is None else dict(metadata)
+    _native.save(tensors, path, metadata=given, durable=durable, max_shard_size=limit)
+
+
+def save_bytes(
+    tensors: Mapping[str, Any] | Iterable[tuple[str, Any]],
+    *,
+    metadata: Mapping[str, str] | None = None,
+) -> bytes:
+    """Return the bytes of the file that :func:`save` would write."""
+    if metadata is None and isinstance(tensors, _native.Model) and tensors.has_metadata:
+        metadata = tensors.metadata
+    return _native.save_bytes(tensors, metadata=None if metadata is None else dict(metadata))

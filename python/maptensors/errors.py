@@ -1,0 +1,132 @@
+"""What can go wrong, by name.
+
+Every error about a file's content or an argument is a :class:`MapTensorsError`, which is a ``ValueError``.
+What the operating system refuses is the ``OSError`` subclass of its errno (``FileNotFoundError``,
+``PermissionError``, …) with ``filename`` set.
+"""
+
+from typing import ClassVar
+
+
+class MapTensorsError(ValueError):
+    """Base of all errors of this package but the operating system's."""
+
+    kind: ClassVar[str] = "Argument"
+
+    def __str__(self) -> str:
+        # KeyError, a base of MissingError, would show the message's repr.
+        return str(self.args[0]) if self.args else ""
+
+
+class TruncatedError(MapTensorsError):
+    """The file ends before what its header declares."""
+
+    kind = "Truncated"
+
+
+class LimitError(MapTensorsError):
+    """A number is larger than any sound file has; often the file is something else."""
+
+    kind = "Limit"
+
+
+class Utf8Error(MapTensorsError):
+    """The header is not UTF-8."""
+
+    kind = "Utf8"
+
+
+class JsonError(MapTensorsError):
+    """The header or index is not the JSON it should be."""
+
+    kind = "Json"
+
+
+class DuplicateError(MapTensorsError):
+    """A name is there twice."""
+
+    kind = "Duplicate"
+
+
+class DTypeError(MapTensorsError, TypeError):
+    """A dtype is unknown, or not one that can be held where it was asked for."""
+
+    kind = "DType"
+
+
+class SizeOverflowError(MapTensorsError, OverflowError):
+    """A shape describes more bytes than can be counted."""
+
+    kind = "Overflow"
+
+
+class LayoutError(MapTensorsError):
+    """Tensor data overlaps, leaves a hole, runs backwards, or does not fill the file."""
+
+    kind = "Layout"
+
+
+class ShapeError(MapTensorsError):
+    """A byte range does not have the length that shape and dtype ask for."""
+
+    kind = "Shape"
+
+
+class AlignError(MapTensorsError):
+    """Packed elements end, or would be cut, inside a byte."""
+
+    kind = "Align"
+
+
+class BitPatternError(MapTensorsError):
+    """A bit pattern is no value of its type: a bool that is neither 0 nor 1."""
+
+    kind = "Value"
+
+
+class ShardPathError(MapTensorsError):
+    """A file name in an index leads out of the index's directory."""
+
+    kind = "Path"
+
+
+class MissingError(MapTensorsError, KeyError):
+    """There is no such tensor."""
+
+    kind = "Missing"
+
+
+class NotRegularError(MapTensorsError, OSError):
+    """The path is a directory without a model, a FIFO, a device or a socket."""
+
+    kind = "NotRegular"
+
+
+class NotDurableError(MapTensorsError, OSError):
+    """The new file is in place and visible, but may be gone after a power loss."""
+
+    kind = "NotDurable"
+
+
+#: The class for each kind of error.
+BY_KIND: dict[str, type[MapTensorsError]] = {
+    cls.kind: cls
+    for cls in (
+        MapTensorsError,
+        TruncatedError,
+        LimitError,
+        Utf8Error,
+        JsonError,
+        DuplicateError,
+        DTypeError,
+        SizeOverflowError,
+        LayoutError,
+        ShapeError,
+        AlignError,
+        BitPatternError,
+        ShardPathError,
+        MissingError,
+        NotRegularError,
+        NotDurableError,
+    )
+}

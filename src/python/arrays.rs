@@ -1,0 +1,346 @@
+//! Memory as arrays of numpy, torch and JAX.
+
+use super::dlpack::{self, Exchange, Export};
+use super::tensor::Tensor;
+use crate::dtype::DType;
+use crate::error::{Error, quote};
+use crate::map::{SharedMemory, Source};
+use crate::tensor::Selection;
+use pyo3::exceptions::{PyBufferError, PyImportError, PyValueError};
+use pyo3::intern;
+use pyo3::prelude::*;
+use pyo3::sync::PyOnceLock;
+use pyo3::types::{PyString, PyTuple};
+use std::path::PathBuf;
+use std::sync::Arc;
+
+/// A tensor in memory that may be shared with Python; [`Tensor`]'s fields, borrowed.
+#[derive(Clone, Copy)]
+pub(super) struct Array<'a> {
+    pub(super) memory: &'a Arc<SharedMemory>,
+    /// Of the first element, in bytes.
+    pub(super) offset: usize,
+    pub(super) dtype: DType,
+    pub(super) shape: &'a [usize],
+    /// In elements; `None` in C order.
+    pub(super) strides: Option<&'a [isize]>,
+    pub(super) read_only: bool,
+    pub(super) name: &'a str,
+}
+
+impl Array<'_> {
+    pub(super) fn elements(&self) -> usize {
+        if self.shape.contains(&0) { 0 } else { self.shape.iter().product() }
+    }
+
+    pub(super) fn nbytes(&self) -> usize {
+        // Checked when the layout was made.
+        self.elements() * self.dtype.bits() / 8
+    }
+
+    pub(super) fn ptr(&self) -> *mut u8 {
+        self.memory.ptr(&(self.offset..self.offset))
+    }
+
+    /// Bytes in C order, where they lie so.
+    pub(super) fn source(&self) -> Option<Source<'_>> {
+        self.strides.is_none().then(|| self.memory.source(&(self.offset..self.offset + self.nbytes())))
+    }
+
+    /// Copies the elements that `selection` (of this array) describes to `to`, in C order.
+    pub(super) fn gather(&self, selection: &Selection, to: &mut [u8]) {
+        let bits = self.dtype.bits();
+        let mut done = 0;
+        selection.for_each_run(|first, len| {
+            // Relative to the first element; negative steps walk backwards from it.
+            let start = self.offset.wrapping_add_signed(first.cast_signed() * bits.cast_signed() / 8);
+            let size = len * bits / 8;
+            self.memory.source(&(start..start + size)).copy_to(0..size, &mut to[done..done + size]);
+            done += size;
+        });
+    }
+
+    fn dtype_error(&self, expected: &str) -> PyErr {
+        Error::DType {
+            path: PathBuf::new(),
+            tensor: self.name.into(),
+            found: self.dtype.to_string(),
+            expected: expected.into(),
+        }
+        .into()
+    }
+
+    /// A `bool` other than 0 and 1 is no value: frameworks would misbehave on it.
+    pub(super) fn check_values(&self) -> PyResult<()> {
+        if self.dtype != DType::Bool {
+            return Ok(());
+        }
+        let mut all = Selection::all(self.shape);
+        if let Some(strides) = self.strides {
+            all.strides = strides.to_vec();
+        }
+        let mut worst = 0u8;
+        let mut block = [0u8; 4096];
+        all.for_each_run(|first, len| {
+            let start = self.offset.wrapping_add_signed(first.cast_signed());
+            for from in (0..len).step_by(block.len()) {
+                let n = block.len().min(len - from);
+                self.memory.source(&(start + from..start + from + n)).copy_to(0..n, &mut block[..n]);
+                worst = block[..n].iter().copied().fold(worst, u8::max);
+            }
+        });
+        if worst <= 1 {
+            return Ok(());
+        }
+        let what = format!("BOOL cannot be {worst}; .view(\"U8\") shows the bytes");
+        Err(Error::Value { tensor: self.name.into(), what }.into())
+    }
+
+    /// `flat` is the whole memory as a buffer, to be shared by many arrays; made here if missing.
+    pub(super) fn numpy<'py>(
+        &self,
+        py: Python<'py>,
+        flat: Option<&Bound<'py, Tensor>>,
+    ) -> PyResult<Bound<'py, PyAny>> {
+        self.check_values()?;
+        match self.dtype {
+            DType::F4 => return self.unpacked(py),
+            DType::F6E2M3 | DType::F6E3M2 => {
+                return Err(self.dtype_error("a dtype numpy can hold; .view(\"U8\") gives the packed bytes"));
+            }
+            _ => {}
+        }
+        let made;
+        let flat = if let Some(flat) = flat {
+            flat
+        } else {
+            made = self.flat(py)?;
+            &made
+        };
+        let ndarray = import(py, &NDARRAY, "numpy", "ndarray")?;
+        let dtype = numpy_dtype(py, self.dtype)?;
+        let shape = PyTuple::new(py, self.shape)?;
+        match self.strides {
+            None => ndarray.call1((shape, dtype, flat, self.offset)),
+            Some(strides) => {
+                let itemsize = self.dtype.itemsize().unwrap_or(1).cast_signed();
+                let strides = PyTuple::new(py, strides.iter().map(|stride| stride * itemsize))?;
+                ndarray.call1((shape, dtype, flat, self.offset, strides))
+            }
+        }
+    }
+
+    /// The whole memory, as a buffer of bytes.
+    pub(super) fn flat<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, Tensor>> {
+        let len = self.memory.len();
+        Bound::new(py, Tensor::whole(self.memory.clone(), 0, DType::U8, &[len], self.name))
+    }
+
+    /// 4-bit floats one to the byte, as `ml_dtypes` holds them.
+    fn unpacked<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyAny>> {
+        let mut packed = vec![0; self.nbytes()];
+        let mut all = Selection::all(self.shape);
+        if let Some(strides) = self.strides {
+            all.strides = strides.to_vec();
+        }
+        self.gather(&all, &mut packed);
+        let bytes: Vec<u8> = packed.iter().flat_map(|byte| [byte & 0xf, byte >> 4]).collect();
+        let numpy = py.import("numpy")?;
+        let flat = numpy.call_method1("frombuffer", (pyo3::types::PyByteArray::new(py, &bytes), "uint8"))?;
+        let typed = flat.call_method1("view", (numpy_dtype(py, DType::F4)?,))?;
+        typed.call_method1("reshape", (PyTuple::new(py, self.shape)?,))
+    }
+
+    pub(super) fn torch<'py>(
+        &self,
+        py: Python<'py>,
+        device: Option<&Bound<'py, PyAny>>,
+    ) -> PyResult<Bound<'py, PyAny>> {
+        if self.read_only {
+            return Err(PyValueError::new_err(format!(
+                "tensor {} is read-only, and torch has no read-only tensors (a write would crash); \
+                 open with mode=\"c\": nothing is copied until it is written",
+                quote(self.name)
+            )));
+        }
+        if self.dtype.torch_name().is_none() {
+            return Err(self.dtype_error("a dtype torch has; .view(\"U8\") gives the packed bytes"));
+        }
+        if self.strides.is_some_and(|strides| strides.iter().any(|&stride| stride < 0)) {
+            return Err(PyValueError::new_err("torch has no negative steps; .numpy() takes them"));
+        }
+        let torch = torch(py)?;
+        let tensor = if let Some(exchange) = torch.exchange {
+            self.export(|export| exchange.make(py, export))?
+        } else {
+            let capsule = self.dlpack(py, true, None, None)?;
+            torch.from_dlpack.bind(py).call1((capsule,))?
+        };
+        match device {
+            Some(device) if !is_cpu(device) => tensor.call_method1(intern!(py, "to"), (device,)),
+            _ => Ok(tensor),
+        }
+    }
+
+    pub(super) fn jax<'py>(
+        &self,
+        py: Python<'py>,
+        device: Option<&Bound<'py, PyAny>>,
+        flat: Option<&Bound<'py, Tensor>>,
+    ) -> PyResult<Bound<'py, PyAny>> {
+        static DEVICE_PUT: PyOnceLock<Py<PyAny>> = PyOnceLock::new();
+        let array = self.numpy(py, flat)?;
+        // jax.numpy.asarray copies; device_put takes aligned host memory as it is.
+        import(py, &DEVICE_PUT, "jax", "device_put")?.call1((array, device))
+    }
+
+    pub(super) fn dlpack<'py>(
+        &self,
+        py: Python<'py>,
+        versioned: bool,
+        device: Option<(i32, i32)>,
+        copy: Option<bool>,
+    ) -> PyResult<Bound<'py, PyAny>> {
+        if device.is_some_and(|device| device != dlpack::CPU) {
+            return Err(PyBufferError::new_err("this tensor is in CPU memory; move it with the framework"));
+        }
+        if copy == Some(true) {
+            let mut bytes = vec![0; self.nbytes()];
+            let mut all = Selection::all(self.shape);
+            if let Some(strides) = self.strides {
+                all.strides = strides.to_vec();
+            }
+            py.detach(|| self.gather(&all, &mut bytes));
+            let memory = Arc::new(SharedMemory::copy_of(Source::from(&*bytes)));
+            let copied = Array { memory: &memory, offset: 0, strides: None, read_only: false, ..*self };
+            return copied.export(|export| Export { copied: true, ..*export }.capsule(py, versioned));
+        }
+        self.export(|export| export.capsule(py, versioned))
+    }
+
+    fn export<T>(&self, take: impl FnOnce(&Export<'_>) -> PyResult<T>) -> PyResult<T> {
+        self.check_values()?;
+        let mut shape = self.shape.to_vec();
+        if self.dtype == DType::F4 {
+            // Two elements make one of DLPack's; only the last axis can be halved.
+            let Some(last) = shape.last_mut().filter(|last| last.is_multiple_of(2)) else {
+                return Err(self.dtype_error("an even last axis, to be handed out as pairs"));
+            };
+            *last /= 2;
+            if self.strides.is_some() {
+                return Err(PyBufferError::new_err("packed elements are handed out only in one piece"));
+            }
+        }
+        take(&Export {
+            memory: self.memory,
+            ptr: self.ptr(),
+            dtype: self.dtype,
+            shape: &shape,
+            strides: self.strides,
+            read_only: self.read_only,
+            copied: false,
+        })
+    }
+}
+
+pub(super) fn is_cpu(device: &Bound<'_, PyAny>) -> bool {
+    device.is_none() || device.str().is_ok_and(|text| text == "cpu")
+}
+
+pub(super) static NDARRAY: PyOnceLock<Py<PyAny>> = PyOnceLock::new();
+
+/// `module.name`, imported once.
+pub(super) fn import<'py>(
+    py: Python<'py>,
+    cell: &'static PyOnceLock<Py<PyAny>>,
+    module: &str,
+    name: &str,
+) -> PyResult<Bound<'py, PyAny>> {
+    let object =
+        cell.get_or_try_init(py, || -> PyResult<_> { Ok(py.import(module)?.getattr(name)?.unbind()) })?;
+    Ok(object.bind(py).clone())
+}
+
+/// torch's ways in, looked up once.
+pub(super) struct Torch {
+    pub(super) class: Py<PyAny>,
+    exchange: Option<Exchange>,
+    from_dlpack: Py<PyAny>,
+}
+
+pub(super) fn torch(py: Python<'_>) -> PyResult<&'static Torch> {
+    static TORCH: PyOnceLock<Torch> = PyOnceLock::new();
+    TORCH.get_or_try_init(py, || {
+        let module = py.import("torch")?;
+        let class = module.getattr("Tensor")?;
+        Ok(Torch {
+            exchange: Exchange::of(&class),
+            class: class.unbind(),
+            from_dlpack: module.getattr("utils")?.getattr("dlpack")?.getattr("from_dlpack")?.unbind(),
+        })
+    })
+}
+
+/// numpy's dtype object; beyond numpy's own, `ml_dtypes`'.
+pub(super) fn numpy_dtype(py: Python<'_>, dtype: DType) -> PyResult<Bound<'_, PyAny>> {
+    static DTYPES: [PyOnceLock<Py<PyAny>>; DType::ALL.len()] =
+        [const { PyOnceLock::new() }; DType::ALL.len()];
+    let cell = &DTYPES[dtype as usize];
+    let object = cell.get_or_try_init(py, || -> PyResult<_> {
+        let name = dtype.numpy_name();
+        let numpy = py.import("numpy")?;
+        let own = matches!(
+            dtype,
+            DType::Bool
+                | DType::U8
+                | DType::I8
+                | DType::U16
+                | DType::I16
+                | DType::U32
+                | DType::I32
+                | DType::U64
+                | DType::I64
+                | DType::F16
+                | DType::F32
+                | DType::F64
+                | DType::C64
+        );
+        let named = if own {
+            PyString::new(py, name).into_any()
+        } else {
+            let module = py.import("ml_dtypes").map_err(|error| {
+                let text = format!("numpy has no {name} of its own: pip install ml_dtypes");
+                let wrapped = PyImportError::new_err(text);
+                wrapped.set_cause(py, Some(error));
+                wrapped
+            })?;
+            module.getattr(name)?
+        };
+        Ok(numpy.call_method1("dtype", (named,))?.unbind())
+    })?;
+    Ok(object.bind(py).clone())
+}
+
+/// A dtype as people write it: `"F32"`, `"float32"`, `np.float32`, `np.dtype("float32")`,
+/// `torch.float32`, `ml_dtypes.bfloat16`.
+pub(super) fn parse_dtype(dtype: &Bound<'_, PyAny>) -> PyResult<DType> {
+    let text = if let Ok(text) = dtype.cast::<PyString>() {
+        text.to_string()
+    } else if let Ok(name) = dtype.getattr("name").and_then(|name| name.extract::<String>()) {
+        name
+    } else if let Ok(name) = dtype.getattr("__name__").and_then(|name| name.extract::<String>()) {
+        name
+    } else {
+        dtype.str()?.to_string()
+    };
+    let name = text.strip_prefix("torch.").unwrap_or(&text);
+    name.parse().ok().or_else(|| DType::from_framework_name(name)).ok_or_else(|| {
+        Error::DType {
+            path: PathBuf::new(),
+            tensor: String::new(),
+            found: format!("of dtype {text}"),
+            expected: "one of BOOL, U8, …, F64, or a framework's name for it".into(),
+        }
+        .into()
+    })
+}

@@ -1,0 +1,122 @@
+//! Python's buffer protocol (PEP 3118), over memory that Python may also write.
+
+use super::arrays::Array;
+use crate::dtype::DType;
+use pyo3::exceptions::PyBufferError;
+use pyo3::ffi;
+use pyo3::prelude::*;
+use std::ffi::{CStr, c_int, c_void};
+
+/// What a filled view points to.
+struct Shape {
+    /// Shape, then strides in bytes.
+    dims: Vec<ffi::Py_ssize_t>,
+}
+
+/// The `struct` code of a dtype, if it has one. Others have no typed buffer: bytes can still be had with
+/// `view("U8")`, or by a consumer that asks for no format.
+fn format(dtype: DType) -> Option<&'static CStr> {
+    Some(match dtype {
+        DType::Bool => c"?",
+        DType::U8 => c"B",
+        DType::I8 => c"b",
+        DType::U16 => c"H",
+        DType::I16 => c"h",
+        DType::U32 => c"I",
+        DType::I32 => c"i",
+        DType::U64 => c"Q",
+        DType::I64 => c"q",
+        DType::F16 => c"e",
+        DType::F32 => c"f",
+        DType::F64 => c"d",
+        DType::C64 => c"Zf",
+        _ => return None,
+    })
+}
+
+/// Fills `view` for `owner`, whose memory `array` describes.
+///
+/// # Safety
+/// `view` is null or a `Py_buffer` to fill, as Python's buffer protocol passes it.
+pub(super) unsafe fn fill(
+    owner: &Bound<'_, PyAny>,
+    array: &Array<'_>,
+    view: *mut ffi::Py_buffer,
+    flags: c_int,
+) -> PyResult<()> {
+    // SAFETY: the caller's promise.
+    let Some(view) = (unsafe { view.as_mut() }) else {
+        return Err(PyBufferError::new_err("no view to fill"));
+    };
+    view.obj = std::ptr::null_mut();
+    let asks = |flag: c_int| flags & flag == flag;
+    if array.read_only && asks(ffi::PyBUF_WRITABLE) {
+        return Err(PyBufferError::new_err("this tensor is read-only"));
+    }
+    if array.strides.is_some() && !asks(ffi::PyBUF_STRIDES) {
+        return Err(PyBufferError::new_err("this tensor is not contiguous"));
+    }
+    let format = match (asks(ffi::PyBUF_FORMAT), format(array.dtype)) {
+        (true, None) => {
+            let text =
+                format!("the buffer protocol has no code for {}; use .numpy() or .view(\"U8\")", array.dtype);
+            return Err(PyBufferError::new_err(text));
+        }
+        (true, Some(format)) => {
+            array.check_values()?;
+            format.as_ptr()
+        }
+        (false, _) => std::ptr::null(),
+    };
+    let itemsize = array.dtype.itemsize().unwrap_or(1);
+    let nbytes = array.nbytes();
+    let dim =
+        |n: usize| ffi::Py_ssize_t::try_from(n).map_err(|_| PyBufferError::new_err("too large a tensor"));
+    // Packed elements have no shape of their own: they are a run of bytes.
+    let packed = array.dtype.itemsize().is_none();
+    let mut dims: Vec<ffi::Py_ssize_t> = if packed {
+        vec![dim(nbytes)?]
+    } else {
+        array.shape.iter().map(|&n| dim(n)).collect::<Result<_, _>>()?
+    };
+    let rank = dims.len();
+    if let (Some(strides), false) = (array.strides, packed) {
+        dims.extend(strides.iter().map(|stride| stride * itemsize.cast_signed()));
+    } else {
+        let mut stride = itemsize.cast_signed();
+        let mut strides = vec![stride; rank];
+        for axis in (0..rank).rev() {
+            strides[axis] = stride;
+            stride = stride.wrapping_mul(dims[axis].max(1));
+        }
+        dims.extend(strides);
+    }
+    let mut shape = Box::new(Shape { dims });
+    let dims = shape.dims.as_mut_ptr();
+    view.buf = array.ptr().cast::<c_void>();
+    view.len = dim(nbytes)?;
+    view.readonly = c_int::from(array.read_only);
+    view.itemsize = itemsize.cast_signed();
+    view.format = format.cast_mut();
+    // Without PyBUF_ND the bytes are one run, and a consumer expects one axis.
+    view.ndim = if asks(ffi::PyBUF_ND) { c_int::try_from(rank).unwrap_or(c_int::MAX) } else { 1 };
+    view.shape = if asks(ffi::PyBUF_ND) { dims } else { std::ptr::null_mut() };
+    view.strides = if asks(ffi::PyBUF_STRIDES) { dims.wrapping_add(rank) } else { std::ptr::null_mut() };
+    view.suboffsets = std::ptr::null_mut();
+    view.internal = Box::into_raw(shape).cast();
+    view.obj = owner.clone().into_ptr();
+    Ok(())
+}
+
+/// Frees what [`fill`] allocated.
+///
+/// # Safety
+/// `view` was filled by [`fill`] and is released once.
+pub(super) unsafe fn release(view: *mut ffi::Py_buffer) {
+    // SAFETY: the caller's promise.
+    let internal = unsafe { (*view).internal };
+    if !internal.is_null() {
+        // SAFETY: a pointer from Box::into_raw in `fill`, given back once.
+        drop(unsafe { Box::from_raw(internal.cast::<Shape>()) });
+    }
+}

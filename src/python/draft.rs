@@ -1,0 +1,191 @@
+//! `maptensors.Draft`: a file being made in place.
+
+use super::tensor::Tensor;
+use super::{arrays, given};
+use crate::error::Error;
+use crate::layout::Layout;
+use crate::map::{SharedMemory, Source};
+use crate::save::{self, DraftOptions, Pending, Target};
+use pyo3::exceptions::PyValueError;
+use pyo3::prelude::*;
+use pyo3::types::{PyDict, PyList, PyTuple};
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, PoisonError};
+
+/// A safetensors file being made: allocated and mapped, invisible until `commit()`.
+///
+/// `draft["w"]` is a writable tensor in the file's own pages; arrays made from it may be written with
+/// `out=`, `copy_` or `[...] =`. As a context manager it commits, unless an exception passes through;
+/// dropped without a commit it leaves nothing behind. Arrays still held after the commit stay valid and
+/// no longer reach the file.
+#[pyclass(frozen, mapping, module = "maptensors")]
+pub(super) struct Draft {
+    layout: Layout,
+    memory: Arc<SharedMemory>,
+    mapped: bool,
+    durable: bool,
+    path: PathBuf,
+    pending: Mutex<Option<Pending>>,
+}
+
+impl Draft {
+    pub(super) fn new(draft: save::Draft) -> Result<Self, Error> {
+        let path = draft.path().to_owned();
+        let (layout, memory, mapped, durable, pending) = draft.into_parts()?;
+        let memory = Arc::new(SharedMemory::from(memory));
+        Ok(Self { layout, memory, mapped, durable, path, pending: Mutex::new(Some(pending)) })
+    }
+
+    pub(super) fn tensor(&self, name: &str) -> PyResult<Tensor> {
+        if self.closed() {
+            return Err(PyValueError::new_err("the draft is committed or closed"));
+        }
+        let missing = || Error::Missing {
+            path: self.path.clone(),
+            name: name.into(),
+            hint: " in the planned layout".into(),
+        };
+        let info = self.layout.get(name).ok_or_else(missing)?;
+        Ok(Tensor::whole(self.memory.clone(), info.bytes().start, info.dtype(), info.shape(), name))
+    }
+
+    pub(super) fn finish(&self) -> Result<(), Error> {
+        let Some(pending) = self.pending.lock().unwrap_or_else(PoisonError::into_inner).take() else {
+            return Err(Error::Argument("the draft is committed or closed already".into()));
+        };
+        let io = |action| Error::io(&self.path, action);
+        if self.mapped {
+            // Before the sync: what is written later must not reach a file others may have mapped.
+            self.memory.detach(pending.file().file()).map_err(io("detaching the new file from memory"))?;
+        } else {
+            let data = self.layout.data_range();
+            let source: Source<'_> = self.memory.source(&data);
+            save::fill(Target::File(pending.file()), vec![(data.start, source)])
+                .map_err(io("writing tensor data"))?;
+        }
+        pending.publish(self.durable)
+    }
+}
+
+#[pymethods]
+impl Draft {
+    fn __getitem__(&self, name: &str) -> PyResult<Tensor> {
+        self.tensor(name)
+    }
+
+    /// `draft["w"] = array`: copies the array into the file's pages.
+    fn __setitem__(&self, py: Python<'_>, name: &str, value: &Bound<'_, PyAny>) -> PyResult<()> {
+        given::assign(py, &self.tensor(name)?.array(), value)
+    }
+
+    fn __contains__(&self, name: &Bound<'_, PyAny>) -> bool {
+        name.extract::<&str>().is_ok_and(|name| self.layout.get(name).is_some())
+    }
+
+    fn __len__(&self) -> usize {
+        self.layout.len()
+    }
+
+    fn __iter__<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyAny>> {
+        PyList::new(py, self.layout.iter().map(|info| info.name()))?.call_method0("__iter__")
+    }
+
+    /// The names, in file order.
+    fn keys<'py>(slf: &Bound<'py, Self>) -> PyResult<Bound<'py, PyAny>> {
+        slf.py().import("collections.abc")?.getattr("KeysView")?.call1((slf,))
+    }
+
+    /// The path the file will have.
+    #[getter]
+    fn path(&self) -> &PathBuf {
+        &self.path
+    }
+
+    /// Whether tensors lie in the file's own pages. False where the file system cannot allocate space
+    /// ahead: then `commit` writes them.
+    #[getter]
+    fn mapped(&self) -> bool {
+        self.mapped
+    }
+
+    /// Whether the draft has been committed or closed.
+    #[getter]
+    fn closed(&self) -> bool {
+        self.pending.lock().unwrap_or_else(PoisonError::into_inner).is_none()
+    }
+
+    /// Syncs the file and renames it into place.
+    fn commit(&self, py: Python<'_>) -> PyResult<()> {
+        Ok(py.detach(|| self.finish())?)
+    }
+
+    /// Gives the file up, if it is not committed: nothing is left behind.
+    fn close(&self) {
+        self.pending.lock().unwrap_or_else(PoisonError::into_inner).take();
+    }
+
+    fn __enter__(slf: Bound<'_, Self>) -> Bound<'_, Self> {
+        slf
+    }
+
+    #[pyo3(signature = (exc_type, _exc, _traceback))]
+    fn __exit__(
+        &self,
+        py: Python<'_>,
+        exc_type: &Bound<'_, PyAny>,
+        _exc: &Bound<'_, PyAny>,
+        _traceback: &Bound<'_, PyAny>,
+    ) -> PyResult<()> {
+        if !exc_type.is_none() {
+            self.close();
+        } else if !self.closed() {
+            self.commit(py)?;
+        }
+        Ok(())
+    }
+
+    fn __repr__(&self) -> String {
+        let state = if self.closed() { ", closed" } else { "" };
+        let path = crate::error::quote(&self.path.to_string_lossy());
+        format!("Draft({path}, {} tensors{state})", self.layout.len())
+    }
+}
+
+/// Allocates and maps a new file for the tensors of `spec`.
+#[pyfunction]
+#[pyo3(signature = (path, spec, *, metadata = None, durable = true))]
+pub(super) fn create(
+    py: Python<'_>,
+    path: PathBuf,
+    spec: &Bound<'_, PyAny>,
+    metadata: Option<BTreeMap<String, String>>,
+    durable: bool,
+) -> PyResult<Draft> {
+    let mut builder = Layout::builder().all_metadata(metadata);
+    for item in spec.call_method0("items")?.try_iter()? {
+        let (name, what): (String, Bound<'_, PyAny>) = item?.extract()?;
+        let (dtype, shape) = declared(&name, &what)?;
+        builder = builder.tensor(name, dtype, &shape);
+    }
+    let layout = builder.build()?;
+    let made = py.detach(|| DraftOptions::new().durable(durable).create(&path, &layout).and_then(Draft::new));
+    Ok(made?)
+}
+
+/// `("F32", (2, 3))`, `{"dtype": …, "shape": …}`, or an array to be like.
+fn declared(name: &str, what: &Bound<'_, PyAny>) -> PyResult<(crate::dtype::DType, Vec<usize>)> {
+    if let Ok(pair) = what.cast::<PyTuple>() {
+        let (dtype, shape): (Bound<'_, PyAny>, Vec<usize>) = pair.extract()?;
+        return Ok((arrays::parse_dtype(&dtype)?, shape));
+    }
+    if let Ok(dict) = what.cast::<PyDict>() {
+        let part = |key: &str| {
+            dict.get_item(key)?
+                .ok_or_else(|| PyValueError::new_err(format!("the spec of tensor {name:?} has no {key:?}")))
+        };
+        return Ok((arrays::parse_dtype(&part("dtype")?)?, part("shape")?.extract()?));
+    }
+    let array = given::look_at(name, what)?;
+    Ok((array.dtype, array.shape))
+}

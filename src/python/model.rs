@@ -1,0 +1,371 @@
+//! `maptensors.Model`: a mapping of names to tensors.
+
+use super::arrays::Array;
+use super::tensor::Tensor;
+use crate::error::Error;
+use crate::layout::TensorInfo;
+use crate::map::{Backing, SharedMemory};
+use crate::model::{Catalog, Model as Opened, OpenOptions, Place, locate, read_place};
+use pyo3::exceptions::{PyTypeError, PyValueError};
+use pyo3::prelude::*;
+use pyo3::sync::PyOnceLock;
+use pyo3::types::{PyDict, PyList, PyType};
+use std::collections::{BTreeMap, HashMap};
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, PoisonError, RwLock};
+
+/// A model's tensors by name, as a read-only mapping (`model["w"]`, `keys()`, `items()`, `len`, `in`).
+///
+/// A context manager: closing it ends access through it; tensors and arrays already taken live on.
+#[pyclass(frozen, mapping, module = "maptensors")]
+pub(super) struct Model {
+    open: RwLock<Option<Arc<Parts>>>,
+    mode: &'static str,
+}
+
+/// What an open model consists of.
+pub(super) struct Parts {
+    pub(super) catalog: Catalog,
+    memories: Vec<Arc<SharedMemory>>,
+    /// Aligned copies of tensors that lie misaligned in their file, made when first asked for and kept, so
+    /// that every access sees the same bytes.
+    copies: Mutex<HashMap<(usize, usize), Arc<SharedMemory>>>,
+}
+
+impl Parts {
+    /// The memory that holds a tensor aligned, and its offset there.
+    pub(super) fn place(
+        &self,
+        shard: usize,
+        index: usize,
+        info: &TensorInfo<'_>,
+    ) -> (Arc<SharedMemory>, usize) {
+        let memory = &self.memories[shard];
+        let range = info.bytes();
+        if range.is_empty() || memory.ptr(&range).addr().is_multiple_of(info.dtype().align()) {
+            return (memory.clone(), range.start);
+        }
+        let mut copies = self.copies.lock().unwrap_or_else(PoisonError::into_inner);
+        let copy = copies
+            .entry((shard, index))
+            .or_insert_with(|| Arc::new(SharedMemory::copy_of(memory.source(&range))));
+        (copy.clone(), 0)
+    }
+
+    fn tensor(&self, shard: usize, index: usize, info: &TensorInfo<'_>) -> Tensor {
+        let (memory, offset) = self.place(shard, index, info);
+        Tensor::whole(memory, offset, info.dtype(), info.shape(), info.name())
+    }
+
+    /// Every tensor's shard, place in it, and info, in file order.
+    pub(super) fn infos(&self) -> impl Iterator<Item = (usize, usize, TensorInfo<'_>)> {
+        let shards = self.catalog.shards().iter().enumerate();
+        shards.flat_map(|(s, shard)| shard.layout.iter().enumerate().map(move |(i, info)| (s, i, info)))
+    }
+}
+
+impl Model {
+    fn new(opened: Opened, mode: &'static str) -> Self {
+        let (catalog, mappings) = opened.into_parts();
+        let memories = mappings.into_iter().map(|mapping| Arc::new(SharedMemory::from(mapping))).collect();
+        let parts = Parts { catalog, memories, copies: Mutex::default() };
+        Self { open: RwLock::new(Some(Arc::new(parts))), mode }
+    }
+
+    pub(super) fn parts(&self) -> PyResult<Arc<Parts>> {
+        let open = self.open.read().unwrap_or_else(PoisonError::into_inner);
+        open.clone().ok_or_else(|| PyValueError::new_err("the model is closed"))
+    }
+
+    /// One array for each tensor. `make` gets the whole memory as a buffer too, to share between arrays.
+    fn arrays<'py>(
+        &self,
+        py: Python<'py>,
+        make: impl Fn(&Array<'_>, &Bound<'py, Tensor>) -> PyResult<Bound<'py, PyAny>>,
+    ) -> PyResult<Bound<'py, PyDict>> {
+        let parts = self.parts()?;
+        let dict = PyDict::new(py);
+        let mut flats: HashMap<*const SharedMemory, Bound<'py, Tensor>> = HashMap::new();
+        for (shard, index, info) in parts.infos() {
+            let (memory, offset) = parts.place(shard, index, &info);
+            let array = Array {
+                memory: &memory,
+                offset,
+                dtype: info.dtype(),
+                shape: info.shape(),
+                strides: None,
+                read_only: memory.is_read_only(),
+                name: info.name(),
+            };
+            let flat = match flats.entry(Arc::as_ptr(&memory)) {
+                std::collections::hash_map::Entry::Occupied(entry) => entry.into_mut(),
+                std::collections::hash_map::Entry::Vacant(entry) => entry.insert(array.flat(py)?),
+            };
+            dict.set_item(info.name(), make(&array, flat)?)?;
+        }
+        Ok(dict)
+    }
+
+    fn view<'py>(slf: &Bound<'py, Self>, class: &str) -> PyResult<Bound<'py, PyAny>> {
+        slf.py().import("collections.abc")?.getattr(class)?.call1((slf,))
+    }
+}
+
+#[pymethods]
+impl Model {
+    fn __getitem__(&self, py: Python<'_>, name: &str) -> PyResult<Tensor> {
+        let parts = self.parts()?;
+        let (shard, index) = parts.catalog.find(name).ok_or_else(|| parts.catalog.missing(name))?;
+        let info =
+            parts.catalog.shards()[shard].layout.at(index).ok_or_else(|| parts.catalog.missing(name))?;
+        // A misaligned tensor is copied here, which reads the file.
+        Ok(py.detach(|| parts.tensor(shard, index, &info)))
+    }
+
+    /// The tensor called `name`, or `default`.
+    #[pyo3(signature = (name, default = None))]
+    fn get<'py>(
+        &self,
+        py: Python<'py>,
+        name: &str,
+        default: Option<Bound<'py, PyAny>>,
+    ) -> PyResult<Option<Bound<'py, PyAny>>> {
+        if self.__contains__(&pyo3::types::PyString::new(py, name).into_any())? {
+            return Ok(Some(Bound::new(py, self.__getitem__(py, name)?)?.into_any()));
+        }
+        Ok(default)
+    }
+
+    fn __contains__(&self, name: &Bound<'_, PyAny>) -> PyResult<bool> {
+        let parts = self.parts()?;
+        Ok(name.extract::<&str>().is_ok_and(|name| parts.catalog.find(name).is_some()))
+    }
+
+    fn __len__(&self) -> PyResult<usize> {
+        Ok(self.parts()?.catalog.len())
+    }
+
+    fn __iter__<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyAny>> {
+        let parts = self.parts()?;
+        PyList::new(py, parts.infos().map(|(_, _, info)| info.name()).collect::<Vec<_>>())?
+            .call_method0("__iter__")
+    }
+
+    /// The names, in file order.
+    fn keys<'py>(slf: &Bound<'py, Self>) -> PyResult<Bound<'py, PyAny>> {
+        Self::view(slf, "KeysView")
+    }
+
+    /// The tensors, in file order.
+    fn values<'py>(slf: &Bound<'py, Self>) -> PyResult<Bound<'py, PyAny>> {
+        Self::view(slf, "ValuesView")
+    }
+
+    /// Names and tensors, in file order.
+    fn items<'py>(slf: &Bound<'py, Self>) -> PyResult<Bound<'py, PyAny>> {
+        Self::view(slf, "ItemsView")
+    }
+
+    /// The file's string metadata; of a sharded set, of all its files together.
+    #[getter]
+    fn metadata(&self) -> PyResult<BTreeMap<String, String>> {
+        Ok(self.parts()?.catalog.metadata().clone())
+    }
+
+    /// Whether any file has a metadata entry at all (it may be there and empty).
+    #[getter]
+    fn has_metadata(&self) -> PyResult<bool> {
+        Ok(self.parts()?.catalog.shards().iter().any(|shard| shard.layout.has_metadata()))
+    }
+
+    /// "r" or "c".
+    #[getter]
+    fn mode(&self) -> &'static str {
+        self.mode
+    }
+
+    /// The paths of the files, as opened; empty for bytes.
+    #[getter]
+    fn paths(&self) -> PyResult<Vec<PathBuf>> {
+        let parts = self.parts()?;
+        Ok(parts
+            .catalog
+            .shards()
+            .iter()
+            .map(|s| s.path.clone())
+            .filter(|p| !p.as_os_str().is_empty())
+            .collect())
+    }
+
+    /// Whether the model has been closed.
+    #[getter]
+    fn closed(&self) -> bool {
+        self.open.read().unwrap_or_else(PoisonError::into_inner).is_none()
+    }
+
+    /// Where a tensor is, without touching it: a dict of name, dtype, shape, path, offset (in the file)
+    /// and nbytes.
+    fn info<'py>(&self, py: Python<'py>, name: &str) -> PyResult<Bound<'py, PyDict>> {
+        let parts = self.parts()?;
+        let (shard, index) = parts.catalog.find(name).ok_or_else(|| parts.catalog.missing(name))?;
+        let shard = &parts.catalog.shards()[shard];
+        let info = shard.layout.at(index).ok_or_else(|| parts.catalog.missing(name))?;
+        let dict = PyDict::new(py);
+        dict.set_item("name", info.name())?;
+        dict.set_item("dtype", info.dtype().name())?;
+        dict.set_item("shape", pyo3::types::PyTuple::new(py, info.shape())?)?;
+        dict.set_item("path", &shard.path)?;
+        dict.set_item("offset", info.offset())?;
+        dict.set_item("nbytes", info.nbytes())?;
+        Ok(dict)
+    }
+
+    /// Pages of the tensor data: a dict of `page_size`, `pages`, `resident`, `touched` and `private`.
+    fn residency<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
+        let parts = self.parts()?;
+        let total = py.detach(|| -> Result<_, Error> {
+            let mut total = crate::map::Residency::default();
+            for (shard, memory) in parts.catalog.shards().iter().zip(&parts.memories) {
+                let pages = memory.residency(shard.layout.data_range());
+                total += pages.map_err(Error::io(&shard.path, "asking about its pages"))?;
+            }
+            Ok(total)
+        })?;
+        let dict = PyDict::new(py);
+        dict.set_item("page_size", total.page_size)?;
+        dict.set_item("pages", total.pages)?;
+        dict.set_item("resident", total.resident)?;
+        dict.set_item("touched", total.touched)?;
+        dict.set_item("private", total.private)?;
+        Ok(dict)
+    }
+
+    /// All tensors as numpy arrays of the same memory.
+    fn numpy<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
+        self.arrays(py, |array, flat| {
+            let own = std::ptr::eq(array.memory.as_ref(), flat.get().array().memory.as_ref());
+            array.numpy(py, own.then_some(flat))
+        })
+    }
+
+    /// All tensors as torch tensors of the same memory; on another `device`, copies there.
+    #[pyo3(signature = (device = None))]
+    fn torch<'py>(&self, py: Python<'py>, device: Option<Bound<'py, PyAny>>) -> PyResult<Bound<'py, PyDict>> {
+        self.arrays(py, |array, _| array.torch(py, device.as_ref()))
+    }
+
+    /// All tensors as JAX arrays, of the same memory where it is aligned to 64 bytes.
+    #[pyo3(signature = (device = None))]
+    fn jax<'py>(&self, py: Python<'py>, device: Option<Bound<'py, PyAny>>) -> PyResult<Bound<'py, PyDict>> {
+        self.arrays(py, |array, flat| array.jax(py, device.as_ref(), Some(flat)))
+    }
+
+    /// Writes all tensors and the metadata, edits included, as `maptensors.save` does; also onto the model's
+    /// own file.
+    #[pyo3(signature = (path, *, metadata = None, durable = true, max_shard_size = None))]
+    fn save<'py>(
+        slf: &Bound<'py, Self>,
+        path: Bound<'py, PyAny>,
+        metadata: Option<Bound<'py, PyAny>>,
+        durable: bool,
+        max_shard_size: Option<Bound<'py, PyAny>>,
+    ) -> PyResult<()> {
+        let options = PyDict::new(slf.py());
+        options.set_item("metadata", metadata)?;
+        options.set_item("durable", durable)?;
+        options.set_item("max_shard_size", max_shard_size)?;
+        slf.py().import("maptensors")?.call_method("save", (slf, path), Some(&options))?;
+        Ok(())
+    }
+
+    /// Ends access through the model. Tensors and arrays taken from it keep their memory.
+    fn close(&self) {
+        self.open.write().unwrap_or_else(PoisonError::into_inner).take();
+    }
+
+    fn __enter__(slf: Bound<'_, Self>) -> Bound<'_, Self> {
+        slf
+    }
+
+    #[pyo3(signature = (*_exc))]
+    fn __exit__(&self, _exc: &Bound<'_, pyo3::types::PyTuple>) {
+        self.close();
+    }
+
+    fn __repr__(&self) -> String {
+        match self.parts() {
+            Ok(parts) => {
+                let path =
+                    parts.catalog.shards().first().map_or(String::new(), |s| s.path.display().to_string());
+                let (tensors, files) = (parts.catalog.len(), parts.catalog.shards().len());
+                format!(
+                    "Model({}, {tensors} tensors, {files} files, mode {:?})",
+                    crate::error::quote(&path),
+                    self.mode
+                )
+            }
+            Err(_) => "Model(closed)".into(),
+        }
+    }
+
+    #[classmethod]
+    fn __class_getitem__<'py>(cls: &Bound<'py, PyType>, _item: &Bound<'py, PyAny>) -> Bound<'py, PyType> {
+        cls.clone()
+    }
+}
+
+/// Opens a model: a file, a directory, an index, or a list of files.
+#[pyfunction]
+#[pyo3(signature = (path, mode = "c", *, backend = "mmap", populate = false))]
+pub(super) fn open(
+    py: Python<'_>,
+    path: &Bound<'_, PyAny>,
+    mode: &str,
+    backend: &str,
+    populate: bool,
+) -> PyResult<Model> {
+    static PATH_LIKE: PyOnceLock<Py<PyType>> = PyOnceLock::new();
+    let mode = match mode {
+        "r" => "r",
+        "c" => "c",
+        other => return Err(PyValueError::new_err(format!("mode is \"r\" or \"c\", not {other:?}"))),
+    };
+    let mapped = match backend {
+        "mmap" => true,
+        "pread" => false,
+        other => {
+            return Err(PyValueError::new_err(format!("backend is \"mmap\" or \"pread\", not {other:?}")));
+        }
+    };
+    let is_path = path.is_instance_of::<pyo3::types::PyString>()
+        || path.is_instance_of::<pyo3::types::PyBytes>()
+        || path.is_instance(PATH_LIKE.import(py, "os", "PathLike")?)?;
+    let many: Option<Vec<PathBuf>> = if is_path {
+        None
+    } else {
+        let paths: PyResult<Vec<_>> = path.try_iter().and_then(|paths| paths.map(|p| p?.extract()).collect());
+        Some(paths.map_err(|_| PyTypeError::new_err("path is a str, an os.PathLike, or a list of them"))?)
+    };
+    let single: PathBuf = if is_path { path.extract()? } else { PathBuf::new() };
+    let opened = py.detach(|| -> Result<Opened, Error> {
+        let place = match &many {
+            Some(paths) => Place::files(paths),
+            None => locate(&single)?,
+        };
+        let options = OpenOptions::new().populate(populate);
+        if !mapped {
+            return read_place(&place);
+        }
+        let backing = if mode == "r" { Backing::ReadOnly } else { Backing::CopyOnWrite };
+        // SAFETY: the stable-file contract, which Python's documentation of `open` puts to the caller; no
+        // `&[u8]` of the mapping outlives this statement.
+        unsafe { options.open_place(&place, backing) }
+    })?;
+    Ok(Model::new(opened, mode))
+}
+
+/// A model from the bytes of a file, copied once into aligned memory.
+#[pyfunction]
+pub(super) fn load_bytes(py: Python<'_>, data: &[u8]) -> PyResult<Model> {
+    Ok(Model::new(py.detach(|| Opened::from_bytes(data))?, "c"))
+}

@@ -1,0 +1,151 @@
+//! Saving what Python holds.
+
+use super::arrays;
+use super::draft::Draft;
+use super::given::{self, Data, Given};
+use super::model::Model;
+use crate::error::Error;
+use crate::format::safetensors;
+use crate::layout::Layout;
+use crate::map::Source;
+use crate::save::{DraftOptions, Target, fill, place, sharded};
+use pyo3::prelude::*;
+use pyo3::types::{PyBytes, PyString};
+use std::collections::BTreeMap;
+use std::ops::Range;
+use std::path::{Path, PathBuf};
+
+type Metadata = Option<BTreeMap<String, String>>;
+
+/// Names and arrays, from a mapping or an iterable of pairs.
+fn collect(tensors: &Bound<'_, PyAny>) -> PyResult<Vec<(String, Given)>> {
+    let py = tensors.py();
+    let pairs = if tensors.is_instance_of::<Model>() || tensors.hasattr("items")? {
+        tensors.call_method0("items")?
+    } else {
+        tensors.clone()
+    };
+    let mut collected = Vec::new();
+    for pair in pairs.try_iter()? {
+        let (name, array): (Bound<'_, PyAny>, Bound<'_, PyAny>) = pair?.extract()?;
+        let name = name
+            .cast::<PyString>()
+            .map_err(|_| PyErr::from(Error::Argument(format!("a tensor's name is a str, not {name}"))))?;
+        let name = name.to_string();
+        let found = given::look_at(&name, &array)?;
+        collected.push((name, found));
+        if collected.len().is_multiple_of(4096) {
+            py.check_signals()?;
+        }
+    }
+    Ok(collected)
+}
+
+fn plan(tensors: &[(String, Given)], metadata: &Metadata) -> Result<Layout, Error> {
+    let mut builder = Layout::builder().all_metadata(metadata.clone());
+    for (name, given) in tensors {
+        builder = builder.tensor(name, given.dtype, &given.shape);
+    }
+    builder.build()
+}
+
+/// Where each contiguous array goes.
+fn jobs<'a>(layout: &Layout, tensors: &'a [(String, Given)]) -> Vec<(usize, Source<'a>)> {
+    tensors.iter().filter_map(|(name, given)| Some((layout.position(name)?, given.data.source()?))).collect()
+}
+
+/// Writes tensors to `path`: one file, or with `max_shard_size` as many as needed and an index.
+#[pyfunction]
+#[pyo3(signature = (tensors, path, *, metadata = None, durable = true, max_shard_size = None))]
+pub(super) fn save(
+    py: Python<'_>,
+    tensors: &Bound<'_, PyAny>,
+    path: PathBuf,
+    metadata: Metadata,
+    durable: bool,
+    max_shard_size: Option<u64>,
+) -> PyResult<()> {
+    let tensors = collect(tensors)?;
+    let options = DraftOptions::new().durable(durable);
+    let write = |part: Range<usize>, path: &Path| save_one(py, &tensors[part], path, &metadata, &options);
+    match max_shard_size {
+        None => write(0..tensors.len(), &path),
+        Some(limit) => {
+            let sizes: Vec<(&str, u64)> =
+                tensors.iter().map(|(name, given)| (name.as_str(), given.nbytes())).collect();
+            sharded::save(&sizes, &path, limit, metadata.as_ref(), durable, write)
+        }
+    }
+}
+
+fn save_one(
+    py: Python<'_>,
+    tensors: &[(String, Given)],
+    path: &Path,
+    metadata: &Metadata,
+    options: &DraftOptions,
+) -> PyResult<()> {
+    let draft = py.detach(|| -> Result<_, Error> {
+        let mut draft = options.create(path, &plan(tensors, metadata)?)?;
+        let jobs = jobs(draft.layout(), tensors);
+        draft.fill(jobs)?;
+        Ok(draft)
+    })?;
+    // Ctrl-C while the data was copied: nothing is visible yet, and the draft cleans up.
+    py.check_signals()?;
+    if tensors.iter().all(|(_, given)| given.data.source().is_some()) {
+        return Ok(py.detach(|| draft.commit())?);
+    }
+    // The rest is written by its own framework, straight into the file's pages.
+    let draft = Draft::new(draft)?;
+    for (name, given) in tensors {
+        if let Data::Strided(array) = &given.data {
+            given::assign(py, &draft.tensor(name)?.array(), array.bind(py))?;
+            py.check_signals()?;
+        }
+    }
+    Ok(py.detach(|| draft.finish())?)
+}
+
+/// The bytes of a file.
+#[pyfunction]
+#[pyo3(signature = (tensors, *, metadata = None))]
+pub(super) fn save_bytes<'py>(
+    py: Python<'py>,
+    tensors: &Bound<'py, PyAny>,
+    metadata: Metadata,
+) -> PyResult<Bound<'py, PyBytes>> {
+    let mut tensors = collect(tensors)?;
+    for (name, array) in &mut tensors {
+        // Bytes have no pages for a framework to write to: one tensor is gathered first.
+        if let Data::Strided(object) = &array.data {
+            let object = object.bind(py);
+            let whole = if object.hasattr("detach")? {
+                let whole = object.call_method0("detach")?.call_method1("to", ("cpu",))?;
+                whole.call_method0("resolve_conj")?.call_method0("resolve_neg")?.call_method0("contiguous")?
+            } else {
+                let numpy = py.import("numpy")?;
+                let native = arrays::numpy_dtype(py, array.dtype)?;
+                numpy.call_method1("ascontiguousarray", (object, native))?
+            };
+            let shape = array.shape.clone();
+            *array = given::look_at(name, &whole)?;
+            // numpy makes a scalar one-dimensional.
+            array.shape = shape;
+        }
+    }
+    let (header, layout) = py.detach(|| safetensors::encode(&plan(&tensors, &metadata)?, Path::new("")))?;
+    PyBytes::new_with(py, layout.data_range().end, |bytes| {
+        bytes[..header.len()].copy_from_slice(&header);
+        let placed = place(&layout, jobs(&layout, &tensors), Path::new(""))?;
+        py.detach(|| fill(Target::Memory(bytes), placed))
+            .map_err(Error::io(Path::new(""), "copying tensor data"))?;
+        Ok(())
+    })
+}
+
+impl Given {
+    fn nbytes(&self) -> u64 {
+        self.dtype.nbytes(self.shape.iter().product()).unwrap_or_default() as u64
+    }
+}

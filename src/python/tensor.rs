@@ -1,0 +1,354 @@
+//! `maptensors.Tensor`: a place in memory with a dtype and a shape.
+
+use super::arrays::{self, Array};
+use super::given;
+use crate::dtype::DType;
+use crate::error::{Error, quote};
+use crate::map::SharedMemory;
+use crate::tensor::Selection;
+use pyo3::exceptions::{PyIndexError, PyTypeError, PyValueError};
+use pyo3::prelude::*;
+use pyo3::types::{PyBytes, PyEllipsis, PyInt, PySlice, PyTuple};
+use std::path::PathBuf;
+use std::sync::Arc;
+
+/// A tensor where it lies: in a mapped file, in a file being made, or in memory of its own.
+///
+/// Hands its memory to other libraries without copying: `numpy()`, `torch()`, `jax()`, the buffer
+/// protocol, DLPack. Whatever is handed out keeps the memory alive, also after the model is closed.
+#[pyclass(frozen, module = "maptensors")]
+pub(super) struct Tensor {
+    // INVARIANT: every element described by offset, dtype, shape and strides lies inside memory, and an
+    // element of a byte or more lies at its dtype's alignment.
+    memory: Arc<SharedMemory>,
+    /// Of the first element, in bytes.
+    offset: usize,
+    dtype: DType,
+    shape: Vec<usize>,
+    /// In elements; `None` in C order.
+    strides: Option<Vec<isize>>,
+    read_only: bool,
+    name: Arc<str>,
+}
+
+impl Tensor {
+    /// A whole tensor in C order, which lies inside `memory`, aligned.
+    pub(super) fn whole(
+        memory: Arc<SharedMemory>,
+        offset: usize,
+        dtype: DType,
+        shape: &[usize],
+        name: &str,
+    ) -> Self {
+        let read_only = memory.is_read_only();
+        Self { memory, offset, dtype, shape: shape.to_vec(), strides: None, read_only, name: name.into() }
+    }
+
+    pub(super) fn array(&self) -> Array<'_> {
+        Array {
+            memory: &self.memory,
+            offset: self.offset,
+            dtype: self.dtype,
+            shape: &self.shape,
+            strides: self.strides.as_deref(),
+            read_only: self.read_only,
+            name: &self.name,
+        }
+    }
+
+    fn selection(&self) -> Selection {
+        let mut all = Selection::all(&self.shape);
+        if let Some(strides) = &self.strides {
+            all.strides.clone_from(strides);
+        }
+        all
+    }
+
+    /// The same memory, other elements; those lie inside.
+    fn part(&self, selection: Selection) -> PyResult<Self> {
+        let bits = self.dtype.bits();
+        if !selection.is_whole_bytes(bits) {
+            let what = format!("would be cut inside a byte: its elements have {bits} bits");
+            return Err(Error::Align { path: PathBuf::new(), tensor: self.name.as_ref().into(), what }.into());
+        }
+        let contiguous = selection.is_contiguous();
+        Ok(Self {
+            memory: self.memory.clone(),
+            offset: if selection.elements() == 0 {
+                self.offset
+            } else {
+                self.offset + selection.offset * bits / 8
+            },
+            dtype: self.dtype,
+            strides: (!contiguous).then_some(selection.strides),
+            shape: selection.shape,
+            read_only: self.read_only,
+            name: self.name.clone(),
+        })
+    }
+
+    /// Applies Python's basic indexing: integers, slices, `...`.
+    fn index(&self, key: &Bound<'_, PyAny>) -> PyResult<Self> {
+        let keys: Vec<Bound<'_, PyAny>> = match key.cast::<PyTuple>() {
+            Ok(tuple) => tuple.iter().collect(),
+            Err(_) => vec![key.clone()],
+        };
+        let is_ellipsis = |key: &Bound<'_, PyAny>| key.is_instance_of::<PyEllipsis>();
+        let ellipses = keys.iter().filter(|key| is_ellipsis(key)).count();
+        let rank = self.shape.len();
+        if ellipses > 1 || keys.len() - ellipses > rank {
+            let text =
+                format!("tensor {} of rank {rank} cannot take {} indices", quote(&self.name), keys.len());
+            return Err(PyIndexError::new_err(text));
+        }
+        let mut selection = self.selection();
+        let mut axis = 0;
+        for key in &keys {
+            if is_ellipsis(key) {
+                axis += rank - (keys.len() - 1);
+            } else if let Ok(slice) = key.cast::<PySlice>() {
+                let dim = isize::try_from(selection.shape[axis])?;
+                let range = slice.indices(dim)?;
+                let start = usize::try_from(range.start).unwrap_or_default();
+                selection.range(axis, start, range.step, range.slicelength);
+                axis += 1;
+            } else if key.is_instance_of::<PyInt>() || key.hasattr("__index__")? {
+                let place: isize = key.extract()?;
+                let dim = selection.shape[axis];
+                let inside =
+                    if place < 0 { dim.checked_add_signed(place) } else { Some(place.unsigned_abs()) };
+                let Some(inside) = inside.filter(|&inside| inside < dim) else {
+                    return Err(PyIndexError::new_err(format!(
+                        "index {place} is outside an axis of length {dim}"
+                    )));
+                };
+                selection.at(axis, inside);
+            } else {
+                return Err(PyTypeError::new_err(format!(
+                    "a tensor is indexed by integers, slices and ..., not {}; .numpy()[...] takes the rest",
+                    key.get_type().name()?
+                )));
+            }
+        }
+        self.part(selection)
+    }
+}
+
+#[pymethods]
+impl Tensor {
+    /// The name in the file.
+    #[getter]
+    fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// Elements along each axis, outermost first.
+    #[getter]
+    fn shape<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyTuple>> {
+        PyTuple::new(py, &self.shape)
+    }
+
+    /// The dtype as safetensors calls it, such as "F32" or "BF16".
+    #[getter]
+    fn dtype(&self) -> &'static str {
+        self.dtype.name()
+    }
+
+    /// Number of axes.
+    #[getter]
+    fn ndim(&self) -> usize {
+        self.shape.len()
+    }
+
+    /// Number of elements.
+    #[getter]
+    fn size(&self) -> usize {
+        self.array().elements()
+    }
+
+    /// Bytes of all elements.
+    #[getter]
+    fn nbytes(&self) -> usize {
+        self.array().nbytes()
+    }
+
+    /// Whether the memory is a file's pages. False for `backend="pread"`, and for a tensor whose place in
+    /// the file is misaligned for its dtype: that one is an aligned private copy.
+    #[getter]
+    fn mapped(&self) -> bool {
+        self.memory.is_mapped()
+    }
+
+    /// Whether writing is refused.
+    #[getter]
+    fn readonly(&self) -> bool {
+        self.read_only
+    }
+
+    /// The address of the first element.
+    fn data_ptr(&self) -> usize {
+        self.array().ptr().addr()
+    }
+
+    /// The elements as `bytes`, in C order, little endian: a copy.
+    fn tobytes<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyBytes>> {
+        let array = self.array();
+        PyBytes::new_with(py, array.nbytes(), |to| {
+            py.detach(|| array.gather(&self.selection(), to));
+            Ok(())
+        })
+    }
+
+    /// A numpy array of the same memory; writable unless `readonly`.
+    ///
+    /// bfloat16 and 8-bit floats use `ml_dtypes`. 4-bit floats are unpacked, which copies.
+    fn numpy<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyAny>> {
+        self.array().numpy(py, None)
+    }
+
+    /// A torch tensor of the same memory with a storage of its own; on another `device`, a copy there.
+    #[pyo3(signature = (device = None))]
+    fn torch<'py>(&self, py: Python<'py>, device: Option<Bound<'py, PyAny>>) -> PyResult<Bound<'py, PyAny>> {
+        self.array().torch(py, device.as_ref())
+    }
+
+    /// A JAX array of the same memory where it lies on a 64-byte boundary on the CPU, else a copy.
+    ///
+    /// JAX holds arrays to be immutable: do not write to this tensor while one lives.
+    #[pyo3(signature = (device = None))]
+    fn jax<'py>(&self, py: Python<'py>, device: Option<Bound<'py, PyAny>>) -> PyResult<Bound<'py, PyAny>> {
+        self.array().jax(py, device.as_ref(), None)
+    }
+
+    /// The same bytes as another dtype: of the same width any shape, of another width the last axis
+    /// grows or shrinks. `view("U8")` shows the raw bytes of anything contiguous.
+    fn view(&self, dtype: &Bound<'_, PyAny>) -> PyResult<Self> {
+        let dtype = arrays::parse_dtype(dtype)?;
+        let (old, new) = (self.dtype.bits(), dtype.bits());
+        let mut shape = self.shape.clone();
+        let refuse = |why: &str| {
+            PyValueError::new_err(format!(
+                "tensor {} ({} {:?}) cannot be viewed as {dtype}: {why}",
+                quote(&self.name),
+                self.dtype,
+                self.shape
+            ))
+        };
+        if old != new {
+            if self.strides.is_some() {
+                return Err(refuse("it is not contiguous"));
+            }
+            let last = shape.last_mut().ok_or_else(|| refuse("a scalar has no axis to grow"))?;
+            let bits = last.checked_mul(old).filter(|bits| bits.is_multiple_of(new));
+            *last = bits.ok_or_else(|| refuse("its last axis does not divide"))? / new;
+        }
+        let array = Array { dtype, ..self.array() };
+        if !array.ptr().addr().is_multiple_of(dtype.align()) {
+            return Err(refuse("its address is not aligned for it"));
+        }
+        Ok(Self { shape, ..self.with_dtype(dtype) })
+    }
+
+    fn __getitem__(&self, key: &Bound<'_, PyAny>) -> PyResult<Self> {
+        self.index(key)
+    }
+
+    /// `tensor[...] = value`: writes in place, from anything numpy takes or a tensor of torch or JAX.
+    fn __setitem__(&self, py: Python<'_>, key: &Bound<'_, PyAny>, value: &Bound<'_, PyAny>) -> PyResult<()> {
+        let part = self.index(key)?;
+        if part.read_only {
+            return Err(PyValueError::new_err(format!(
+                "tensor {} is read-only; open with mode=\"c\" to edit it",
+                quote(&self.name)
+            )));
+        }
+        given::assign(py, &part.array(), value)
+    }
+
+    fn __len__(&self) -> PyResult<usize> {
+        self.shape.first().copied().ok_or_else(|| PyTypeError::new_err("len() of a scalar tensor"))
+    }
+
+    fn __repr__(&self) -> String {
+        let kind = if self.memory.is_mapped() { "mapped" } else { "in memory" };
+        let mode = if self.read_only { ", read-only" } else { "" };
+        format!("Tensor({}, {}, {:?}, {kind}{mode})", quote(&self.name), self.dtype, self.shape)
+    }
+
+    #[pyo3(signature = (dtype = None, copy = None))]
+    fn __array__<'py>(
+        &self,
+        py: Python<'py>,
+        dtype: Option<Bound<'py, PyAny>>,
+        copy: Option<bool>,
+    ) -> PyResult<Bound<'py, PyAny>> {
+        let array = self.numpy(py)?;
+        match (dtype, copy) {
+            (Some(dtype), _) if !array.getattr("dtype")?.eq(&dtype)? => {
+                if copy == Some(false) {
+                    return Err(PyValueError::new_err(format!(
+                        "{} cannot become {dtype} without a copy",
+                        self.dtype
+                    )));
+                }
+                array.call_method1("astype", (dtype,))
+            }
+            (_, Some(true)) => array.call_method0("copy"),
+            _ => Ok(array),
+        }
+    }
+
+    /// A DLPack capsule; versioned where the consumer asks for `max_version >= (1, 0)`.
+    #[pyo3(signature = (*, stream = None, max_version = None, dl_device = None, copy = None))]
+    fn __dlpack__<'py>(
+        &self,
+        py: Python<'py>,
+        stream: Option<Bound<'py, PyAny>>,
+        max_version: Option<(u32, u32)>,
+        dl_device: Option<(i32, i32)>,
+        copy: Option<bool>,
+    ) -> PyResult<Bound<'py, PyAny>> {
+        // A CPU has no streams; the standard says to ignore what is given.
+        drop(stream);
+        self.array().dlpack(py, max_version.is_some_and(|v| v.0 >= 1), dl_device, copy)
+    }
+
+    /// `(kDLCPU, 0)`.
+    #[allow(clippy::unused_self)] // a method by protocol
+    fn __dlpack_device__(&self) -> (i32, i32) {
+        super::dlpack::CPU
+    }
+
+    /// # Safety
+    /// Called by Python's buffer protocol.
+    unsafe fn __getbuffer__(
+        slf: Bound<'_, Self>,
+        view: *mut pyo3::ffi::Py_buffer,
+        flags: std::ffi::c_int,
+    ) -> PyResult<()> {
+        // SAFETY: the protocol's promise, passed on.
+        unsafe { super::buffer::fill(slf.as_any(), &slf.get().array(), view, flags) }
+    }
+
+    /// # Safety
+    /// Called by Python's buffer protocol, once for each filled view.
+    #[allow(clippy::unused_self)] // a method by protocol
+    unsafe fn __releasebuffer__(&self, view: *mut pyo3::ffi::Py_buffer) {
+        // SAFETY: the protocol's promise, passed on.
+        unsafe { super::buffer::release(view) }
+    }
+}
+
+impl Tensor {
+    fn with_dtype(&self, dtype: DType) -> Self {
+        Self {
+            memory: self.memory.clone(),
+            offset: self.offset,
+            dtype,
+            shape: self.shape.clone(),
+            strides: self.strides.clone(),
+            read_only: self.read_only,
+            name: self.name.clone(),
+        }
+    }
+}

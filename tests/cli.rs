@@ -1,0 +1,327 @@
+//! The `maptensors` command, run as a user runs it.
+
+use serde_json::Value;
+use std::fs;
+use std::io::Read as _;
+use std::path::Path;
+use std::process::{Command, Output, Stdio};
+
+fn command(args: &[&str]) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_maptensors"));
+    command.args(args).current_dir(env!("CARGO_MANIFEST_DIR")).env_remove("COLUMNS");
+    command
+}
+
+fn run(args: &[&str]) -> Output {
+    command(args).output().unwrap()
+}
+
+/// What a successful run prints.
+#[track_caller]
+fn printed(args: &[&str]) -> String {
+    let output = run(args);
+    assert_eq!(output.status.code(), Some(0), "{args:?}: {output:?}");
+    assert!(output.stderr.is_empty(), "{args:?}: {output:?}");
+    String::from_utf8(output.stdout).unwrap()
+}
+
+/// What a run that fails with `code` says on standard error.
+#[track_caller]
+fn complaint(args: &[&str], code: i32) -> String {
+    let output = run(args);
+    assert_eq!(output.status.code(), Some(code), "{args:?}: {output:?}");
+    String::from_utf8(output.stderr).unwrap()
+}
+
+fn json(args: &[&str]) -> Value {
+    serde_json::from_str(&printed(args)).unwrap()
+}
+
+/// The number that stands behind `label` in the demo's output.
+#[track_caller]
+fn measured<'a>(text: &'a str, label: &str) -> Vec<&'a str> {
+    let lines = text.lines().map(str::trim).filter_map(|line| line.strip_prefix(label));
+    lines.map(|rest| rest.split_whitespace().next().unwrap()).collect()
+}
+
+#[test]
+fn help_teaches_by_example_and_goes_to_standard_output() {
+    for (args, words) in [
+        (&["--help"][..], &["inspect", "demo", "Examples:", "Exit codes:"][..]),
+        (&["inspect", "--help"], &["--filter", "--json", "--summary", "--no-tensors", "jq"]),
+        (&["demo", "--help"], &["--dir", "Examples:"]),
+    ] {
+        let help = printed(args);
+        for word in words {
+            assert!(help.contains(word), "{args:?} lacks {word}:\n{help}");
+        }
+        assert!(help.lines().all(|line| line.chars().count() <= 80), "{help}");
+    }
+}
+
+#[test]
+fn the_version_is_the_crates() {
+    assert_eq!(printed(&["--version"]), concat!("maptensors ", env!("CARGO_PKG_VERSION"), "\n"));
+}
+
+#[test]
+fn a_file_is_shown_with_its_tensors_metadata_and_totals() {
+    let text = printed(&["inspect", "models/digits.safetensors"]);
+    let row = |first: &str| -> Vec<&str> {
+        let found = text.lines().find(|line| line.starts_with(first));
+        found.unwrap_or_else(|| panic!("no {first} in\n{text}")).split_whitespace().collect()
+    };
+    assert_eq!(row("fc1.weight"), ["fc1.weight", "F32", "[64,64]", "688", "16.0", "KiB", "16"]);
+    assert_eq!(row("fc2.bias"), ["fc2.bias", "F32", "[10]", "17072", "40", "B", "16"]);
+    assert_eq!(row("F32"), ["F32", "4", "4,810", "18.8", "KiB", "100.0%"]);
+    assert!(text.starts_with(
+        "models/digits.safetensors\n\
+         4 tensors, 4,810 elements, 18.8 KiB\n\
+         1 file, 19.2 KiB, data from byte 432\n\n"
+    ));
+    assert!(text.contains("architecture") && text.contains("64-64-10 MLP, ReLU, inputs pixel/16"));
+    assert!(text.contains("every tensor is aligned for its dtype"));
+}
+
+#[test]
+fn a_sharded_set_says_which_shard_holds_what() {
+    for path in ["models/digits-sharded", "models/digits-sharded/model.safetensors.index.json"] {
+        let text = printed(&["inspect", path]);
+        assert!(text.contains("\n2 shards, 19.4 KiB\n"), "{text}");
+        let shard = |name: &str| text.lines().find(|l| l.starts_with(name)).unwrap().chars().last().unwrap();
+        assert_eq!((shard("fc1.weight"), shard("fc2.weight")), ('1', '2'));
+        assert!(text.contains("model-00001-of-00002.safetensors") && text.contains("16.5 KiB"), "{text}");
+    }
+}
+
+#[test]
+fn several_paths_are_shown_one_after_another() {
+    let text =
+        printed(&["inspect", "--summary", "models/digits.safetensors", "models/digits-bf16.safetensors"]);
+    let first = text.find("models/digits.safetensors\n").unwrap();
+    let second = text.find("\n\nmodels/digits-bf16.safetensors\n").unwrap();
+    assert!(first < second && !text.contains("fc1.weight"), "{text}");
+}
+
+#[test]
+fn lines_fit_80_columns_where_the_terminal_is_unknown() {
+    for path in [
+        "models/digits.safetensors",
+        "models/digits-bf16.safetensors",
+        "models/digits-heldout.safetensors",
+        "models/digits-sharded",
+    ] {
+        for line in printed(&["inspect", path]).lines() {
+            assert!(line.chars().count() <= 80 && line.trim_end() == line, "{path}: {line:?}");
+        }
+    }
+}
+
+#[test]
+fn a_name_cannot_drive_the_terminal() {
+    for file in ["names", "metadata"] {
+        let path = format!("models/golden/{file}.safetensors");
+        for args in [&["inspect", &path][..], &["inspect", &path, "--json"]] {
+            let text = printed(args);
+            assert!(!text.chars().any(|c| c.is_control() && c != '\n'), "{text:?}");
+        }
+    }
+    let text = printed(&["inspect", "models/golden/names.safetensors"]);
+    assert!(
+        text.contains("\\u{1b}[31mred") && text.contains("\"\"") && text.contains("unicode-é漢"),
+        "{text}"
+    );
+    let names = json(&["inspect", "models/golden/names.safetensors", "--json"]);
+    assert_eq!(names["tensors"][1]["name"], "\u{1b}[31mred\u{1b}[0m", "JSON keeps the name itself");
+}
+
+#[test]
+fn json_says_where_every_tensor_lies() {
+    let model = json(&["inspect", "models/digits.safetensors", "--json"]);
+    assert_eq!(
+        model["tensors"][1],
+        serde_json::json!({
+            "name": "fc1.weight", "dtype": "F32", "shape": [64, 64], "shard": "digits.safetensors",
+            "offset": 688, "nbytes": 16384, "alignment": 16, "aligned": true,
+        })
+    );
+    assert_eq!(
+        model["totals"],
+        serde_json::json!({
+            "tensors": 4, "elements": 4810, "nbytes": 19240, "misaligned": 0, "nbytes_aligned_64": 0,
+            "dtypes": [{"dtype": "F32", "tensors": 4, "elements": 4810, "nbytes": 19240}],
+        })
+    );
+    assert_eq!(model["metadata"]["format"], "pt");
+    assert_eq!(model["path"], "models/digits.safetensors");
+
+    let set = json(&["inspect", "models/digits-sharded", "--json"]);
+    assert_eq!(set["shards"][1]["file"], "model-00002-of-00002.safetensors");
+    assert_eq!(set["totals"]["nbytes"], 19240);
+    assert_eq!(set["shards"][0]["nbytes"], 16936);
+
+    let brief = json(&["inspect", "models/digits.safetensors", "--json", "--no-tensors"]);
+    assert_eq!((&brief["tensors"], &brief["totals"]), (&Value::Null, &model["totals"]));
+}
+
+#[test]
+fn json_is_one_document_a_line_for_each_path() {
+    let text = printed(&["inspect", "--json", "models/digits.safetensors", "models/digits-sharded"]);
+    let documents: Vec<Value> = text.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    assert_eq!(documents.len(), 2);
+    assert_eq!(documents[1]["path"], "models/digits-sharded");
+}
+
+#[test]
+fn every_golden_file_is_shown_with_what_the_reference_read() {
+    let expected = fs::read_to_string("models/golden/expected.json").unwrap();
+    let expected: Value = serde_json::from_str(&expected).unwrap();
+    let expected = expected.as_object().unwrap();
+    assert_eq!(expected.len(), 8);
+    for (file, model) in expected {
+        let path = format!("models/golden/{file}");
+        printed(&["inspect", &path]);
+        let shown = json(&["inspect", &path, "--json"]);
+        let facts = |tensors: &Value| -> Vec<Value> {
+            let fact = |t: &Value| serde_json::json!([t["name"], t["dtype"], t["shape"]]);
+            let mut facts: Vec<Value> = tensors.as_array().unwrap().iter().map(fact).collect();
+            facts.sort_by_key(Value::to_string);
+            facts
+        };
+        assert_eq!(facts(&shown["tensors"]), facts(&model["tensors"]), "{file}");
+        let none = serde_json::json!({});
+        let metadata = if model["metadata"].is_null() { &none } else { &model["metadata"] };
+        assert_eq!(&shown["metadata"], metadata, "{file}");
+    }
+}
+
+#[test]
+fn misaligned_tensors_are_marked_and_counted() {
+    let text = printed(&["inspect", "models/golden/odd-header.safetensors"]);
+    let misaligned =
+        json(&["inspect", "models/golden/odd-header.safetensors", "--json"])["totals"]["misaligned"]
+            .as_u64()
+            .unwrap();
+    assert!(misaligned > 0);
+    assert_eq!(text.lines().filter(|line| line.ends_with("1!")).count() as u64, misaligned, "{text}");
+    assert!(text.contains("misaligned (!) for the dtype: Python gets copies"), "{text}");
+}
+
+#[test]
+fn a_filter_chooses_tensors_by_name_and_the_totals_follow() {
+    let text = printed(&["inspect", "models/digits.safetensors", "--filter", "*.bias"]);
+    assert!(text.contains("\n2 of 4 tensors, 74 elements, 296 B\n"), "{text}");
+    assert!(text.contains("fc1.bias") && !text.contains("fc1.weight"), "{text}");
+    let both = ["inspect", "models/digits.safetensors", "--json", "-f", "fc1.bias", "-f", "*2*"];
+    assert_eq!(json(&both)["totals"]["tensors"], 3);
+    let none = printed(&["inspect", "models/digits.safetensors", "-f", "layers.*"]);
+    assert!(none.contains("0 of 4 tensors"), "{none}");
+}
+
+#[test]
+fn a_path_that_is_not_there_is_named_and_the_others_are_shown() {
+    let output = run(&["inspect", "models/nowhere.safetensors", "models/digits.safetensors"]);
+    assert_eq!(output.status.code(), Some(1));
+    let error = String::from_utf8(output.stderr).unwrap();
+    assert!(error.starts_with("maptensors: models/nowhere.safetensors: "), "{error}");
+    assert_eq!(error.matches("No such file").count(), 1, "{error}");
+    assert!(String::from_utf8(output.stdout).unwrap().starts_with("models/digits.safetensors\n"));
+}
+
+#[test]
+fn a_broken_file_is_a_failure_that_says_why() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("short.safetensors");
+    let whole = fs::read("models/digits.safetensors").unwrap();
+    fs::write(&path, &whole[..10_000]).unwrap();
+    let error = complaint(&["inspect", path.to_str().unwrap()], 1);
+    assert!(error.contains("short.safetensors") && error.contains("interrupted download"), "{error}");
+    assert_eq!(error.lines().count(), 1);
+}
+
+#[test]
+fn what_is_not_understood_is_a_usage_error() {
+    for args in [
+        &[][..],
+        &["inspect"],
+        &["inspect", "--fast", "x"],
+        &["load", "x"],
+        &["inspect", "x", "--filter", "[a"],
+        &["demo", "x"],
+    ] {
+        let output = run(args);
+        assert_eq!(output.status.code(), Some(2), "{args:?}");
+        assert!(output.stdout.is_empty() && !output.stderr.is_empty(), "{args:?}");
+    }
+}
+
+#[test]
+fn a_reader_that_goes_away_is_no_failure() {
+    // More than a pipe holds, so that the command is still writing when the reader leaves.
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("many.safetensors");
+    let tensors = (0..20_000).map(|i| (format!("model.layers.{i}.weight"), [0u8]));
+    let views: Vec<_> = tensors
+        .map(|(name, _)| {
+            (name, safetensors::tensor::TensorView::new(safetensors::Dtype::U8, vec![1], &[0]).unwrap())
+        })
+        .collect();
+    maptensors::SaveOptions::new().durable(false).save(views, &path).unwrap();
+    for extra in [&[][..], &["--json"]] {
+        let mut child = command(&["inspect", path.to_str().unwrap()])
+            .args(extra)
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let mut first = [0; 10];
+        child.stdout.take().unwrap().read_exact(&mut first).unwrap();
+        let output = child.wait_with_output().unwrap();
+        assert_eq!((output.status.code(), output.stderr.len()), (Some(0), 0), "{output:?}");
+    }
+}
+
+#[test]
+fn the_demo_measures_what_it_claims_and_leaves_nothing() {
+    let temp = tempfile::tempdir().unwrap();
+    let output = command(&["demo"]).env("TMPDIR", temp.path()).output().unwrap();
+    let text = String::from_utf8(output.stdout.clone()).unwrap();
+    assert_eq!((output.status.code(), output.stderr.len()), (Some(0), 0), "{output:?}");
+    assert!(text.lines().all(|line| line.chars().count() <= 80), "{text}");
+
+    let touched = measured(&text, "data pages touched");
+    assert_eq!(touched.len(), 2, "{text}");
+    assert_eq!(touched[0], "0");
+    assert_ne!(touched[1], "0", "using the weights touches their pages");
+    assert_eq!(measured(&text, "mapped"), ["19672"]);
+    let percent = |label: &str| measured(&text, label)[0].parse::<f64>().unwrap();
+    // As models/README.md says, give or take what another order of additions changes.
+    for (label, about) in [
+        ("images it never saw: right", 98.0),
+        ("moved images, before: right", 43.0),
+        ("moved images, after: right", 94.0),
+        ("unmoved images, after (the price): right", 62.0),
+        ("reopened: moved images right", 94.0),
+    ] {
+        assert!((percent(label) - about).abs() < 1.5, "{label}: {}", percent(label));
+    }
+    assert_eq!(measured(&text, "the file before, FNV-1a"), measured(&text, "the file after, FNV-1a"));
+    assert_eq!(measured(&text, "reopened: the same, bit for bit"), ["4"]);
+    assert_eq!(fs::read_dir(temp.path()).unwrap().count(), 0, "the temporary directory is removed");
+}
+
+#[test]
+fn the_demo_keeps_its_files_where_it_is_told_to_and_overwrites_no_other() {
+    let temp = tempfile::tempdir().unwrap();
+    let dir = temp.path().join("new");
+    let dir = dir.to_str().unwrap();
+    printed(&["demo", "--dir", dir]);
+    printed(&["demo", "--dir", dir]); // its own files may be there already
+    printed(&["inspect", &format!("{dir}/digits-tuned.safetensors")]);
+
+    let other = Path::new(dir).join("digits.safetensors");
+    fs::write(&other, b"someone's own").unwrap();
+    let error = complaint(&["demo", "--dir", dir], 1);
+    assert!(error.contains("cannot write") && error.contains("digits.safetensors"), "{error}");
+    assert_eq!(fs::read(&other).unwrap(), b"someone's own");
+}
