@@ -182,9 +182,7 @@ def names() -> Golden:
         "nul\0name",
         "\x1b[31mred\x1b[0m",
     ]
-    return Golden(
-        {name: Tensor("U8", (1,), bytes([i])) for i, name in enumerate(odd, start=1)}
-    )
+    return Golden({name: Tensor("U8", (1,), bytes([i])) for i, name in enumerate(odd, start=1)})
 
 
 def f6() -> Golden:
@@ -227,10 +225,7 @@ def storage_shape(tensor: Tensor) -> tuple[int, ...]:
 
 def write_by_reference(path: Path, golden: Golden) -> None:
     """Let the reference write the file from raw bytes."""
-    buffers = {
-        name: np.frombuffer(tensor.data, dtype=np.uint8)
-        for name, tensor in golden.tensors.items()
-    }
+    buffers = {name: np.frombuffer(tensor.data, dtype=np.uint8) for name, tensor in golden.tensors.items()}
     specs = {
         name: TensorSpec(
             dtype=REFERENCE_NAMES[tensor.dtype],
@@ -320,9 +315,7 @@ def make(out: Path) -> None:
     for name, golden in by_reference.items():
         write_by_reference(out / name, golden)
     hand_build(out / "f6.safetensors", by_hand["f6.safetensors"])
-    hand_build(
-        out / "odd-header.safetensors", by_hand["odd-header.safetensors"], odd=True
-    )
+    hand_build(out / "odd-header.safetensors", by_hand["odd-header.safetensors"], odd=True)
 
     files = by_reference | by_hand
     check(out, files)
@@ -333,6 +326,7 @@ def make(out: Path) -> None:
 
 
 def main() -> None:
+    """Write the golden files and read them back."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
         "--out",

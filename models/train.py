@@ -141,9 +141,7 @@ def train(examples: Examples) -> Parameters:
     x = inputs(examples.images, np.dtype(np.float64))
     for _ in range(EPOCHS):
         order = rng.permutation(len(x))
-        parameters = sgd_epoch(
-            parameters, x[order], examples.labels[order], BATCH, LEARNING_RATE
-        )
+        parameters = sgd_epoch(parameters, x[order], examples.labels[order], BATCH, LEARNING_RATE)
     return {name: value.astype(np.float32) for name, value in parameters.items()}
 
 
@@ -151,9 +149,7 @@ def fine_tune(parameters: Parameters, examples: Examples) -> Parameters:
     """Tune on `examples` in float32, in the order given."""
     x = inputs(examples.images, np.dtype(np.float32))
     for _ in range(TUNE_EPOCHS):
-        parameters = sgd_epoch(
-            parameters, x, examples.labels, TUNE_BATCH, TUNE_LEARNING_RATE
-        )
+        parameters = sgd_epoch(parameters, x, examples.labels, TUNE_BATCH, TUNE_LEARNING_RATE)
     return parameters
 
 
@@ -189,9 +185,7 @@ def write_sharded(folder: Path, parameters: Parameters) -> None:
     (folder / "model.safetensors.index.json").write_text(text, encoding="utf-8")
 
 
-def write_examples(
-    path: Path, held_out: Examples, shifted: Examples, shifted_held_out: Examples
-) -> None:
+def write_examples(path: Path, held_out: Examples, shifted: Examples, shifted_held_out: Examples) -> None:
     """Write the images and labels that the demos and tests measure on."""
     tensors = {
         "images": held_out.images,
@@ -217,9 +211,7 @@ def make(out: Path) -> None:
     save_arrays(out / "digits.safetensors", parameters, METADATA)
     save_arrays(out / "digits-bf16.safetensors", rounded, METADATA)
     write_sharded(out / "digits-sharded", parameters)
-    write_examples(
-        out / "digits-heldout.safetensors", digits.held_out, shifted, shifted_held_out
-    )
+    write_examples(out / "digits-heldout.safetensors", digits.held_out, shifted, shifted_held_out)
 
     tuned = fine_tune(parameters, shifted)
     measured = {
@@ -235,6 +227,7 @@ def make(out: Path) -> None:
 
 
 def main() -> None:
+    """Train the models and write them."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
         "--out",

@@ -1,14 +1,26 @@
 import os
 from collections.abc import ItemsView, Iterable, Iterator, KeysView, Mapping, ValuesView
 from types import TracebackType
-from typing import Any, Literal, Self, SupportsIndex, final
+from typing import Any, Literal, Self, final
 
 import numpy as np
+
+__all__ = [
+    "Draft",
+    "Model",
+    "Tensor",
+    "__version__",
+    "cli",
+    "create",
+    "load_bytes",
+    "open",
+    "save",
+    "save_bytes",
+]
 
 __version__: str
 
 _Path = str | bytes | os.PathLike[str] | os.PathLike[bytes]
-_Key = SupportsIndex | slice | type(...) | tuple[SupportsIndex | slice | type(...), ...]
 
 @final
 class Tensor:

@@ -19,11 +19,11 @@ _FRAMEWORKS = {
 }
 
 
-class safe_open:  # noqa: N801 - the name people import
+class safe_open:
     """Open a safetensors file and hand out tensors as they are asked for; safetensors' interface.
 
-    ``framework`` is ``"pt"``, ``"np"`` or ``"flax"`` (or a longer spelling), ``device`` whatever the framework
-    takes. ``backend="pread"`` reads the file into memory instead of mapping it.
+    ``framework`` is ``"pt"``, ``"np"`` or ``"flax"`` (or a longer spelling), ``device`` whatever torch takes.
+    ``backend="pread"`` reads the file into memory instead of mapping it.
     """
 
     def __init__(

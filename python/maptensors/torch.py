@@ -127,14 +127,14 @@ def _check(tensors: dict[str, torch.Tensor]) -> None:
     sharing = [sorted(names) for names in _sharing(tensors) if len(names) > 1]
     if sharing:
         raise RuntimeError(
-            f"Some tensors share memory: {sharing}. Saving each would duplicate it on disk and untie them when "
-            "loaded. save_model keeps one of each; maptensors.save writes them all."
+            f"Some tensors share memory: {sharing}. Saving each would duplicate it on disk and untie them "
+            "when loaded. save_model keeps one of each; maptensors.save writes them all."
         )
     for name, tensor in tensors.items():
         if not tensor.is_contiguous():
             raise ValueError(
-                f"You are trying to save a non contiguous tensor: `{name}`. Call `.contiguous()` on it, or save "
-                "with maptensors.save, which writes it in C order."
+                f"You are trying to save a non contiguous tensor: `{name}`. Call `.contiguous()` on it, or "
+                "save with maptensors.save, which writes it in C order."
             )
 
 
@@ -199,7 +199,7 @@ def _duplicates(state: dict[str, torch.Tensor], preferred: Iterable[str] = ()) -
         whole = {name for name in group if _covers_storage(state[name])}
         if not whole:
             raise RuntimeError(
-                f"Tensors {sorted(group)} share memory, and none of them covers all of it: none can stand for the "
+                f"Tensors {sorted(group)} share memory, and none covers all of it: none can stand for the "
                 "others, and saving each would store the memory more than once."
             )
         keep = min(whole & wanted or whole)

@@ -307,11 +307,6 @@ impl Model {
             Err(_) => "Model(closed)".into(),
         }
     }
-
-    #[classmethod]
-    fn __class_getitem__<'py>(cls: &Bound<'py, PyType>, _item: &Bound<'py, PyAny>) -> Bound<'py, PyType> {
-        cls.clone()
-    }
 }
 
 /// Opens a model: a file, a directory, an index, or a list of files.
