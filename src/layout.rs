@@ -285,6 +285,11 @@ impl Parts {
         self.dims.push(dim);
     }
 
+    /// Takes back dimensions pushed for a tensor that was not.
+    pub(crate) fn truncate_dims(&mut self, len: usize) {
+        self.dims.truncate(len);
+    }
+
     /// Dimensions so far, of all tensors.
     pub(crate) fn dims_len(&self) -> usize {
         self.dims.len()

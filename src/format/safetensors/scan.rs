@@ -17,13 +17,14 @@ pub(super) fn scan(text: &str) -> Option<Parts> {
     if !at.accept(b'}') {
         loop {
             let name = at.string()?;
-            at.expect(b':')?;
             if &text[name.clone()] == "__metadata__" {
+                at.expect(b':')?;
                 if parts.metadata.is_some() {
                     return None;
                 }
                 parts.metadata = Some(at.metadata()?);
-            } else {
+            } else if at.usual(&name, &mut parts).is_none() {
+                at.expect(b':')?;
                 at.entry(name, &mut parts)?;
             }
             if !at.accept(b',') {
@@ -69,7 +70,10 @@ impl Cursor<'_> {
         self.expect(b'"')?;
         let start = self.pos;
         let rest = &self.text.as_bytes()[start..];
-        let len = rest.iter().position(|&b| b == b'"' || b == b'\\' || b < 0x20)?;
+        let len = memchr::memchr2(b'"', b'\\', rest)?;
+        if rest[..len].iter().any(|&b| b < 0x20) {
+            return None;
+        }
         self.pos = start + len + 1;
         (rest[len] == b'"').then_some(start..start + len)
     }
@@ -77,6 +81,10 @@ impl Cursor<'_> {
     /// A non-negative integer without sign, fraction, exponent or leading zero.
     fn number(&mut self) -> Option<u64> {
         self.skip_space();
+        self.digits()
+    }
+
+    fn digits(&mut self) -> Option<u64> {
         let rest = &self.text.as_bytes()[self.pos..];
         let mut value = 0u64;
         let mut len = 0;
@@ -91,6 +99,54 @@ impl Cursor<'_> {
             len > 0 && (len == 1 || rest[0] != b'0') && !matches!(rest.get(len), Some(b'.' | b'e' | b'E'));
         self.pos += len;
         plain.then_some(value)
+    }
+
+    /// Steps over this very text.
+    fn literal(&mut self, text: &str) -> Option<()> {
+        let found = self.text.as_bytes()[self.pos..].starts_with(text.as_bytes());
+        self.pos += if found { text.len() } else { 0 };
+        found.then_some(())
+    }
+
+    /// What stands behind a name in nearly every header there is, read without looking for alternatives.
+    /// If it is anything else, nothing has happened.
+    fn usual(&mut self, name: &Range<usize>, parts: &mut Parts) -> Option<()> {
+        let (start, first_dim) = (self.pos, parts.dims_len());
+        let read = self.usual_entry(name, first_dim, parts);
+        if read.is_none() {
+            self.pos = start;
+            parts.truncate_dims(first_dim);
+        }
+        read
+    }
+
+    fn usual_entry(&mut self, name: &Range<usize>, first_dim: usize, parts: &mut Parts) -> Option<()> {
+        self.literal(":{\"dtype\":\"")?;
+        let rest = &self.text.as_bytes()[self.pos..];
+        let len = rest.iter().take(16).position(|&b| b == b'"')?;
+        let dtype = DType::from_name(&rest[..len])?;
+        self.pos += len;
+        self.literal("\",\"shape\":[")?;
+        if self.peek() != Some(b']') {
+            loop {
+                parts.push_dim(usize::try_from(self.digits()?).ok()?);
+                if self.literal(",").is_none() {
+                    break;
+                }
+            }
+        }
+        self.literal("],\"data_offsets\":[")?;
+        let begin = self.digits()?;
+        self.literal(",")?;
+        let end = self.digits()?;
+        self.literal("]}")?;
+        parts.push(
+            u32::try_from(name.start).ok()?..u32::try_from(name.end).ok()?,
+            dtype,
+            first_dim,
+            begin,
+            end,
+        )
     }
 
     fn entry(&mut self, name: Range<usize>, parts: &mut Parts) -> Option<()> {
