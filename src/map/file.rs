@@ -36,7 +36,10 @@ pub(crate) fn open_regular(path: &Path) -> Result<(File, u64)> {
 /// # Errors
 /// [`Error::Io`], also where the file has shrunk since its length was asked for.
 pub(crate) fn read_exact_at(file: &File, path: &Path, offset: u64, len: usize) -> Result<Vec<u8>> {
-    let mut bytes = vec![0; len];
+    let mut bytes = Vec::new();
+    let allocated = bytes.try_reserve_exact(len);
+    allocated.map_err(|_| Error::io(path, "reading the header")(std::io::ErrorKind::OutOfMemory.into()))?;
+    bytes.resize(len, 0);
     file.read_exact_at(&mut bytes, offset).map_err(Error::io(path, "reading the header"))?;
     Ok(bytes)
 }

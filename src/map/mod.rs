@@ -255,21 +255,26 @@ pub(crate) fn each_in_parallel<T: Send, E: Send>(
     }
     let queue = std::sync::Mutex::new((items.into_iter(), None));
     let lock = || queue.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-    std::thread::scope(|scope| {
-        for _ in 0..threads {
-            scope.spawn(|| {
-                loop {
-                    let next = {
-                        let mut state = lock();
-                        if state.1.is_some() { None } else { state.0.next() }
-                    };
-                    let Some(item) = next else { break };
-                    if let Err(error) = work(item) {
-                        lock().1.get_or_insert(error);
-                    }
-                }
-            });
+    let take_and_work = || {
+        loop {
+            let next = {
+                let mut state = lock();
+                if state.1.is_some() { None } else { state.0.next() }
+            };
+            let Some(item) = next else { break };
+            if let Err(error) = work(item) {
+                lock().1.get_or_insert(error);
+            }
         }
+    };
+    std::thread::scope(|scope| {
+        for _ in 1..threads {
+            // Where the system gives no thread (RLIMIT_AS, RLIMIT_NPROC, a cgroup's pids.max), there are fewer.
+            if std::thread::Builder::new().spawn_scoped(scope, take_and_work).is_err() {
+                break;
+            }
+        }
+        take_and_work();
     });
     match lock().1.take() {
         Some(error) => Err(error),

@@ -23,13 +23,13 @@ use pyo3::prelude::*;
 #[pyo3(name = "_native")]
 mod native {
     #[pymodule_export]
-    use super::draft::{Draft, create};
+    use crate::python::draft::{Draft, create};
     #[pymodule_export]
-    use super::model::{Model, load_bytes, open};
+    use crate::python::model::{Model, load_bytes, open};
     #[pymodule_export]
-    use super::save::{save, save_bytes};
+    use crate::python::save::{save, save_bytes};
     #[pymodule_export]
-    use super::tensor::Tensor;
+    use crate::python::tensor::Tensor;
 
     #[cfg(feature = "cli")]
     use pyo3::prelude::*;

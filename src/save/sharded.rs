@@ -4,8 +4,10 @@ use super::Pending;
 use crate::error::{Error, Result};
 use crate::format::index::{self, Index};
 use crate::map;
+use rustix::fs::{FlockOperation, Mode, OFlags};
 use std::collections::BTreeMap;
 use std::ops::Range;
+use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 
 /// Saves tensors, given by name and size, over files of at most `limit` data bytes; `write` saves a part
@@ -24,6 +26,7 @@ pub(crate) fn save<E: From<Error>>(
     write: impl Fn(Range<usize>, &Path) -> Result<(), E>,
 ) -> Result<(), E> {
     let target = Target::of(path)?;
+    let _turn = target.lock();
     let mut old = target.old_shards();
     let groups = group(tensors, limit);
     if let [all] = groups.as_slice() {
@@ -61,6 +64,8 @@ pub(crate) fn save<E: From<Error>>(
     if !matches!(published, Err(Error::Io { .. })) {
         // The index is in place: the new set is the model, whatever happens now.
         undo.0.clear();
+        // A single file of that name is not the model any more.
+        old.push(path.to_owned());
         remove_all(&old);
     }
     Ok(published?)
@@ -118,14 +123,30 @@ impl Target {
         Ok(Self { dir, stem: stem.into(), index })
     }
 
-    /// The files of the set that is there now. An index that cannot be read owns nothing.
+    /// One set at a time: names are chosen, and old shards removed, by what is there. Released when dropped,
+    /// or by the process' death. File systems without locks lose only this.
+    fn lock(&self) -> Option<OwnedFd> {
+        let dir = if self.dir.as_os_str().is_empty() { Path::new(".") } else { &self.dir };
+        let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        let dir = rustix::fs::open(dir, flags, Mode::empty()).ok()?;
+        rustix::io::retry_on_intr(|| rustix::fs::flock(&dir, FlockOperation::LockExclusive)).ok()?;
+        Some(dir)
+    }
+
+    /// The files of the set that is there now, which the new one replaces. An index that cannot be read
+    /// owns nothing, and none owns files that are not named like its shards, whatever it lists.
     fn old_shards(&self) -> Vec<PathBuf> {
         let read = || -> Result<Index> {
             let (file, len) = map::open_regular(&self.index)?;
             let len = usize::try_from(len.min(index::MAX_INDEX_LEN)).unwrap_or_default();
             index::parse(&map::read_exact_at(&file, &self.index, 0, len)?, &self.index)
         };
-        read().map_or(Vec::new(), |index| index.shards.iter().map(|shard| self.dir.join(shard)).collect())
+        let ours = |shard: &&String| {
+            let numbered = shard.strip_prefix(&self.stem).is_some_and(|rest| rest.starts_with('-'));
+            numbered && shard.ends_with(".safetensors")
+        };
+        read()
+            .map_or(Vec::new(), |index| index.shards.iter().filter(ours).map(|s| self.dir.join(s)).collect())
     }
 
     /// Names of which none exists: `model-00001-of-00002.safetensors`, or with a generation

@@ -1,0 +1,149 @@
+//! What several of these test binaries share.
+#![allow(dead_code)] // each binary uses a part
+
+use sha2::{Digest as _, Sha256};
+use std::fmt::Write as _;
+use std::io::Write as _;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::Duration;
+
+/// The bytes of a file: length field, header, and so many data bytes.
+pub fn file_of(header: &str, data: usize) -> Vec<u8> {
+    let mut bytes = (header.len() as u64).to_le_bytes().to_vec();
+    bytes.extend(header.as_bytes());
+    bytes.resize(bytes.len() + data, 1);
+    bytes
+}
+
+/// Reproducible noise (splitmix64).
+pub fn noise(seed: u64, len: usize) -> Vec<u8> {
+    let mut state = seed;
+    let mut bytes: Vec<u8> = (0..len.div_ceil(8))
+        .flat_map(|_| {
+            state = state.wrapping_add(0x9e37_79b9_7f4a_7c15);
+            let z = (state ^ (state >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+            let z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+            (z ^ (z >> 31)).to_le_bytes()
+        })
+        .collect();
+    bytes.truncate(len);
+    bytes
+}
+
+pub fn sha256(bytes: &[u8]) -> String {
+    Sha256::digest(bytes).iter().fold(String::new(), |mut text, byte| {
+        let _ = write!(text, "{byte:02x}");
+        text
+    })
+}
+
+pub fn sha256_of(path: &Path) -> String {
+    sha256(&std::fs::read(path).unwrap())
+}
+
+/// A tensor of bytes, to save.
+pub fn bytes_tensor(data: &[u8]) -> safetensors::tensor::TensorView<'_> {
+    safetensors::tensor::TensorView::new(safetensors::Dtype::U8, vec![data.len()], data).unwrap()
+}
+
+/// The names in a directory, sorted.
+pub fn listing(dir: &Path) -> Vec<String> {
+    let mut names: Vec<String> = std::fs::read_dir(dir)
+        .unwrap()
+        .map(|entry| entry.unwrap().file_name().to_string_lossy().into_owned())
+        .collect();
+    names.sort();
+    names
+}
+
+/// A directory on the disk the build is on: page-cache behaviour is tested there, and the default
+/// temporary directory may be a tmpfs.
+pub fn disk_dir() -> tempfile::TempDir {
+    tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap()
+}
+
+pub fn on_tmpfs(path: &Path) -> bool {
+    const TMPFS_MAGIC: i64 = 0x0102_1994;
+    rustix::fs::statfs(path).unwrap().f_type == TMPFS_MAGIC
+}
+
+pub fn is_root() -> bool {
+    rustix::process::geteuid().is_root()
+}
+
+/// Says that a test was not run, past the harness' capture.
+pub fn skip(test: &str, why: &str) {
+    let _ = writeln!(std::io::stderr(), "\n!!! SKIPPED: {test}: {why}\n");
+}
+
+const ROLE: &str = "MAPTENSORS_TEST_ROLE";
+const DIR: &str = "MAPTENSORS_TEST_DIR";
+
+/// In a child process made by [`child`] with this role: its directory.
+pub fn role(name: &str) -> Option<PathBuf> {
+    (std::env::var_os(ROLE)? == name).then(|| std::env::var_os(DIR).unwrap().into())
+}
+
+/// This test binary again, running only `test`, which is to ask for its [`role`].
+pub fn child(test: &str, role: &str, dir: &Path) -> Command {
+    child_of(&std::env::current_exe().unwrap(), test, role, dir)
+}
+
+fn child_of(exe: &Path, test: &str, role: &str, dir: &Path) -> Command {
+    let mut command = Command::new(exe);
+    command.args(["--exact", test, "--nocapture", "--test-threads=1"]).env(ROLE, role).env(DIR, dir);
+    command
+}
+
+/// As [`child`], without root's privileges. The binary may lie where nobody else can reach: a copy runs.
+pub fn unprivileged_child(test: &str, role: &str, dir: &Path) -> (Command, tempfile::TempDir) {
+    use std::os::unix::{fs::PermissionsExt, process::CommandExt as _};
+    let home = tempfile::tempdir().unwrap();
+    std::fs::set_permissions(home.path(), PermissionsExt::from_mode(0o755)).unwrap();
+    let exe = home.path().join("test");
+    std::fs::copy(std::env::current_exe().unwrap(), &exe).unwrap();
+    std::fs::set_permissions(&exe, PermissionsExt::from_mode(0o755)).unwrap();
+    let mut command = child_of(&exe, test, role, dir);
+    command.current_dir("/");
+    if is_root() {
+        const NOBODY: u32 = 65_534;
+        command.uid(NOBODY).gid(NOBODY);
+    }
+    (command, home)
+}
+
+/// Runs a child to its end; it must have run its one test, and passed.
+pub fn pass(mut command: Command) {
+    // While another test forks, its child has the copy of the binary open to write: exec(2) says ETXTBSY.
+    let output = loop {
+        match command.output() {
+            Err(error) if error.kind() == std::io::ErrorKind::ExecutableFileBusy => {
+                std::thread::sleep(Duration::from_millis(5));
+            }
+            output => break output.unwrap(),
+        }
+    };
+    let stdout = String::from_utf8_lossy(&output.stdout);
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    assert!(
+        output.status.success() && stdout.contains("1 passed"),
+        "child {command:?}: {}\n{stdout}\n{stderr}",
+        output.status
+    );
+}
+
+/// Runs `work` and fails, instead of hanging, where it blocks. The limit is no measure of speed.
+pub fn without_blocking<T: Send + 'static>(what: &str, work: impl FnOnce() -> T + Send + 'static) -> T {
+    let (done, result) = std::sync::mpsc::channel();
+    std::thread::spawn(move || done.send(work()));
+    match result.recv_timeout(Duration::from_secs(120)) {
+        Ok(result) => result,
+        Err(error) => panic!("{what}: blocked, or panicked ({error})"),
+    }
+}
+
+pub fn fifo(path: &Path) {
+    use rustix::fs::{CWD, FileType, Mode, mknodat};
+    mknodat(CWD, path, FileType::Fifo, Mode::RUSR | Mode::WUSR, 0).unwrap();
+}

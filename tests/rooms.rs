@@ -1,0 +1,300 @@
+//! The house rules, held against the sources: imports run downwards only, `unsafe` stays in its rooms,
+//! and the library does not panic.
+
+use std::collections::HashMap;
+use std::path::{Path, PathBuf};
+
+/// From the cellar up. A room may name those before it; the extension module also runs the command line.
+const ROOMS: &[&[&str]] = &[
+    &["error"],
+    &["dtype"],
+    &["layout"],
+    &["format"],
+    &["map"],
+    &["tensor"],
+    &["model"],
+    &["save"],
+    &["share"],
+    &["cli"],
+    &["python"],
+];
+
+/// Where `unsafe` may stand. In `model` it only passes the stable-file contract through.
+const UNSAFE: &[&str] = &[
+    "map/",
+    "model/mod.rs",
+    "model/model_mut.rs",
+    "model/open.rs",
+    "python/",
+    "python.rs",
+    "cli/",
+    "cli.rs",
+];
+
+const PANICS: &[&str] =
+    &[".unwrap()", ".expect(", "panic!(", "unreachable!(", "todo!(", "unimplemented!(", "dbg!("];
+
+fn level(room: &str) -> Option<usize> {
+    ROOMS.iter().position(|rooms| rooms.contains(&room))
+}
+
+/// The room of a file, by its path under `src`.
+fn room(file: &str) -> &str {
+    file.split('/').next().unwrap_or_default().trim_end_matches(".rs")
+}
+
+/// The source with comments gone and the inside of strings and characters blanked, line by line.
+fn code(source: &str) -> String {
+    let mut out = String::new();
+    let chars: Vec<char> = source.chars().collect();
+    let at = |i: usize| chars.get(i).copied().unwrap_or('\0');
+    let mut i = 0;
+    while i < chars.len() {
+        match chars[i] {
+            '/' if at(i + 1) == '/' => {
+                while i < chars.len() && chars[i] != '\n' {
+                    i += 1;
+                }
+            }
+            '/' if at(i + 1) == '*' => {
+                while i < chars.len() && !(chars[i] == '*' && at(i + 1) == '/') {
+                    out.extend((chars[i] == '\n').then_some('\n'));
+                    i += 1;
+                }
+                i += 2;
+            }
+            'r' if (at(i + 1) == '"' || at(i + 1) == '#')
+                && !at(i.wrapping_sub(1)).is_alphanumeric()
+                && chars[i + 1..].iter().find(|&&c| c != '#') == Some(&'"') =>
+            {
+                let hashes = chars[i + 1..].iter().take_while(|&&c| c == '#').count();
+                i += hashes + 2;
+                let end = |i: usize| {
+                    chars[i] == '"' && chars[i + 1..].iter().take_while(|&&c| c == '#').count() >= hashes
+                };
+                while i < chars.len() && !end(i) {
+                    out.extend((chars[i] == '\n').then_some('\n'));
+                    i += 1;
+                }
+                i += hashes + 1;
+                out.push_str("\"\"");
+            }
+            '"' => {
+                i += 1;
+                while i < chars.len() && chars[i] != '"' {
+                    out.extend((chars[i] == '\n').then_some('\n'));
+                    i += if chars[i] == '\\' && at(i + 1) != '\n' { 2 } else { 1 };
+                }
+                i += 1;
+                out.push_str("\"\"");
+            }
+            // A character, not a lifetime.
+            '\'' if at(i + 1) == '\\' || at(i + 2) == '\'' => {
+                i += if at(i + 1) == '\\' { 3 } else { 2 };
+                while i < chars.len() && chars[i] != '\'' {
+                    i += 1;
+                }
+                i += 1;
+                out.push_str("' '");
+            }
+            c => {
+                out.push(c);
+                i += 1;
+            }
+        }
+    }
+    out
+}
+
+/// Code without its test module, which stands last in a file.
+fn without_tests(code: &str) -> &str {
+    code.find("#[cfg(test)]").map_or(code, |end| &code[..end])
+}
+
+fn words(code: &str) -> impl Iterator<Item = &str> {
+    code.split(|c: char| !(c.is_alphanumeric() || c == '_')).filter(|word| !word.is_empty())
+}
+
+/// What `crate::…` paths in this code name first, groups taken apart: `use crate::{a::X, b}` names a and b.
+fn crate_paths(code: &str) -> Vec<String> {
+    let mut found = Vec::new();
+    for (start, _) in code.match_indices("crate::") {
+        let before = code[..start].chars().next_back();
+        if before.is_some_and(|c| c.is_alphanumeric() || c == '_') {
+            continue;
+        }
+        let rest = &code[start + "crate::".len()..];
+        if !rest.starts_with('{') {
+            found.extend(words(rest).next().map(str::to_owned));
+            continue;
+        }
+        let (mut depth, mut fresh) = (0, true);
+        for part in rest.split_inclusive(['{', '}', ',', ':']) {
+            let word = part.trim_matches(|c: char| !(c.is_alphanumeric() || c == '_'));
+            if depth == 1 && fresh && !word.is_empty() {
+                found.push(word.to_owned());
+            }
+            fresh = part.ends_with([',', '{']);
+            depth += i32::from(part.ends_with('{')) - i32::from(part.ends_with('}'));
+            if depth == 0 {
+                break;
+            }
+        }
+    }
+    found
+}
+
+/// Which room each name that `lib.rs` re-exports comes from.
+fn reexports(lib: &str) -> HashMap<String, String> {
+    let mut origins = HashMap::new();
+    let code = code(lib);
+    for statement in code.split("pub use ").skip(1).filter_map(|rest| rest.split(';').next()) {
+        let mut words = words(statement);
+        if let Some(room) = words.next() {
+            origins.extend(words.map(|name| (name.to_owned(), room.to_owned())));
+        }
+    }
+    origins
+}
+
+/// How this file breaks the order of rooms.
+fn climbs(file: &str, source: &str, reexports: &HashMap<String, String>) -> Vec<String> {
+    let Some(own) = level(room(file)) else { return Vec::new() };
+    let code = code(source);
+    let mut wrong = Vec::new();
+    for name in crate_paths(&code) {
+        let target = reexports.get(&name).unwrap_or(&name);
+        // Crates that are re-exported are no rooms.
+        if let Some(level) = level(target)
+            && level >= own
+            && target != room(file)
+        {
+            wrong.push(format!("{file} imports crate::{name}, of {target}"));
+        }
+    }
+    // A chain of `super` as long as the file is deep leaves the room without saying `crate`.
+    let depth = file.matches('/').count() + usize::from(!file.ends_with("/mod.rs"));
+    if without_tests(&code).contains(&"super::".repeat(depth.max(1))) {
+        wrong.push(format!("{file} leaves its room by super::"));
+    }
+    wrong
+}
+
+fn misplaced_unsafe(file: &str, source: &str) -> bool {
+    !UNSAFE.iter().any(|allowed| file.starts_with(allowed))
+        && words(&code(source)).any(|word| word == "unsafe")
+}
+
+/// In `model`, `unsafe` introduces a function or passes its contract to one call.
+fn unsafe_beyond_passing_through(file: &str, source: &str) -> bool {
+    file.starts_with("model/")
+        && ["unsafe impl", "unsafe trait", "*const", "*mut", "from_raw", "transmute", "get_unchecked"]
+            .iter()
+            .any(|token| code(source).contains(token))
+}
+
+fn panics(file: &str, source: &str) -> Vec<&'static str> {
+    if file.ends_with("tests.rs") {
+        return Vec::new();
+    }
+    let code = code(source);
+    // The scanner's own `expect` takes a byte.
+    let code = without_tests(&code).replace(".expect(b'", "");
+    PANICS.iter().copied().filter(|token| code.contains(token)).collect()
+}
+
+/// Every source file, by its path under `src`, with its text.
+fn sources() -> Vec<(String, String)> {
+    fn walk(dir: &Path, into: &mut Vec<PathBuf>) {
+        for entry in std::fs::read_dir(dir).unwrap() {
+            let path = entry.unwrap().path();
+            if path.is_dir() {
+                walk(&path, into);
+            } else if path.extension().is_some_and(|e| e == "rs") {
+                into.push(path);
+            }
+        }
+    }
+    let mut paths = Vec::new();
+    walk(Path::new("src"), &mut paths);
+    paths.sort();
+    let read = |path: &PathBuf| {
+        let name = path.strip_prefix("src").unwrap().to_str().unwrap().to_owned();
+        (name, std::fs::read_to_string(path).unwrap())
+    };
+    let sources: Vec<_> = paths.iter().map(read).collect();
+    assert!(sources.len() > 20, "the sources are where this test looks");
+    sources
+}
+
+#[test]
+fn every_file_is_in_a_known_room() {
+    for (file, _) in sources() {
+        assert!(level(room(&file)).is_some() || file == "lib.rs" || file == "main.rs", "{file}");
+    }
+}
+
+#[test]
+fn imports_run_downwards_only() {
+    let sources = sources();
+    let lib = &sources.iter().find(|(file, _)| file == "lib.rs").unwrap().1;
+    let origins = reexports(lib);
+    assert_eq!(origins["Model"], "model");
+    let wrong: Vec<_> = sources.iter().flat_map(|(file, text)| climbs(file, text, &origins)).collect();
+    assert!(wrong.is_empty(), "{wrong:#?}");
+}
+
+#[test]
+fn unsafe_stays_in_its_rooms() {
+    for (file, text) in sources() {
+        assert!(!misplaced_unsafe(&file, &text), "unsafe in {file}");
+        assert!(!unsafe_beyond_passing_through(&file, &text), "{file} does more than pass a contract on");
+    }
+}
+
+#[test]
+fn the_library_does_not_panic_on_purpose() {
+    for (file, text) in sources() {
+        assert!(panics(&file, &text).is_empty(), "{file}: {:?}", panics(&file, &text));
+    }
+}
+
+#[test]
+fn each_of_these_checks_can_fail() {
+    let origins = HashMap::from([("Model".to_owned(), "model".to_owned())]);
+    for (file, text, count) in [
+        ("map/mod.rs", "use crate::model::Model;", 1),
+        ("map/mod.rs", "use crate::error::Error;\nuse crate::map::Mapping;", 0),
+        ("map/mod.rs", "// use crate::model::Model;\n/// [`Model`](crate::Model)", 0),
+        ("format/index.rs", "let x = crate::Model::read(p);", 1),
+        ("error.rs", "use crate::{error::Error, save::{Draft, save}, tensor};", 2),
+        ("save/mod.rs", "use crate::{error::Error, model::Model};", 0),
+        ("tensor/view.rs", "use super::super::model::Model;", 1),
+        ("tensor/mod.rs", "use super::model::Model;", 1),
+        ("tensor/view.rs", "use super::slice::Index;", 0),
+        ("cli/mod.rs", "use crate::python::x;", 1),
+        ("dtype/mod.rs", "pub(crate) const X: &str = \"crate::save\";", 0),
+    ] {
+        assert_eq!(climbs(file, text, &origins).len(), count, "{file}: {text}");
+    }
+    for (file, text, wrong) in [
+        ("tensor/view.rs", "let x = unsafe { y() };", true),
+        ("model/catalog.rs", "unsafe fn x() {}", true),
+        ("map/mod.rs", "unsafe { y() }", false),
+        ("save/mod.rs", "#![forbid(unsafe_code)] // unsafe\n/* unsafe */ let x = \"unsafe\";", false),
+        ("save/mod.rs", "let x = ('\"', r#\"unsafe\"#, '\\'', b\"\\\"unsafe\");", false),
+        ("save/mod.rs", "let x = ('\"', unsafe { y() }, '\"');", true),
+        ("save/mod.rs", "fn f<'a>(x: &'a str) { unsafe { g::<'a>(x) } }", true),
+    ] {
+        assert_eq!(misplaced_unsafe(file, text), wrong, "{file}: {text}");
+    }
+    assert!(unsafe_beyond_passing_through("model/open.rs", "unsafe { std::slice::from_raw_parts(p, n) }"));
+    for (file, text, count) in [
+        ("a.rs", "x.unwrap(); y.expect(\"z\"); panic!(\"\"); unreachable!(); todo!()", 5),
+        ("a.rs", "x.unwrap_or(1); // .unwrap()\n\"panic!(\"; x.expect(b'{')?", 0),
+        ("a.rs", "#[cfg(test)]\nmod tests { x.unwrap() }", 0),
+        ("format/tests.rs", "x.unwrap()", 0),
+    ] {
+        assert_eq!(panics(file, text).len(), count, "{text}");
+    }
+}
