@@ -226,16 +226,18 @@ impl PartialEq for Layout {
 
 impl Eq for Layout {}
 
+/// The number of elements of a shape: zero if any dimension is, whatever the others are.
+pub(crate) fn elements(shape: &[usize]) -> Option<usize> {
+    if shape.contains(&0) { Some(0) } else { shape.iter().try_fold(1usize, |n, &dim| n.checked_mul(dim)) }
+}
+
 /// Bytes that a shape and dtype ask for. A dimension of zero makes it zero, wherever it stands.
 ///
 /// # Errors
 /// [`Error::Overflow`] where the count leaves `usize`, [`Error::Align`] where it ends inside a byte.
 pub(crate) fn checked_nbytes(path: &Path, tensor: &str, dtype: DType, shape: &[usize]) -> Result<usize> {
-    if shape.contains(&0) {
-        return Ok(0);
-    }
     let overflow = || Error::Overflow { path: path.into(), tensor: tensor.into(), shape: shape.to_vec() };
-    let elements = shape.iter().try_fold(1usize, |n, &dim| n.checked_mul(dim)).ok_or_else(overflow)?;
+    let elements = elements(shape).ok_or_else(overflow)?;
     let bits = elements.checked_mul(dtype.bits()).ok_or_else(overflow)?;
     if bits % 8 != 0 {
         let what = format!("ends inside a byte: {elements} elements of {} bits", dtype.bits());

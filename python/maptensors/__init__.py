@@ -12,6 +12,9 @@ of ``SIGBUS``. Replacing it by renaming another file over it, as every save here
 are fine. For files that others rewrite in place, open with ``backend="pread"``: the same interface over
 memory of its own.
 
+In mode ``"r"`` the memory cannot be written at all. numpy and JAX know; torch does not look at DLPack's
+read-only flag, and a write through ``torch.from_dlpack`` would crash: use mode ``"c"``, the default, with it.
+
 ``maptensors.numpy``, ``maptensors.torch`` and ``maptensors.flax`` have the functions of the safetensors
 modules of the same names; :class:`safe_open` is safetensors' too. Moving over is a change of import.
 """

@@ -30,6 +30,7 @@ def save(
     *,
     metadata: Mapping[str, str] | None = None,
     durable: bool = True,
+    mapped: bool = True,
     max_shard_size: int | str | None = None,
 ) -> None:
     """Write tensors to a safetensors file: one copy, from where they lie into the mapped output.
@@ -40,7 +41,11 @@ def save(
     its own file.
 
     The file appears under ``path`` whole or not at all; a failed save leaves what was there. With
-    ``durable=False`` nothing is synced, and a power loss may lose it.
+    ``durable=False`` nothing is synced, and a power loss may lose it. ``mapped=False`` writes with
+    ``pwrite`` instead of through a mapping, as is done anyway where the file system cannot allocate space.
+
+    An iterable of pairs is collected first, arrays and all: to make a file tensor by tensor in little memory,
+    use :func:`maptensors.create`.
 
     With ``max_shard_size`` (bytes, or text like ``"5GB"``) what does not fit one file is saved over several,
     named after ``path`` (``model-00001-of-00002.safetensors``), with ``model.safetensors.index.json`` last.
@@ -49,7 +54,7 @@ def save(
         metadata = tensors.metadata
     limit = None if max_shard_size is None else parse_size(max_shard_size)
     given = None if metadata is None else dict(metadata)
-    _native.save(tensors, path, metadata=given, durable=durable, max_shard_size=limit)
+    _native.save(tensors, path, metadata=given, durable=durable, mapped=mapped, max_shard_size=limit)
 
 
 def save_bytes(

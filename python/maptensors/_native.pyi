@@ -136,6 +136,7 @@ def create(
     *,
     metadata: dict[str, str] | None = None,
     durable: bool = True,
+    mapped: bool = True,
 ) -> Draft: ...
 def load_bytes(data: bytes) -> Model: ...
 def save(
@@ -144,6 +145,7 @@ def save(
     *,
     metadata: dict[str, str] | None = None,
     durable: bool = True,
+    mapped: bool = True,
     max_shard_size: int | None = None,
 ) -> None: ...
 def save_bytes(

@@ -127,7 +127,7 @@ impl<'de> Visitor<'de> for &WeightMap<'_> {
 }
 
 /// Why this is not the name of a file beside the index. Windows' separators count too: an index travels.
-fn refuse(name: &str) -> Option<&'static str> {
+pub(crate) fn refuse(name: &str) -> Option<&'static str> {
     match name {
         "" => Some("it is empty"),
         "." | ".." => Some("it is a directory"),

@@ -21,11 +21,18 @@ pub(crate) struct ExclusiveFile {
 /// How names of unfinished files start; [`ExclusiveFile::sweep`] looks for it.
 const PREFIX: &str = ".maptensors-";
 
+/// Creations that find their file locked by someone else, before giving up on the lock.
+const TRIES: usize = 8;
+
+/// An unfinished file of another boot (or another machine, over a network) is an orphan after so long.
+const ABANDONED: std::time::Duration = std::time::Duration::from_secs(24 * 60 * 60);
+
 impl ExclusiveFile {
     /// Creates a new, empty, locked file in `dir`, with the mode that `mode` and the umask give.
     pub(crate) fn create(dir: BorrowedFd<'_>, mode: u32) -> io::Result<Self> {
+        let mut tries = 0;
         loop {
-            let name = format!("{PREFIX}{:016x}.tmp", random()?);
+            let name = format!("{PREFIX}{}-{:016x}.tmp", boot(), random()?);
             let flags = OFlags::RDWR | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
             let file = match rustix::fs::openat(dir, &name, flags, Mode::from_raw_mode(mode)) {
                 Ok(fd) => File::from(fd),
@@ -36,15 +43,18 @@ impl ExclusiveFile {
             // sweeping of files that a crash left behind.
             let locked = rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive);
             // A sweeper may have come between creation and lock, and taken the file for an orphan.
-            let swept = locked == Err(Errno::WOULDBLOCK) || rustix::fs::fstat(&file)?.st_nlink == 0;
-            if !swept {
+            let swept = rustix::fs::fstat(&file)?.st_nlink == 0;
+            tries += 1;
+            if !swept && (locked != Err(Errno::WOULDBLOCK) || tries == TRIES) {
                 return Ok(Self { file, name });
             }
+            rustix::fs::unlinkat(dir, &name, AtFlags::empty()).ok();
         }
     }
 
-    /// Removes unfinished files of dead processes from `dir`: ours by name, orphans because nobody
-    /// holds their lock. Best effort.
+    /// Removes unfinished files of dead processes from `dir`: ours by name and owner, orphans because
+    /// nobody holds their lock. Locks may be this machine's alone, so a file of another boot must also be
+    /// old. Best effort.
     pub(crate) fn sweep(dir: BorrowedFd<'_>) {
         let Ok(entries) = rustix::fs::Dir::read_from(dir) else { return };
         for entry in entries.flatten() {
@@ -54,9 +64,11 @@ impl ExclusiveFile {
             }
             let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
             let Ok(fd) = rustix::fs::openat(dir, name, flags, Mode::empty()) else { continue };
+            let here = name.to_bytes()[PREFIX.len()..].starts_with(boot().as_bytes());
             let ours = rustix::fs::fstat(&fd).is_ok_and(|stat| {
                 rustix::fs::FileType::from_raw_mode(stat.st_mode).is_file()
                     && stat.st_uid == rustix::process::geteuid().as_raw()
+                    && (here || is_abandoned(stat.st_mtime))
             });
             if ours && rustix::fs::flock(&fd, FlockOperation::NonBlockingLockExclusive).is_ok() {
                 rustix::fs::unlinkat(dir, name, AtFlags::empty()).ok();
@@ -120,6 +132,21 @@ impl ExclusiveFile {
     }
 }
 
+/// Eight characters that change with every boot of this machine.
+fn boot() -> &'static str {
+    static BOOT: std::sync::OnceLock<String> = std::sync::OnceLock::new();
+    BOOT.get_or_init(|| {
+        let id = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default();
+        id.get(..8).filter(|id| id.bytes().all(|b| b.is_ascii_hexdigit())).unwrap_or("00000000").to_owned()
+    })
+}
+
+/// Whether a file last written at `mtime` (seconds since 1970) has been left alone for long.
+fn is_abandoned(mtime: i64) -> bool {
+    let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
+    u64::try_from(mtime).is_ok_and(|mtime| now.as_secs().saturating_sub(mtime) > ABANDONED.as_secs())
+}
+
 fn random() -> io::Result<u64> {
     let mut bytes = [0; 8];
     rustix::rand::getrandom(&mut bytes, rustix::rand::GetRandomFlags::empty())?;
@@ -136,7 +163,13 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let fd = File::open(dir.path()).unwrap();
         let living = ExclusiveFile::create(fd.as_fd(), 0o600).unwrap();
-        let orphan = dir.path().join(".maptensors-0123456789abcdef.tmp");
+        let orphan = dir.path().join(format!(".maptensors-{}-0123456789abcdef.tmp", boot()));
+        let elsewhere = dir.path().join(".maptensors-ffffffff-0123456789abcdef.tmp");
+        let old = dir.path().join(".maptensors-ffffffff-fedcba9876543210.tmp");
+        std::fs::write(&elsewhere, b"another machine's, perhaps alive").unwrap();
+        std::fs::write(&old, b"another boot's").unwrap();
+        let days_ago = std::time::SystemTime::now() - 2 * ABANDONED;
+        File::options().write(true).open(&old).unwrap().set_modified(days_ago).unwrap();
         let other = dir.path().join(".maptensors-notes.txt");
         let fifo = dir.path().join(".maptensors-fifo.tmp");
         std::fs::write(&orphan, b"left by a crash").unwrap();
@@ -144,7 +177,7 @@ mod tests {
         rustix::fs::mknodat(rustix::fs::CWD, &fifo, rustix::fs::FileType::Fifo, Mode::RUSR | Mode::WUSR, 0)
             .unwrap();
         ExclusiveFile::sweep(fd.as_fd());
-        assert!(!orphan.exists());
+        assert!(!orphan.exists() && !old.exists() && elsewhere.exists());
         assert!(dir.path().join(living.name()).exists() && other.exists() && fifo.exists());
     }
 

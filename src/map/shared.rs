@@ -81,10 +81,8 @@ impl SharedMemory {
     /// If the part lies outside, is of another length, or the memory is read-only: a fault of this crate.
     pub(crate) fn write(&self, part: &Range<usize>, from: Source<'_>) {
         assert!(!self.is_read_only() && part.len() == from.len());
-        // SAFETY: the part lies inside (`ptr` asserts it), is writable, and no other reference to it
-        // exists in Rust: this type keeps none, and this one ends with the function.
-        let to = unsafe { std::slice::from_raw_parts_mut(self.ptr(part), part.len()) };
-        from.copy_to(0..part.len(), to);
+        // SAFETY: the part lies inside (`ptr` asserts it) and is writable; no Rust reference to it exists.
+        unsafe { from.copy_to_raw(self.ptr(part)) };
     }
 
     pub(crate) fn residency(&self, part: Range<usize>) -> io::Result<Residency> {

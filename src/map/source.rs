@@ -54,6 +54,16 @@ impl Source<'_> {
         }
     }
 
+    /// Copies everything to `to`, which may overlap it.
+    ///
+    /// # Safety
+    /// `to` is writable for as many bytes, and no reference to them lives.
+    #[cfg(feature = "python")]
+    pub(crate) unsafe fn copy_to_raw(&self, to: *mut u8) {
+        // SAFETY: readable by the field invariant, writable by the caller's promise.
+        unsafe { std::ptr::copy(self.ptr, to, self.len) };
+    }
+
     /// Writes a part to `file` at `offset`.
     ///
     /// # Panics

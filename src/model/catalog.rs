@@ -95,10 +95,12 @@ impl Catalog {
     /// The error for a name that is not there.
     pub(crate) fn missing(&self, name: &str) -> Error {
         // Likeness takes the product of both lengths, and a file's names are as long as it likes.
-        const LONGEST: usize = 512;
+        const LONGEST: usize = 256;
+        const MOST: usize = 20_000;
         let path = self.shards.first().map_or(Path::new(""), |s| &s.path);
         let mut near: Vec<(f64, &str)> = self
             .infos()
+            .take(MOST)
             .filter(|(_, info)| info.name().len().max(name.len()) <= LONGEST)
             .map(|(_, info)| (strsim::jaro_winkler(info.name(), name), info.name()))
             .filter(|(likeness, _)| *likeness > 0.8)

@@ -188,7 +188,8 @@ pub(crate) fn locate(path: &Path) -> Result<Place> {
 
 /// The model in a directory: its index, or its only safetensors file.
 fn pick(dir: &Path) -> Result<PathBuf> {
-    for name in ["model.safetensors.index.json", "model.safetensors"] {
+    // The whole file first, as transformers does: an index beside it is what a sharded save left before.
+    for name in ["model.safetensors", "model.safetensors.index.json"] {
         if dir.join(name).exists() {
             return Ok(dir.join(name));
         }
@@ -204,12 +205,25 @@ fn pick(dir: &Path) -> Result<PathBuf> {
         }
     }
     match (indices.as_slice(), files.as_slice()) {
+        ([], [only]) if is_part(only) => Err(Error::NotRegular {
+            path: dir.into(),
+            found: "a directory with one shard of several, and no index",
+        }),
         ([only], _) | ([], [only]) => Ok(only.clone()),
         ([], []) => {
             Err(Error::NotRegular { path: dir.into(), found: "a directory without a safetensors model" })
         }
         _ => Err(Error::NotRegular { path: dir.into(), found: "a directory with several models: name one" }),
     }
+}
+
+/// Whether a file's name says that it is one of several: `…-00001-of-00002.safetensors`.
+fn is_part(path: &Path) -> bool {
+    let stem = path.file_stem().and_then(|stem| stem.to_str()).unwrap_or_default();
+    let parts = stem.rsplit_once("-of-").and_then(|(rest, count)| Some((rest.rsplit_once('-')?.1, count)));
+    parts.is_some_and(|(number, count)| {
+        number.parse::<u32>().is_ok() && count.parse::<u32>().is_ok_and(|count| count > 1)
+    })
 }
 
 /// Opens every file of `place`, gets its bytes with `bring`, and holds the whole against the index.

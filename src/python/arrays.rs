@@ -133,7 +133,7 @@ impl Array<'_> {
     /// The whole memory, as a buffer of bytes.
     pub(super) fn flat<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, Tensor>> {
         let len = self.memory.len();
-        Bound::new(py, Tensor::whole(self.memory.clone(), 0, DType::U8, &[len], self.name))
+        Bound::new(py, Tensor::whole(self.memory.clone(), 0, DType::U8, &[len], self.name, self.read_only))
     }
 
     /// 4-bit floats one to the byte, as `ml_dtypes` holds them.

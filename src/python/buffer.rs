@@ -53,8 +53,15 @@ pub(super) unsafe fn fill(
     if array.read_only && asks(ffi::PyBUF_WRITABLE) {
         return Err(PyBufferError::new_err("this tensor is read-only"));
     }
-    if array.strides.is_some() && !asks(ffi::PyBUF_STRIDES) {
-        return Err(PyBufferError::new_err("this tensor is not contiguous"));
+    let packed = array.dtype.itemsize().is_none();
+    let scattered = array.strides.is_some();
+    let wants_c =
+        !asks(ffi::PyBUF_STRIDES) || asks(ffi::PyBUF_C_CONTIGUOUS) || asks(ffi::PyBUF_ANY_CONTIGUOUS);
+    // C order is Fortran's too where at most one axis is longer than 1.
+    let fortran =
+        !scattered && (array.elements() == 0 || array.shape.iter().filter(|&&dim| dim != 1).count() <= 1);
+    if scattered && (wants_c || packed) || asks(ffi::PyBUF_F_CONTIGUOUS) && !(fortran || packed) {
+        return Err(PyBufferError::new_err("this tensor does not lie in memory in that order"));
     }
     let format = match (asks(ffi::PyBUF_FORMAT), format(array.dtype)) {
         (true, None) => {
@@ -73,14 +80,13 @@ pub(super) unsafe fn fill(
     let dim =
         |n: usize| ffi::Py_ssize_t::try_from(n).map_err(|_| PyBufferError::new_err("too large a tensor"));
     // Packed elements have no shape of their own: they are a run of bytes.
-    let packed = array.dtype.itemsize().is_none();
     let mut dims: Vec<ffi::Py_ssize_t> = if packed {
         vec![dim(nbytes)?]
     } else {
         array.shape.iter().map(|&n| dim(n)).collect::<Result<_, _>>()?
     };
     let rank = dims.len();
-    if let (Some(strides), false) = (array.strides, packed) {
+    if let Some(strides) = array.strides {
         dims.extend(strides.iter().map(|stride| stride * itemsize.cast_signed()));
     } else {
         let mut stride = itemsize.cast_signed();
@@ -100,8 +106,10 @@ pub(super) unsafe fn fill(
     view.format = format.cast_mut();
     // Without PyBUF_ND the bytes are one run, and a consumer expects one axis.
     view.ndim = if asks(ffi::PyBUF_ND) { c_int::try_from(rank).unwrap_or(c_int::MAX) } else { 1 };
-    view.shape = if asks(ffi::PyBUF_ND) { dims } else { std::ptr::null_mut() };
-    view.strides = if asks(ffi::PyBUF_STRIDES) { dims.wrapping_add(rank) } else { std::ptr::null_mut() };
+    // PEP 3118: both are null for a scalar.
+    let given = |wanted: bool, dims| if wanted && rank > 0 { dims } else { std::ptr::null_mut() };
+    view.shape = given(asks(ffi::PyBUF_ND), dims);
+    view.strides = given(asks(ffi::PyBUF_STRIDES), dims.wrapping_add(rank));
     view.suboffsets = std::ptr::null_mut();
     view.internal = Box::into_raw(shape).cast();
     view.obj = owner.clone().into_ptr();

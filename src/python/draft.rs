@@ -47,7 +47,7 @@ impl Draft {
             hint: " in the planned layout".into(),
         };
         let info = self.layout.get(name).ok_or_else(missing)?;
-        Ok(Tensor::whole(self.memory.clone(), info.bytes().start, info.dtype(), info.shape(), name))
+        Ok(Tensor::whole(self.memory.clone(), info.bytes().start, info.dtype(), info.shape(), name, false))
     }
 
     pub(super) fn finish(&self) -> Result<(), Error> {
@@ -154,13 +154,14 @@ impl Draft {
 
 /// Allocates and maps a new file for the tensors of `spec`.
 #[pyfunction]
-#[pyo3(signature = (path, spec, *, metadata = None, durable = true))]
+#[pyo3(signature = (path, spec, *, metadata = None, durable = true, mapped = true))]
 pub(super) fn create(
     py: Python<'_>,
     path: PathBuf,
     spec: &Bound<'_, PyAny>,
     metadata: Option<BTreeMap<String, String>>,
     durable: bool,
+    mapped: bool,
 ) -> PyResult<Draft> {
     let mut builder = Layout::builder().all_metadata(metadata);
     for item in spec.call_method0("items")?.try_iter()? {
@@ -169,7 +170,9 @@ pub(super) fn create(
         builder = builder.tensor(name, dtype, &shape);
     }
     let layout = builder.build()?;
-    let made = py.detach(|| DraftOptions::new().durable(durable).create(&path, &layout).and_then(Draft::new));
+    let made = py.detach(|| {
+        DraftOptions::new().durable(durable).mapped(mapped).create(&path, &layout).and_then(Draft::new)
+    });
     Ok(made?)
 }
 

@@ -4,6 +4,7 @@ use super::arrays::{Array, NDARRAY, import, is_cpu, torch};
 use super::tensor::Tensor;
 use crate::dtype::DType;
 use crate::error::{Error, quote};
+use crate::layout::elements;
 use crate::map::Source;
 use pyo3::exceptions::{PyTypeError, PyValueError};
 use pyo3::intern;
@@ -60,18 +61,14 @@ pub(super) fn look_at(name: &str, object: &Bound<'_, PyAny>) -> PyResult<Given> 
         let data = Data::Ready { ptr, len: array.nbytes(), _keep: keep.unbind() };
         return Ok(Given { dtype, shape, data });
     }
-    // Only a process that has imported torch can hold a tensor of it.
-    if py.import("sys")?.getattr("modules")?.contains("torch")? {
-        let torch = torch(py)?;
-        if object.is_instance(torch.class.bind(py))? {
-            return look_at_torch(name, object);
-        }
+    if is_torch(object)? {
+        return look_at_torch(name, object);
     }
-    let ndarray = import(py, &NDARRAY, "numpy", "ndarray")?;
-    if object.is_instance(&ndarray)? {
+    // Exactly numpy's: a subclass may say anything of itself.
+    if object.get_type().is(&import(py, &NDARRAY, "numpy", "ndarray")?) {
         return look_at_numpy(name, object);
     }
-    // numpy scalars, JAX arrays on the CPU, anything with __array__ or __dlpack__.
+    // Subclasses, numpy scalars, JAX arrays on the CPU, anything with __array__ or __dlpack__.
     let numpy = py.import("numpy")?;
     let array = if object.hasattr("__array__")? {
         numpy.call_method1("asarray", (object,))?
@@ -82,6 +79,13 @@ pub(super) fn look_at(name: &str, object: &Bound<'_, PyAny>) -> PyResult<Given> 
         return Err(Error::Argument(text).into());
     };
     look_at_numpy(name, &array)
+}
+
+/// Only a process that has imported torch can hold a tensor of it.
+fn is_torch(object: &Bound<'_, PyAny>) -> PyResult<bool> {
+    let py = object.py();
+    let imported = py.import("sys")?.getattr("modules")?.call_method1("get", ("torch",))?;
+    Ok(imported.hasattr("Tensor")? && object.is_instance(torch(py)?.class.bind(py))?)
 }
 
 fn unsupported(name: &str, found: &str) -> PyErr {
@@ -112,7 +116,7 @@ fn look_at_torch(name: &str, object: &Bound<'_, PyAny>) -> PyResult<Given> {
     let plain = !object.call_method0(intern!(py, "is_neg"))?.is_truthy()?
         && (dtype != DType::C64 || !object.call_method0(intern!(py, "is_conj"))?.is_truthy()?)
         && object.call_method0(intern!(py, "is_contiguous"))?.is_truthy()?;
-    let elements: usize = if shape.contains(&0) { 0 } else { shape.iter().product() };
+    let elements = elements(&shape).ok_or_else(|| unsupported(name, &text))?;
     if dtype == DType::F4 {
         let last = shape.last_mut().ok_or_else(|| unsupported(name, "float4_e2m1fn_x2 of rank 0"))?;
         *last *= 2;
@@ -122,6 +126,8 @@ fn look_at_torch(name: &str, object: &Bound<'_, PyAny>) -> PyResult<Given> {
         _ => dtype.nbytes(elements).ok_or_else(|| unsupported(name, &text))?,
     };
     let data = if on_cpu && plain {
+        // A tensor of our own over the same storage: `object.data = …` by someone else frees nothing.
+        let object = object.call_method0(intern!(py, "detach"))?;
         let ptr: usize = object.call_method0(intern!(py, "data_ptr"))?.extract()?;
         if ptr == 0 && len > 0 {
             let text = format!("tensor {} has no memory of its own (meta, fake or wrapped)", quote(name));
@@ -170,7 +176,7 @@ fn look_at_numpy(name: &str, object: &Bound<'_, PyAny>) -> PyResult<Given> {
     let Some(interface) = (unsafe { interface.cast::<ArrayInterface>().as_ref() }) else {
         return Err(PyErr::fetch(py));
     };
-    let len = dtype.nbytes(if shape.contains(&0) { 0 } else { shape.iter().product() });
+    let len = elements(&shape).and_then(|n| dtype.nbytes(n));
     let len = len.ok_or_else(|| unsupported(name, &text))?;
     let ready =
         interface.flags & CONTIGUOUS != 0 && (interface.flags & NOT_SWAPPED != 0 || interface.itemsize == 1);
@@ -201,9 +207,7 @@ fn pack(name: &str, dtype: DType, shape: Vec<usize>, object: &Bound<'_, PyAny>) 
 
 /// Writes `value` into `to`, converting as the value's own framework does.
 pub(super) fn assign(py: Python<'_>, to: &Array<'_>, value: &Bound<'_, PyAny>) -> PyResult<()> {
-    if py.import("sys")?.getattr("modules")?.contains("torch")?
-        && value.is_instance(torch(py)?.class.bind(py))?
-    {
+    if is_torch(value)? {
         let value = value.call_method0("detach")?;
         let out = to.torch(py, None)?;
         if to.dtype == DType::F4 {

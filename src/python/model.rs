@@ -27,6 +27,8 @@ pub(super) struct Model {
 pub(super) struct Parts {
     pub(super) catalog: Catalog,
     memories: Vec<Arc<SharedMemory>>,
+    /// By the mode, also where the memory could be written.
+    read_only: bool,
     /// Aligned copies of tensors that lie misaligned in their file, made when first asked for and kept, so
     /// that every access sees the same bytes.
     copies: Mutex<HashMap<(usize, usize), Arc<SharedMemory>>>,
@@ -54,7 +56,7 @@ impl Parts {
 
     fn tensor(&self, shard: usize, index: usize, info: &TensorInfo<'_>) -> Tensor {
         let (memory, offset) = self.place(shard, index, info);
-        Tensor::whole(memory, offset, info.dtype(), info.shape(), info.name())
+        Tensor::whole(memory, offset, info.dtype(), info.shape(), info.name(), self.read_only)
     }
 
     /// Every tensor's shard, place in it, and info, in file order.
@@ -68,7 +70,7 @@ impl Model {
     fn new(opened: Opened, mode: &'static str) -> Self {
         let (catalog, mappings) = opened.into_parts();
         let memories = mappings.into_iter().map(|mapping| Arc::new(SharedMemory::from(mapping))).collect();
-        let parts = Parts { catalog, memories, copies: Mutex::default() };
+        let parts = Parts { catalog, memories, read_only: mode == "r", copies: Mutex::default() };
         Self { open: RwLock::new(Some(Arc::new(parts))), mode }
     }
 
@@ -94,7 +96,7 @@ impl Model {
                 dtype: info.dtype(),
                 shape: info.shape(),
                 strides: None,
-                read_only: memory.is_read_only(),
+                read_only: parts.read_only,
                 name: info.name(),
             };
             let flat = match flats.entry(Arc::as_ptr(&memory)) {
@@ -115,9 +117,9 @@ impl Model {
 impl Model {
     fn __getitem__(&self, py: Python<'_>, name: &str) -> PyResult<Tensor> {
         let parts = self.parts()?;
-        let (shard, index) = parts.catalog.find(name).ok_or_else(|| parts.catalog.missing(name))?;
-        let info =
-            parts.catalog.shards()[shard].layout.at(index).ok_or_else(|| parts.catalog.missing(name))?;
+        let missing = || py.detach(|| parts.catalog.missing(name));
+        let (shard, index) = parts.catalog.find(name).ok_or_else(missing)?;
+        let info = parts.catalog.shards()[shard].layout.at(index).ok_or_else(missing)?;
         // A misaligned tensor is copied here, which reads the file.
         Ok(py.detach(|| parts.tensor(shard, index, &info)))
     }

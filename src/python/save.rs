@@ -56,17 +56,19 @@ fn jobs<'a>(layout: &Layout, tensors: &'a [(String, Given)]) -> Vec<(usize, Sour
 
 /// Writes tensors to `path`: one file, or with `max_shard_size` as many as needed and an index.
 #[pyfunction]
-#[pyo3(signature = (tensors, path, *, metadata = None, durable = true, max_shard_size = None))]
+#[pyo3(signature = (tensors, path, *, metadata = None, durable = true, mapped = true, max_shard_size = None))]
+#[allow(clippy::too_many_arguments)] // Python's keyword arguments
 pub(super) fn save(
     py: Python<'_>,
     tensors: &Bound<'_, PyAny>,
     path: PathBuf,
     metadata: Metadata,
     durable: bool,
+    mapped: bool,
     max_shard_size: Option<u64>,
 ) -> PyResult<()> {
     let tensors = collect(tensors)?;
-    let options = DraftOptions::new().durable(durable);
+    let options = DraftOptions::new().durable(durable).mapped(mapped);
     let write = |part: Range<usize>, path: &Path| save_one(py, &tensors[part], path, &metadata, &options);
     match max_shard_size {
         None => write(0..tensors.len(), &path),
@@ -85,15 +87,19 @@ fn save_one(
     metadata: &Metadata,
     options: &DraftOptions,
 ) -> PyResult<()> {
+    let strided = tensors.iter().any(|(_, given)| given.data.source().is_none());
     let draft = py.detach(|| -> Result<_, Error> {
         let mut draft = options.create(path, &plan(tensors, metadata)?)?;
+        if strided {
+            draft.materialize()?;
+        }
         let jobs = jobs(draft.layout(), tensors);
         draft.fill(jobs)?;
         Ok(draft)
     })?;
     // Ctrl-C while the data was copied: nothing is visible yet, and the draft cleans up.
     py.check_signals()?;
-    if tensors.iter().all(|(_, given)| given.data.source().is_some()) {
+    if !strided {
         return Ok(py.detach(|| draft.commit())?);
     }
     // The rest is written by its own framework, straight into the file's pages.
@@ -146,6 +152,6 @@ pub(super) fn save_bytes<'py>(
 
 impl Given {
     fn nbytes(&self) -> u64 {
-        self.dtype.nbytes(self.shape.iter().product()).unwrap_or_default() as u64
+        crate::layout::elements(&self.shape).and_then(|n| self.dtype.nbytes(n)).unwrap_or_default() as u64
     }
 }

@@ -8,7 +8,7 @@ use crate::map::SharedMemory;
 use crate::tensor::Selection;
 use pyo3::exceptions::{PyIndexError, PyTypeError, PyValueError};
 use pyo3::prelude::*;
-use pyo3::types::{PyBytes, PyEllipsis, PyInt, PySlice, PyTuple};
+use pyo3::types::{PyBool, PyBytes, PyEllipsis, PyInt, PySlice, PyTuple};
 use std::path::PathBuf;
 use std::sync::Arc;
 
@@ -32,15 +32,17 @@ pub(super) struct Tensor {
 }
 
 impl Tensor {
-    /// A whole tensor in C order, which lies inside `memory`, aligned.
+    /// A whole tensor in C order, which lies inside `memory`, aligned. Memory that cannot be written makes
+    /// it read-only in any case.
     pub(super) fn whole(
         memory: Arc<SharedMemory>,
         offset: usize,
         dtype: DType,
         shape: &[usize],
         name: &str,
+        read_only: bool,
     ) -> Self {
-        let read_only = memory.is_read_only();
+        let read_only = read_only || memory.is_read_only();
         Self { memory, offset, dtype, shape: shape.to_vec(), strides: None, read_only, name: name.into() }
     }
 
@@ -74,10 +76,11 @@ impl Tensor {
         let contiguous = selection.is_contiguous();
         Ok(Self {
             memory: self.memory.clone(),
+            // Behind a negative step the offset is negative; whole bytes were checked above.
             offset: if selection.elements() == 0 {
                 self.offset
             } else {
-                self.offset + selection.offset * bits / 8
+                self.offset.wrapping_add_signed(selection.offset.cast_signed() * bits.cast_signed() / 8)
             },
             dtype: self.dtype,
             strides: (!contiguous).then_some(selection.strides),
@@ -112,6 +115,10 @@ impl Tensor {
                 let start = usize::try_from(range.start).unwrap_or_default();
                 selection.range(axis, start, range.step, range.slicelength);
                 axis += 1;
+            } else if key.is_instance_of::<PyBool>() {
+                return Err(PyTypeError::new_err(
+                    "a tensor is not indexed by bools; .numpy()[...] takes masks",
+                ));
             } else if key.is_instance_of::<PyInt>() || key.hasattr("__index__")? {
                 let place: isize = key.extract()?;
                 let dim = selection.shape[axis];

@@ -135,6 +135,13 @@ impl Draft {
         self.mapped
     }
 
+    /// From now on tensors are filled in memory, also where there is no mapping: all of them, for the commit
+    /// writes that memory whole.
+    #[cfg(feature = "python")]
+    pub(crate) fn materialize(&mut self) -> Result<()> {
+        self.memory().map(|_| ())
+    }
+
     /// The whole file's bytes to write. Without a mapping they are allocated when first asked for.
     fn memory(&mut self) -> Result<&mut Mapping> {
         if self.memory.is_none() {

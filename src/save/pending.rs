@@ -4,9 +4,11 @@ use crate::error::{Error, Result};
 use crate::map::ExclusiveFile;
 use rustix::fs::{AtFlags, FileType, Mode, OFlags};
 use rustix::io::Errno;
+use std::collections::BTreeSet;
 use std::ffi::OsString;
 use std::os::fd::{AsFd as _, OwnedFd};
 use std::path::{Path, PathBuf};
+use std::sync::{Mutex, PoisonError};
 
 /// An unfinished file beside the path it is meant for. Dropped without
 /// [`publish`](Pending::publish), it leaves nothing behind.
@@ -18,23 +20,35 @@ pub(crate) struct Pending {
     /// The mode of the file to be replaced, if there is one.
     mode: Option<u32>,
     published: bool,
+    /// A fork's child has a copy of this value, and no business with the file.
+    owner: u32,
 }
 
 impl Pending {
     /// Step 1: a temporary sibling of `path`.
     pub(crate) fn create(path: &Path) -> Result<Self> {
-        let name =
-            path.file_name().ok_or_else(|| Error::Argument(format!("{} names no file", path.display())))?;
+        // `file_name` looks past a trailing slash, which says "a directory".
+        let whole = path.as_os_str().as_encoded_bytes();
+        let name = path.file_name().filter(|name| whole.ends_with(name.as_encoded_bytes()));
+        let name = name.ok_or_else(|| Error::Argument(format!("{} names no file", path.display())))?;
         let parent = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
         let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
         let dir = rustix::fs::open(parent, flags, Mode::empty())
             .map_err(|e| Error::io(path, "opening its directory")(e.into()))?;
         let mode = replaced_mode(&dir, path, name)?;
-        ExclusiveFile::sweep(dir.as_fd());
+        sweep_once(&dir);
         // A replacement is nobody else's to read until it has the old file's mode.
         let file = ExclusiveFile::create(dir.as_fd(), if mode.is_some() { 0o600 } else { 0o666 })
             .map_err(Error::io(path, "creating a temporary file beside it"))?;
-        Ok(Self { dir, path: path.into(), name: name.into(), file, mode, published: false })
+        Ok(Self {
+            dir,
+            path: path.into(),
+            name: name.into(),
+            file,
+            mode,
+            published: false,
+            owner: std::process::id(),
+        })
     }
 
     /// The path this file is meant for.
@@ -72,9 +86,18 @@ impl Pending {
 
 impl Drop for Pending {
     fn drop(&mut self) {
-        if !self.published {
+        if !self.published && self.owner == std::process::id() {
             rustix::fs::unlinkat(&self.dir, self.file.name(), AtFlags::empty()).ok();
         }
+    }
+}
+
+/// Sweeps a directory the first time this process saves there: listing it takes time.
+fn sweep_once(dir: &OwnedFd) {
+    static SWEPT: Mutex<BTreeSet<(u64, u64)>> = Mutex::new(BTreeSet::new());
+    let Ok(stat) = rustix::fs::fstat(dir) else { return };
+    if SWEPT.lock().unwrap_or_else(PoisonError::into_inner).insert((stat.st_dev, stat.st_ino)) {
+        ExclusiveFile::sweep(dir.as_fd());
     }
 }
 
@@ -87,7 +110,7 @@ fn replaced_mode(dir: &OwnedFd, path: &Path, name: &std::ffi::OsStr) -> Result<O
         Err(error) => return Err(Error::io(path, "looking at the file to replace")(error.into())),
     };
     match FileType::from_raw_mode(stat.st_mode) {
-        FileType::RegularFile => Ok(Some(Mode::from_raw_mode(stat.st_mode).bits())),
+        FileType::RegularFile => Ok(Some(stat.st_mode & 0o777)),
         FileType::Directory => Err(Error::NotRegular { path: path.into(), found: "a directory" }),
         _ => Err(Error::NotRegular { path: path.into(), found: "a device, FIFO or socket" }),
     }

@@ -38,6 +38,8 @@ pub(crate) fn save<E: From<Error>>(
         return Ok(());
     }
     let names = target.free_names(groups.len());
+    // An old index may name files that are gone, and whose names are free again.
+    old.retain(|shard| !names.iter().any(|name| target.dir.join(name) == *shard));
     let mut weight_map = BTreeMap::new();
     for (group, file) in groups.iter().zip(&names) {
         for (name, _) in &tensors[group.clone()] {
@@ -102,6 +104,20 @@ fn group(tensors: &[(&str, u64)], limit: u64) -> Vec<Range<usize>> {
     groups
 }
 
+/// Whether this is what stands behind the stem in a shard's name: `-00001-of-00002.safetensors`, perhaps
+/// with a generation before it.
+fn is_shard_suffix(rest: &str) -> bool {
+    let digits = |text: &str, len: usize| text.len() >= len && text.bytes().all(|b| b.is_ascii_digit());
+    let Some(rest) = rest.strip_prefix('-').and_then(|r| r.strip_suffix(".safetensors")) else {
+        return false;
+    };
+    let rest = match rest.strip_prefix('g').and_then(|r| r.split_once('-')) {
+        Some((generation, rest)) if digits(generation, 1) => rest,
+        _ => rest,
+    };
+    rest.split_once("-of-").is_some_and(|(number, count)| digits(number, 5) && digits(count, 5))
+}
+
 /// Where a set called `dir/stem.safetensors` goes.
 struct Target {
     dir: PathBuf,
@@ -118,6 +134,12 @@ impl Target {
                 path.display()
             ))
         })?;
+        if let Some(reason) = index::refuse(stem) {
+            return Err(Error::Argument(format!(
+                "{}: shards cannot be named after it: {reason}",
+                path.display()
+            )));
+        }
         let dir = path.parent().unwrap_or(Path::new("")).to_owned();
         let index = dir.join(format!("{stem}.safetensors.index.json"));
         Ok(Self { dir, stem: stem.into(), index })
@@ -141,10 +163,7 @@ impl Target {
             let len = usize::try_from(len.min(index::MAX_INDEX_LEN)).unwrap_or_default();
             index::parse(&map::read_exact_at(&file, &self.index, 0, len)?, &self.index)
         };
-        let ours = |shard: &&String| {
-            let numbered = shard.strip_prefix(&self.stem).is_some_and(|rest| rest.starts_with('-'));
-            numbered && shard.ends_with(".safetensors")
-        };
+        let ours = |shard: &&String| shard.strip_prefix(&self.stem).is_some_and(is_shard_suffix);
         read()
             .map_or(Vec::new(), |index| index.shards.iter().filter(ours).map(|s| self.dir.join(s)).collect())
     }
@@ -162,5 +181,36 @@ impl Target {
             }
             generation = generation.saturating_add(1);
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_names_that_are_made_here_count_as_shards() {
+        for (rest, expected) in [
+            ("-00001-of-00002.safetensors", true),
+            ("-g2-00001-of-00002.safetensors", true),
+            ("-g12-100001-of-100002.safetensors", true),
+            (".safetensors", false),
+            ("-notes.safetensors", false),
+            ("-1-of-2.safetensors", false),
+            ("-g-00001-of-00002.safetensors", false),
+            ("-00001-of-00002.json", false),
+            ("-other-00001-of-00002.safetensors", false),
+        ] {
+            assert_eq!(is_shard_suffix(rest), expected, "{rest}");
+        }
+    }
+
+    #[test]
+    fn tensors_are_grouped_in_order_and_a_large_one_stands_alone() {
+        let sizes = |sizes: &[u64]| sizes.iter().map(|&size| ("t", size)).collect::<Vec<_>>();
+        assert_eq!(group(&sizes(&[3, 3, 3]), 6), [0..2, 2..3]);
+        assert_eq!(group(&sizes(&[1, 9, 1]), 6), [0..1, 1..2, 2..3]);
+        assert_eq!(group(&sizes(&[]), 6).len(), 1);
+        assert_eq!(group(&sizes(&[u64::MAX, u64::MAX]), 6), [0..1, 1..2]);
     }
 }

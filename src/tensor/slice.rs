@@ -114,7 +114,10 @@ impl Selection {
             self.shift(axis, start);
         }
         self.shape[axis] = len;
-        self.strides[axis] = self.strides[axis].wrapping_mul(step);
+        // Of one place or none the stride is never walked, and the step may be as large as it likes.
+        if len > 1 {
+            self.strides[axis] = self.strides[axis].wrapping_mul(step);
+        }
     }
 
     fn shift(&mut self, axis: usize, places: usize) {
