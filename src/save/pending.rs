@@ -36,7 +36,7 @@ impl Pending {
         let dir = rustix::fs::open(parent, flags, Mode::empty())
             .map_err(|e| Error::io(path, "opening its directory")(e.into()))?;
         let mode = replaced_mode(&dir, path, name)?;
-        sweep_once(&dir);
+        sweep_once(&dir, parent);
         // A replacement is nobody else's to read until it has the old file's mode.
         let file = ExclusiveFile::create(dir.as_fd(), if mode.is_some() { 0o600 } else { 0o666 })
             .map_err(Error::io(path, "creating a temporary file beside it"))?;
@@ -93,10 +93,12 @@ impl Drop for Pending {
 }
 
 /// Sweeps a directory the first time this process saves there: listing it takes time.
-fn sweep_once(dir: &OwnedFd) {
-    static SWEPT: Mutex<BTreeSet<(u64, u64)>> = Mutex::new(BTreeSet::new());
+fn sweep_once(dir: &OwnedFd, path: &Path) {
+    // With the path, for inode numbers are used again.
+    static SWEPT: Mutex<BTreeSet<(u64, u64, PathBuf)>> = Mutex::new(BTreeSet::new());
     let Ok(stat) = rustix::fs::fstat(dir) else { return };
-    if SWEPT.lock().unwrap_or_else(PoisonError::into_inner).insert((stat.st_dev, stat.st_ino)) {
+    let place = (stat.st_dev, stat.st_ino, path.to_owned());
+    if SWEPT.lock().unwrap_or_else(PoisonError::into_inner).insert(place) {
         ExclusiveFile::sweep(dir.as_fd());
     }
 }
