@@ -4,11 +4,9 @@ use crate::error::{Error, Result};
 use crate::map::ExclusiveFile;
 use rustix::fs::{AtFlags, FileType, Mode, OFlags};
 use rustix::io::Errno;
-use std::collections::BTreeSet;
 use std::ffi::OsString;
 use std::os::fd::{AsFd as _, OwnedFd};
 use std::path::{Path, PathBuf};
-use std::sync::{Mutex, PoisonError};
 
 /// An unfinished file beside the path it is meant for. Dropped without
 /// [`publish`](Pending::publish), it leaves nothing behind.
@@ -36,7 +34,7 @@ impl Pending {
         let dir = rustix::fs::open(parent, flags, Mode::empty())
             .map_err(|e| Error::io(path, "opening its directory")(e.into()))?;
         let mode = replaced_mode(&dir, path, name)?;
-        sweep_once(&dir, parent);
+        ExclusiveFile::sweep(dir.as_fd());
         // A replacement is nobody else's to read until it has the old file's mode.
         let file = ExclusiveFile::create(dir.as_fd(), if mode.is_some() { 0o600 } else { 0o666 })
             .map_err(Error::io(path, "creating a temporary file beside it"))?;
@@ -89,17 +87,6 @@ impl Drop for Pending {
         if !self.published && self.owner == std::process::id() {
             rustix::fs::unlinkat(&self.dir, self.file.name(), AtFlags::empty()).ok();
         }
-    }
-}
-
-/// Sweeps a directory the first time this process saves there: listing it takes time.
-fn sweep_once(dir: &OwnedFd, path: &Path) {
-    // With the path, for inode numbers are used again.
-    static SWEPT: Mutex<BTreeSet<(u64, u64, PathBuf)>> = Mutex::new(BTreeSet::new());
-    let Ok(stat) = rustix::fs::fstat(dir) else { return };
-    let place = (stat.st_dev, stat.st_ino, path.to_owned());
-    if SWEPT.lock().unwrap_or_else(PoisonError::into_inner).insert(place) {
-        ExclusiveFile::sweep(dir.as_fd());
     }
 }
 
