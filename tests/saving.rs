@@ -210,7 +210,7 @@ fn stale_temporaries_are_swept_and_live_ones_stay() {
     let layout = Layout::builder().tensor("w", DType::U8, &[100]).build().unwrap();
     let stale = dir.path().join(".maptensors-00112233445566aa.tmp");
     std::fs::write(&stale, b"left by a crash of another boot, days ago").unwrap();
-    let days_ago = std::time::SystemTime::now() - std::time::Duration::from_secs(3 * 24 * 60 * 60);
+    let days_ago = std::time::SystemTime::now() - Duration::from_secs(3 * 24 * 60 * 60);
     std::fs::File::options().write(true).open(&stale).unwrap().set_modified(days_ago).unwrap();
     std::fs::write(dir.path().join(".other.tmp"), b"not ours").unwrap();
     let mut draft = Draft::create(dir.path().join("draft"), &layout).unwrap();

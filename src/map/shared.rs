@@ -92,6 +92,23 @@ impl SharedMemory {
         }
     }
 
+    /// As [`Mapping::promote`].
+    ///
+    /// # Safety
+    /// Nobody writes to the pages of `part` meanwhile: a write could be lost. (It would be to these bytes
+    /// only; Python's documentation says so, and memory stays sound.)
+    ///
+    /// # Panics
+    /// If the part lies outside: a fault of this crate.
+    pub(crate) unsafe fn promote(&self, part: &Range<usize>) -> io::Result<()> {
+        self.ptr(part);
+        match &self.owner {
+            // SAFETY: inside (asserted by `ptr`), and the caller's promise.
+            Owner::Mapping(mapping) => unsafe { mapping.promote_shared(part.clone()) },
+            Owner::Heap { .. } => Ok(()),
+        }
+    }
+
     /// Cuts an output off from its file, in place: the same bytes at the same address, from now on
     /// copy-on-write. What is written later through arrays still held stays in this process.
     pub(crate) fn detach(&self, file: &File) -> io::Result<()> {

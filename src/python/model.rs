@@ -242,6 +242,41 @@ impl Model {
         Ok(dict)
     }
 
+    /// Makes tensors this process's own in bulk (all, or those of `names`), before they are written all
+    /// over: several times as fast as copying each page when it is first written. Takes their size in
+    /// memory at once. Nobody may write to them meanwhile: a write could be lost.
+    #[pyo3(signature = (names = None))]
+    fn promote(&self, py: Python<'_>, names: Option<Vec<String>>) -> PyResult<()> {
+        if self.mode == "r" {
+            return Err(PyValueError::new_err(
+                "a model of mode \"r\" is not written to; open it with mode=\"c\"",
+            ));
+        }
+        let parts = self.parts()?;
+        Ok(py.detach(|| -> Result<(), Error> {
+            let mut ranges = Vec::new();
+            match &names {
+                None => {
+                    let shards = parts.catalog.shards().iter().enumerate();
+                    ranges.extend(shards.map(|(s, shard)| (s, shard.layout.data_range())));
+                }
+                Some(names) => {
+                    for name in names {
+                        let found = parts.catalog.find(name);
+                        let (s, i) = found.ok_or_else(|| parts.catalog.missing(name))?;
+                        ranges.extend(parts.catalog.shards()[s].layout.at(i).map(|info| (s, info.bytes())));
+                    }
+                }
+            }
+            for (shard, range) in ranges {
+                // SAFETY: nobody writes meanwhile, as the documentation asks; a write would be lost, not more.
+                let promoted = unsafe { parts.memories[shard].promote(&range) };
+                promoted.map_err(Error::io(&parts.catalog.shards()[shard].path, "copying its pages"))?;
+            }
+            Ok(())
+        })?)
+    }
+
     /// All tensors as numpy arrays of the same memory.
     fn numpy<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
         self.arrays(py, |array, flat| {
