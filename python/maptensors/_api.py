@@ -21,7 +21,8 @@ def parse_size(size: int | str) -> int:
         size = int(float(number) * (_UNITS | _BINARY)[unit])
     if size <= 0:
         raise ValueError(f"a size must be positive, not {size}")
-    return size
+    # No file is larger than a signed 64-bit offset can say.
+    return min(size, 2**63 - 1)
 
 
 def save(

@@ -34,15 +34,21 @@ class safe_open:
         *,
         backend: str = "mmap",
     ) -> None:
-        try:
-            self._framework = _FRAMEWORKS[framework]
-        except (KeyError, TypeError):
+        if not isinstance(framework, str):
+            raise TypeError(f"framework is a str, not {framework!r}")
+        if framework not in _FRAMEWORKS:
             raise MapTensorsError(
                 f"framework {framework!r} is not one of pt, np and flax; maptensors.open gives tensors "
                 "that speak DLPack and the buffer protocol"
-            ) from None
+            )
+        self._framework = _FRAMEWORKS[framework]
         if self._framework != "torch" and device != "cpu":
             raise MapTensorsError(f"device {device!r} is for framework 'pt'; {framework!r} loads on the CPU")
+        if self._framework == "torch" and device != "cpu":
+            import torch
+
+            # Refused now, and not at the first tensor.
+            device = torch.device(device)
         # JAX arrays are immutable; the others may be written, which copies the page and not the file.
         mode = "r" if self._framework == "jax" else "c"
         self._device = device
@@ -111,7 +117,12 @@ class SafeSlice:
     def __getitem__(self, key: Any) -> Any:
         """Return a part of the tensor; only its bytes are touched."""
         keys = key if isinstance(key, tuple) else (key,)
-        if all(k is ... or isinstance(k, slice) or hasattr(k, "__index__") for k in keys):
+        if all(k is ... or isinstance(k, slice) or _is_place(k) for k in keys):
             return self._convert(self._tensor[key])
         # Lists and masks: the framework's own indexing, which copies.
         return self._convert(self._tensor)[key]
+
+
+def _is_place(key: Any) -> bool:
+    """Whether a key is a number; to the frameworks a bool is a mask."""
+    return hasattr(key, "__index__") and not isinstance(key, bool)

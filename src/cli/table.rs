@@ -7,6 +7,8 @@ use std::io::{self, Write};
 
 /// A name is not shortened below this, however narrow the terminal.
 const NARROWEST_NAME: usize = 16;
+/// The widest that the name column is made for the sake of alignment.
+const WIDEST_NAME: usize = 160;
 
 /// Shows a report; `width` is the terminal's, if it is one.
 pub(super) fn show(
@@ -138,6 +140,7 @@ impl Table {
 
     fn print(&self, out: &mut impl Write, width: Option<usize>) -> io::Result<()> {
         const GAP: usize = 2;
+        let terminal = width.is_some();
         let titles: Vec<String> = self.columns.iter().map(|column| column[1..].to_owned()).collect();
         let mut widths = vec![0; titles.len()];
         for row in std::iter::once(&titles).chain(&self.rows) {
@@ -145,6 +148,8 @@ impl Table {
                 *widest = cell.chars().count().max(*widest);
             }
         }
+        // Whole in a pipe, but one endless name must not push every row's numbers out of sight.
+        widths[0] = widths[0].min(WIDEST_NAME);
         if let (Some(width), Some((name, others))) = (width, widths.split_first_mut()) {
             let taken: usize = others.iter().map(|other| GAP + other).sum();
             *name = (*name).min(width.saturating_sub(taken).max(NARROWEST_NAME));
@@ -152,14 +157,14 @@ impl Table {
         for row in std::iter::once(&titles).chain(&self.rows) {
             let mut line = String::new();
             for (i, ((column, cell), &width)) in self.columns.iter().zip(row).zip(&widths).enumerate() {
-                let cell = if i == 0 { text::shorten(cell, width) } else { format!("  {cell}") };
-                let width = if i == 0 { width } else { width + GAP };
-                let cell = if column.starts_with('<') {
-                    format!("{cell:<width$}")
-                } else {
-                    format!("{cell:>width$}")
-                };
-                line.push_str(&cell);
+                let shorten = i == 0 && terminal;
+                let cell = if shorten { text::shorten(cell, width) } else { cell.clone() };
+                // By hand: a format's width is at most 65,535.
+                let padding = " ".repeat(width.saturating_sub(cell.chars().count()));
+                line.push_str(if i == 0 { "" } else { &"  "[..GAP] });
+                for part in if column.starts_with('<') { [&cell, &padding] } else { [&padding, &cell] } {
+                    line.push_str(part);
+                }
             }
             writeln!(out, "{}", line.trim_end())?;
         }

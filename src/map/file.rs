@@ -11,11 +11,19 @@ use std::path::Path;
 /// [`Error::Io`], [`Error::NotRegular`].
 pub(crate) fn open_regular(path: &Path) -> Result<(File, u64)> {
     // O_NONBLOCK: open(2) of a FIFO would wait for a writer. It has no effect on regular files.
-    let file = File::options()
-        .read(true)
-        .custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY)
-        .open(path)
-        .map_err(Error::io(path, "opening the file"))?;
+    let file =
+        File::options().read(true).custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY).open(path).map_err(
+            |error| {
+                // What open(2) says of a socket.
+                if error.raw_os_error() == Some(libc::ENXIO) {
+                    return Error::NotRegular {
+                        path: path.into(),
+                        found: "a socket or a device that is not there",
+                    };
+                }
+                Error::io(path, "opening the file")(error)
+            },
+        )?;
     let metadata = file.metadata().map_err(Error::io(path, "asking for its length"))?;
     let kind = metadata.file_type();
     if kind.is_file() {

@@ -231,6 +231,9 @@ fn assemble(
     place: &Place,
     bring: impl Fn(&File, usize, &Layout) -> io::Result<Mapping> + Sync,
 ) -> Result<Model> {
+    if place.files.is_empty() && place.index.is_none() {
+        return Err(Error::Argument("no file is named to be opened".into()));
+    }
     let open = |path: &Path| -> Result<(Shard, Mapping)> {
         let (file, layout, len) = read_layout(path)?;
         let mapping = bring(&file, len, &layout).map_err(Error::io(path, "mapping the file"))?;

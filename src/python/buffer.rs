@@ -65,8 +65,10 @@ pub(super) unsafe fn fill(
     }
     let format = match (asks(ffi::PyBUF_FORMAT), format(array.dtype)) {
         (true, None) => {
-            let text =
-                format!("the buffer protocol has no code for {}; use .numpy() or .view(\"U8\")", array.dtype);
+            let text = format!(
+                "the buffer protocol has no code for {}; use .numpy(), or .view(\"U8\") for the bytes",
+                array.dtype
+            );
             return Err(PyBufferError::new_err(text));
         }
         (true, Some(format)) => {

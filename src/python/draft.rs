@@ -2,7 +2,7 @@
 
 use super::tensor::Tensor;
 use super::{arrays, given};
-use crate::error::Error;
+use crate::error::{Error, quote};
 use crate::layout::Layout;
 use crate::map::{SharedMemory, Source};
 use crate::save::{self, DraftOptions, Pending, Target};
@@ -10,6 +10,7 @@ use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 use pyo3::types::{PyDict, PyList, PyTuple};
 use std::collections::BTreeMap;
+use std::ffi::OsStr;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -98,8 +99,8 @@ impl Draft {
 
     /// The path the file will have.
     #[getter]
-    fn path(&self) -> &PathBuf {
-        &self.path
+    fn path(&self) -> &OsStr {
+        self.path.as_os_str()
     }
 
     /// Whether tensors lie in the file's own pages. False where the file system cannot allocate space
@@ -147,7 +148,7 @@ impl Draft {
 
     fn __repr__(&self) -> String {
         let state = if self.closed() { ", closed" } else { "" };
-        let path = crate::error::quote(&self.path.to_string_lossy());
+        let path = quote(&self.path.to_string_lossy());
         format!("Draft({path}, {} tensors{state})", self.layout.len())
     }
 }
@@ -184,8 +185,9 @@ fn declared(name: &str, what: &Bound<'_, PyAny>) -> PyResult<(crate::dtype::DTyp
     }
     if let Ok(dict) = what.cast::<PyDict>() {
         let part = |key: &str| {
-            dict.get_item(key)?
-                .ok_or_else(|| PyValueError::new_err(format!("the spec of tensor {name:?} has no {key:?}")))
+            dict.get_item(key)?.ok_or_else(|| {
+                PyValueError::new_err(format!("the spec of tensor {} has no {key:?}", quote(name)))
+            })
         };
         return Ok((arrays::parse_dtype(&part("dtype")?)?, part("shape")?.extract()?));
     }

@@ -68,6 +68,11 @@ pub(super) fn look_at(name: &str, object: &Bound<'_, PyAny>) -> PyResult<Given> 
     if object.get_type().is(&import(py, &NDARRAY, "numpy", "ndarray")?) {
         return look_at_numpy(name, object);
     }
+    if object.hasattr("mask")? && object.hasattr("filled")? {
+        let text =
+            format!("tensor {} is a masked array; .filled() says what stands for masked values", quote(name));
+        return Err(Error::Argument(text).into());
+    }
     // Subclasses, numpy scalars, JAX arrays on the CPU, anything with __array__ or __dlpack__.
     let numpy = py.import("numpy")?;
     let array = if object.hasattr("__array__")? {
@@ -238,6 +243,7 @@ pub(super) fn assign(py: Python<'_>, to: &Array<'_>, value: &Bound<'_, PyAny>) -
         return Ok(());
     }
     let numpy = py.import("numpy")?;
+    let typed = value.hasattr("dtype")?;
     let value = numpy.call_method1("asarray", (value,))?;
     if value.getattr("ndim")?.extract::<usize>()? > 0
         && value.getattr("shape")?.ne(PyTuple::new(py, to.shape)?)?
@@ -245,7 +251,8 @@ pub(super) fn assign(py: Python<'_>, to: &Array<'_>, value: &Bound<'_, PyAny>) -
         return Err(shape_error(to, &value)?);
     }
     let options = PyDict::new(py);
-    options.set_item("casting", "same_kind")?;
+    // Python's numbers have no dtype of their own, and become the tensor's as in numpy's `a[...] = 1`.
+    options.set_item("casting", if typed { "same_kind" } else { "unsafe" })?;
     numpy.call_method("copyto", (to.numpy(py, None)?, value), Some(&options))?;
     Ok(())
 }

@@ -11,6 +11,7 @@ use pyo3::prelude::*;
 use pyo3::sync::PyOnceLock;
 use pyo3::types::{PyDict, PyList, PyType};
 use std::collections::{BTreeMap, HashMap};
+use std::ffi::OsString;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 
@@ -76,7 +77,7 @@ impl Model {
 
     pub(super) fn parts(&self) -> PyResult<Arc<Parts>> {
         let open = self.open.read().unwrap_or_else(PoisonError::into_inner);
-        open.clone().ok_or_else(|| PyValueError::new_err("the model is closed"))
+        open.clone().ok_or_else(|| Error::Argument("the model is closed".into()).into())
     }
 
     /// One array for each tensor. `make` gets the whole memory as a buffer too, to share between arrays.
@@ -188,15 +189,10 @@ impl Model {
 
     /// The paths of the files, as opened; empty for bytes.
     #[getter]
-    fn paths(&self) -> PyResult<Vec<PathBuf>> {
+    fn paths(&self) -> PyResult<Vec<OsString>> {
         let parts = self.parts()?;
-        Ok(parts
-            .catalog
-            .shards()
-            .iter()
-            .map(|s| s.path.clone())
-            .filter(|p| !p.as_os_str().is_empty())
-            .collect())
+        let paths = parts.catalog.shards().iter().map(|shard| shard.path.as_os_str());
+        Ok(paths.filter(|path| !path.is_empty()).map(ToOwned::to_owned).collect())
     }
 
     /// Whether the model has been closed.
@@ -216,7 +212,7 @@ impl Model {
         dict.set_item("name", info.name())?;
         dict.set_item("dtype", info.dtype().name())?;
         dict.set_item("shape", pyo3::types::PyTuple::new(py, info.shape())?)?;
-        dict.set_item("path", &shard.path)?;
+        dict.set_item("path", shard.path.as_os_str())?;
         dict.set_item("offset", info.offset())?;
         dict.set_item("nbytes", info.nbytes())?;
         Ok(dict)
@@ -299,17 +295,19 @@ impl Model {
 
     /// Writes all tensors and the metadata, edits included, as `maptensors.save` does; also onto the model's
     /// own file.
-    #[pyo3(signature = (path, *, metadata = None, durable = true, max_shard_size = None))]
+    #[pyo3(signature = (path, *, metadata = None, durable = true, mapped = true, max_shard_size = None))]
     fn save<'py>(
         slf: &Bound<'py, Self>,
         path: Bound<'py, PyAny>,
         metadata: Option<Bound<'py, PyAny>>,
         durable: bool,
+        mapped: bool,
         max_shard_size: Option<Bound<'py, PyAny>>,
     ) -> PyResult<()> {
         let options = PyDict::new(slf.py());
         options.set_item("metadata", metadata)?;
         options.set_item("durable", durable)?;
+        options.set_item("mapped", mapped)?;
         options.set_item("max_shard_size", max_shard_size)?;
         slf.py().import("maptensors")?.call_method("save", (slf, path), Some(&options))?;
         Ok(())
@@ -372,13 +370,21 @@ pub(super) fn open(
     let is_path = path.is_instance_of::<pyo3::types::PyString>()
         || path.is_instance_of::<pyo3::types::PyBytes>()
         || path.is_instance(PATH_LIKE.import(py, "os", "PathLike")?)?;
+    // Bytes too: a file's name need not be text.
+    let decode = |path: &Bound<'_, PyAny>| -> PyResult<PathBuf> {
+        path.py().import("os")?.call_method1("fsdecode", (path,))?.extract()
+    };
     let many: Option<Vec<PathBuf>> = if is_path {
         None
     } else {
-        let paths: PyResult<Vec<_>> = path.try_iter().and_then(|paths| paths.map(|p| p?.extract()).collect());
-        Some(paths.map_err(|_| PyTypeError::new_err("path is a str, an os.PathLike, or a list of them"))?)
+        let paths: PyResult<Vec<_>> = path.try_iter().and_then(|paths| paths.map(|p| decode(&p?)).collect());
+        Some(
+            paths.map_err(|_| {
+                PyTypeError::new_err("path is a str, bytes, an os.PathLike, or a list of them")
+            })?,
+        )
     };
-    let single: PathBuf = if is_path { path.extract()? } else { PathBuf::new() };
+    let single = if is_path { decode(path)? } else { PathBuf::new() };
     let opened = py.detach(|| -> Result<Opened, Error> {
         let place = match &many {
             Some(paths) => Place::files(paths),

@@ -31,7 +31,8 @@ fn collect(tensors: &Bound<'_, PyAny>) -> PyResult<Vec<(String, Given)>> {
         let name = name
             .cast::<PyString>()
             .map_err(|_| PyErr::from(Error::Argument(format!("a tensor's name is a str, not {name}"))))?;
-        let name = name.to_string();
+        // A lone surrogate is no text that a file could hold.
+        let name = name.to_str()?.to_owned();
         let found = given::look_at(&name, &array)?;
         collected.push((name, found));
         if collected.len().is_multiple_of(4096) {

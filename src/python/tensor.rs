@@ -206,6 +206,10 @@ impl Tensor {
         })
     }
 
+    fn __bytes__<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyBytes>> {
+        self.tobytes(py)
+    }
+
     /// A numpy array of the same memory; writable unless `readonly`.
     ///
     /// bfloat16 and 8-bit floats use `ml_dtypes`. 4-bit floats are unpacked, which copies.
