@@ -48,10 +48,10 @@ class safe_open:
             import torch
 
             # Refused now, and not at the first tensor.
-            device = torch.device(device)
+            torch.device(device)
         # JAX arrays are immutable; the others may be written, which copies the page and not the file.
         mode = "r" if self._framework == "jax" else "c"
-        self._device = device
+        self._device: Any = device
         self._model = _native.open(filename, mode, backend=backend)
 
     def __enter__(self) -> Self:

@@ -245,6 +245,9 @@ pub(super) fn assign(py: Python<'_>, to: &Array<'_>, value: &Bound<'_, PyAny>) -
     let numpy = py.import("numpy")?;
     let typed = value.hasattr("dtype")?;
     let value = numpy.call_method1("asarray", (value,))?;
+    if value.getattr("dtype")?.getattr("kind")?.extract::<char>()? == 'O' {
+        return Err(PyTypeError::new_err("a tensor is assigned numbers or an array of them"));
+    }
     if value.getattr("ndim")?.extract::<usize>()? > 0
         && value.getattr("shape")?.ne(PyTuple::new(py, to.shape)?)?
     {
