@@ -28,9 +28,9 @@ fn collect(tensors: &Bound<'_, PyAny>) -> PyResult<Vec<(String, Given)>> {
     let mut collected = Vec::new();
     for pair in pairs.try_iter()? {
         let (name, array): (Bound<'_, PyAny>, Bound<'_, PyAny>) = pair?.extract()?;
-        let name = name
-            .cast::<PyString>()
-            .map_err(|_| PyErr::from(Error::Argument(format!("a tensor's name is a str, not {name}"))))?;
+        let name = name.cast::<PyString>().map_err(|_| {
+            PyErr::from(Error::Argument(format!("a tensor's name is a str, not a {}", name.get_type())))
+        })?;
         // A lone surrogate is no text that a file could hold.
         let name = name.to_str()?.to_owned();
         let found = given::look_at(&name, &array)?;
