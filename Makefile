@@ -11,7 +11,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 SOURCES := $(shell find src python/maptensors examples models -name '*.rs' -o -name '*.py' -o -name '*.pyi' \
 	-o -name '*.safetensors') Cargo.toml pyproject.toml README.md
 
-.PHONY: help demo test test-rust test-python lint fmt models fuzz kill clean
+.PHONY: help demo test test-rust test-python lint fmt models bench fuzz kill clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -57,6 +57,14 @@ fmt: $(VENV)/.lint ## Format all code
 models: $(VENV)/.test ## Train the models of models/ again (same bytes)
 	$(BIN)/python models/train.py
 	$(BIN)/python models/make_golden.py
+
+# The files it makes, some 6 GiB and far more in holes, go under BENCH_DATA, or where they are gone afterwards.
+QUICK ?=
+BENCH_DATA ?=
+bench: $(VENV)/.wheel $(VENV)/.test ## Measure against the peers, write BENCHMARKS.md; QUICK=1 only tries (dist/bench)
+	$(CARGO) bench --bench inner -- --noplot $(if $(QUICK),--quick)
+	$(if $(QUICK),,$(CARGO) bench --manifest-path benches/peers/Cargo.toml --target-dir benches/peers/target -- --noplot)
+	$(BIN)/python benches/compare.py $(if $(BENCH_DATA),--data '$(BENCH_DATA)') $(if $(QUICK),--quick --out dist/bench)
 
 SECONDS_PER_TARGET ?= 600
 fuzz: ## Fuzz header and index against the reference, ten minutes each (needs nightly Rust)

@@ -51,10 +51,8 @@ def save(
     With ``max_shard_size`` (bytes, or text like ``"5GB"``) what does not fit one file is saved over several,
     named after ``path`` (``model-00001-of-00002.safetensors``), with ``model.safetensors.index.json`` last.
     """
-    if metadata is None and isinstance(tensors, _native.Model) and tensors.has_metadata:
-        metadata = tensors.metadata
     limit = None if max_shard_size is None else parse_size(max_shard_size)
-    given = None if metadata is None else dict(metadata)
+    given = _metadata(tensors, metadata)
     _native.save(tensors, path, metadata=given, durable=durable, mapped=mapped, max_shard_size=limit)
 
 
@@ -64,6 +62,11 @@ def save_bytes(
     metadata: Mapping[str, str] | None = None,
 ) -> bytes:
     """Return the bytes of the file that :func:`save` would write."""
+    return _native.save_bytes(tensors, metadata=_metadata(tensors, metadata))
+
+
+def _metadata(tensors: object, metadata: Mapping[str, str] | None) -> dict[str, str] | None:
+    """Return the metadata to write: a model's own where none is given."""
     if metadata is None and isinstance(tensors, _native.Model) and tensors.has_metadata:
         metadata = tensors.metadata
-    return _native.save_bytes(tensors, metadata=None if metadata is None else dict(metadata))
+    return None if metadata is None else dict(metadata)

@@ -150,7 +150,8 @@ def save(
     durable: bool = True,
     mapped: bool = True,
     max_shard_size: int | None = None,
-) -> None: ...
+    distinct: bool = False,
+) -> bool: ...
 def save_bytes(
     tensors: Mapping[str, Any] | Iterable[tuple[str, Any]],
     *,

@@ -37,8 +37,12 @@ def save_file(
     tensors that share memory: :func:`save_model` knows what to do with those, and :func:`maptensors.save`
     writes each by its own.
     """
-    _check(tensors)
-    _api.save(tensors, filename, metadata=metadata, durable=durable)
+    _check_kinds(tensors)
+    notes = None if metadata is None else dict(metadata)
+    if not _native.save(tensors, filename, metadata=notes, durable=durable, distinct=True):
+        # Something is shared, strided or on a device: look closely, and say what.
+        _check(tensors)
+        _api.save(tensors, filename, metadata=metadata, durable=durable)
 
 
 def load(data: bytes) -> dict[str, torch.Tensor]:

@@ -5,24 +5,39 @@
 //!  "weight_map": {"fc1.weight": "model-00001-of-00002.safetensors", …}}
 //! ```
 
+use super::Text;
 use crate::error::{Error, Result};
+use hashbrown::{HashMap, HashSet};
 use serde::Serialize;
-use serde::de::{self, Deserializer, MapAccess, Visitor};
-use serde_json::value::RawValue;
+use serde::de::{self, DeserializeSeed, Deserializer, IgnoredAny, MapAccess, Visitor};
 use std::cell::RefCell;
-use std::collections::{BTreeMap, HashMap};
+use std::collections::BTreeMap;
 use std::fmt;
 use std::path::Path;
 
 /// Where an index says each tensor is.
-#[derive(Debug, PartialEq)]
+#[derive(Debug)]
 pub(crate) struct Index {
     /// Shard file names, each once, in the order of their first mention.
     pub(crate) shards: Vec<String>,
-    /// Tensor names, each with the place of its shard in `shards`.
-    pub(crate) tensors: Vec<(String, usize)>,
-    /// The sum of tensor bytes the index claims, if it does.
-    pub(crate) total_size: Option<u64>,
+    /// All tensor names, one behind the other: a String for each would cost more than reading them.
+    names: String,
+    /// Where each name ends in `names`, and the place of its shard in `shards`.
+    ends: Vec<(usize, u32)>,
+}
+
+impl Index {
+    /// Tensor names, each with the place of its shard in `shards`, in the index's order.
+    pub(crate) fn tensors(&self) -> impl Iterator<Item = (&str, usize)> {
+        let starts = std::iter::once(0).chain(self.ends.iter().map(|(end, _)| *end));
+        starts.zip(&self.ends).map(|(start, &(end, shard))| (&self.names[start..end], shard as usize))
+    }
+
+    /// A name that is there more than once.
+    fn twice(&self) -> Option<String> {
+        let mut seen: HashSet<&str> = HashSet::with_capacity(self.ends.len());
+        self.tensors().find(|(name, _)| !seen.insert(name)).map(|(name, _)| name.to_owned())
+    }
 }
 
 /// The longest index accepted: the headers of its shards would be larger still.
@@ -36,19 +51,14 @@ pub(crate) const MAX_INDEX_LEN: u64 = super::safetensors::MAX_HEADER_LEN;
 pub(crate) fn parse(bytes: &[u8], path: &Path) -> Result<Index> {
     let text = std::str::from_utf8(bytes)
         .map_err(|e| Error::Utf8 { path: path.into(), offset: e.valid_up_to() as u64 })?;
-    let json = |source| Error::Json { path: path.into(), what: "the index", source };
-    let top: Top<'_> = serde_json::from_str(text).map_err(json)?;
-    let weight_map = top.weight_map.get();
-    let visitor = WeightMap { path, problem: RefCell::new(None) };
-    let read = serde_json::Deserializer::from_str(weight_map).deserialize_map(&visitor);
-    let (shards, tensors) = match (read, visitor.problem.into_inner()) {
-        (Ok(read), _) => read,
-        (Err(_), Some(problem)) => return Err(problem),
-        (Err(source), None) => return Err(json(source)),
-    };
-    let total_size =
-        top.metadata.and_then(|m| serde_json::from_str::<Totals>(m.get()).ok()).and_then(|t| t.total_size);
-    Ok(Index { shards, tensors, total_size })
+    let visitor = Top { path, problem: RefCell::new(None) };
+    let mut json = serde_json::Deserializer::from_str(text);
+    let read = json.deserialize_map(&visitor).and_then(|index| json.end().map(|()| index));
+    match (read, visitor.problem.into_inner()) {
+        (Ok(index), _) => Ok(index),
+        (Err(_), Some(problem)) => Err(problem),
+        (Err(source), None) => Err(Error::Json { path: path.into(), what: "the index", source }),
+    }
 }
 
 /// The text of an index for these tensors; deterministic.
@@ -72,57 +82,93 @@ pub(crate) fn encode(
     text
 }
 
-#[derive(serde::Deserialize)]
-struct Top<'a> {
-    #[serde(borrow)]
-    metadata: Option<&'a RawValue>,
-    #[serde(borrow)]
-    weight_map: &'a RawValue,
-}
-
-#[derive(serde::Deserialize)]
-struct Totals {
-    total_size: Option<u64>,
-}
-
-struct WeightMap<'p> {
+/// The index's outermost object.
+struct Top<'p> {
     path: &'p Path,
     problem: RefCell<Option<Error>>,
 }
 
-impl<'de> Visitor<'de> for &WeightMap<'_> {
-    type Value = (Vec<String>, Vec<(String, usize)>);
+impl Top<'_> {
+    fn stop<E: de::Error>(&self, problem: Error) -> E {
+        *self.problem.borrow_mut() = Some(problem);
+        E::custom("stopped")
+    }
+}
+
+impl<'de> Visitor<'de> for &Top<'_> {
+    type Value = Index;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("an object with a weight_map")
+    }
+
+    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Index, A::Error> {
+        let mut index = None;
+        while let Some(key) = map.next_key_seed(Text)? {
+            match &*key {
+                "weight_map" if index.is_some() => {
+                    let (path, name) = (self.path.into(), key.into_owned());
+                    return Err(self.stop(Error::Duplicate { path, what: "key", name }));
+                }
+                "weight_map" => index = Some(map.next_value_seed(WeightMap { top: self })?),
+                _ => {
+                    map.next_value::<IgnoredAny>()?;
+                }
+            }
+        }
+        index.ok_or_else(|| de::Error::missing_field("weight_map"))
+    }
+}
+
+/// `{"tensor": "shard", …}`
+struct WeightMap<'t, 'p> {
+    top: &'t Top<'p>,
+}
+
+impl<'de> DeserializeSeed<'de> for WeightMap<'_, '_> {
+    type Value = Index;
+    fn deserialize<D: Deserializer<'de>>(self, d: D) -> Result<Index, D::Error> {
+        d.deserialize_map(self)
+    }
+}
+
+impl<'de> Visitor<'de> for WeightMap<'_, '_> {
+    type Value = Index;
 
     fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str("an object of tensor names and shard file names")
     }
 
-    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Self::Value, A::Error> {
-        let stop = |problem| {
-            *self.problem.borrow_mut() = Some(problem);
-            de::Error::custom("stopped")
-        };
-        let mut shards = Vec::new();
-        let mut places: HashMap<String, usize> = HashMap::new();
-        let mut tensors: HashMap<String, usize> = HashMap::new();
-        let mut order = Vec::new();
-        while let Some((tensor, shard)) = map.next_entry::<String, String>()? {
-            let place = if let Some(&place) = places.get(&shard) {
-                place
-            } else {
-                if let Some(reason) = refuse(&shard) {
-                    return Err(stop(Error::Path { path: self.path.into(), name: shard, reason }));
-                }
-                shards.push(shard.clone());
-                places.insert(shard, shards.len() - 1);
-                shards.len() - 1
-            };
-            if tensors.insert(tensor.clone(), place).is_some() {
-                return Err(stop(Error::Duplicate { path: self.path.into(), what: "tensor", name: tensor }));
+    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Index, A::Error> {
+        let path = self.top.path;
+        let mut index = Index { shards: Vec::new(), names: String::new(), ends: Vec::new() };
+        let mut places: HashMap<String, u32> = HashMap::new();
+        let mut last = 0;
+        while let Some(tensor) = map.next_key_seed(Text)? {
+            let shard = map.next_value_seed(Text)?;
+            // Neighbours are mostly in the same file.
+            if index.shards.get(last as usize).is_none_or(|name| *name != *shard) {
+                last = if let Some(&place) = places.get(&*shard) {
+                    place
+                } else {
+                    if let Some(reason) = refuse(&shard) {
+                        let (path, name) = (path.into(), shard.into_owned());
+                        return Err(self.top.stop(Error::Path { path, name, reason }));
+                    }
+                    let place = u32::try_from(places.len()).map_err(de::Error::custom)?;
+                    index.shards.push(shard.clone().into_owned());
+                    places.insert(shard.into_owned(), place);
+                    place
+                };
             }
-            order.push((tensor, place));
+            index.names.push_str(&tensor);
+            index.ends.push((index.names.len(), last));
         }
-        Ok((shards, order))
+        if let Some(name) = index.twice() {
+            let path = path.into();
+            return Err(self.top.stop(Error::Duplicate { path, what: "tensor", name }));
+        }
+        Ok(index)
     }
 }
 
@@ -177,6 +223,8 @@ mod tests {
             (r#"{"weight_map":{"a":"x"}}x"#, "Json"),
             (r#"{"weight_map":{"a":"x","a":"x"}}"#, "Duplicate"),
             (r#"{"weight_map":{"a":"x","\u0061":"y"}}"#, "Duplicate"),
+            (r#"{"weight_map":{},"weight_map":{}}"#, "Duplicate"),
+            (r#"{"weight_map":{},"other":[1,{"a":null}],"metadata":[]}"#, "OK"),
             (r#"{"weight_map":{}}"#, "OK"),
             (r#"{"metadata":{"total_size":"lots"},"weight_map":{}}"#, "OK"),
         ] {
@@ -192,7 +240,6 @@ mod tests {
         let text = encode(&map, &BTreeMap::new(), 12);
         let index = parse(text.as_bytes(), Path::new("")).unwrap();
         assert_eq!(index.shards, ["one", "two"]);
-        assert_eq!(index.tensors, [("a".into(), 0), ("b".into(), 1), ("c".into(), 0)]);
-        assert_eq!(index.total_size, Some(12));
+        assert_eq!(index.tensors().collect::<Vec<_>>(), [("a", 0), ("b", 1), ("c", 0)]);
     }
 }

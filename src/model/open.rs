@@ -268,20 +268,20 @@ fn read_layout(path: &Path) -> Result<(File, Layout, usize)> {
 }
 
 fn check_index(index: &index::Index, catalog: &Catalog, path: &Path) -> Result<()> {
-    for (name, said) in &index.tensors {
+    for (name, said) in index.tensors() {
         let found = catalog.find(name).map(|(shard, _)| shard);
-        if found == Some(*said) {
+        if found == Some(said) {
             continue;
         }
         let hint = match found {
             Some(other) => format!(
                 " in {}, where the index puts it; it is in {}",
-                crate::error::quote(&index.shards[*said]),
+                crate::error::quote(&index.shards[said]),
                 crate::error::quote(&index.shards[other])
             ),
-            None => format!(" in {}, where the index puts it", crate::error::quote(&index.shards[*said])),
+            None => format!(" in {}, where the index puts it", crate::error::quote(&index.shards[said])),
         };
-        return Err(Error::Missing { path: path.into(), name: name.clone(), hint });
+        return Err(Error::Missing { path: path.into(), name: name.to_owned(), hint });
     }
     Ok(())
 }

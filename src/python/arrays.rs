@@ -264,7 +264,8 @@ pub(super) fn import<'py>(
 /// torch's ways in, looked up once.
 pub(super) struct Torch {
     pub(super) class: Py<PyAny>,
-    exchange: Option<Exchange>,
+    pub(super) parameter: Py<PyAny>,
+    pub(super) exchange: Option<Exchange>,
     from_dlpack: Py<PyAny>,
 }
 
@@ -276,6 +277,7 @@ pub(super) fn torch(py: Python<'_>) -> PyResult<&'static Torch> {
         Ok(Torch {
             exchange: Exchange::of(&class),
             class: class.unbind(),
+            parameter: module.getattr("nn")?.getattr("Parameter")?.unbind(),
             from_dlpack: module.getattr("utils")?.getattr("dlpack")?.getattr("from_dlpack")?.unbind(),
         })
     })

@@ -238,15 +238,19 @@ struct ExchangeTable {
     version: Version,
     previous: *const ExchangeTable,
     allocate: *const c_void,
-    from_object: *const c_void,
+    from_object: Option<FromObject>,
     to_object: Option<ToObject>,
 }
 
+type FromObject = unsafe extern "C" fn(*mut c_void, *mut *mut Versioned) -> c_int;
 type ToObject = unsafe extern "C" fn(*mut Versioned, *mut *mut c_void) -> c_int;
 
-/// A framework's C function that makes one of its tensors.
+/// A framework's C functions that make one of its tensors, and take one.
 #[derive(Clone, Copy)]
-pub(super) struct Exchange(ToObject);
+pub(super) struct Exchange {
+    make: ToObject,
+    take: FromObject,
+}
 
 impl Exchange {
     /// What a tensor class publishes, if it does, in a version this module knows.
@@ -261,7 +265,23 @@ impl Exchange {
         let table = unsafe { ffi::PyCapsule_GetPointer(capsule.as_ptr(), name.as_ptr()) };
         // SAFETY: dlpack.h: under this name the capsule holds a table that lives as long as the process.
         let table: &'static ExchangeTable = unsafe { &*table.cast::<ExchangeTable>() };
-        table.to_object.filter(|_| table.version.major == 1).map(Self)
+        match (table.version.major, table.to_object, table.from_object) {
+            (1, Some(make), Some(take)) => Some(Self { make, take }),
+            _ => None,
+        }
+    }
+
+    /// A tensor of the framework, to be looked at: its own claim on the memory, whatever becomes of the
+    /// object.
+    pub(super) fn take(self, tensor: &Bound<'_, PyAny>) -> PyResult<Taken> {
+        let mut managed = std::ptr::null_mut();
+        // SAFETY: an object of the framework's class; room for the result.
+        if unsafe { (self.take)(tensor.as_ptr().cast(), &raw mut managed) } != 0 {
+            return Err(PyErr::fetch(tensor.py()));
+        }
+        std::ptr::NonNull::new(managed)
+            .map(Taken)
+            .ok_or_else(|| PyBufferError::new_err("no tensor was handed over"))
     }
 
     /// The framework's tensor over our memory.
@@ -269,10 +289,79 @@ impl Exchange {
         let managed = export.versioned()?;
         let mut object = std::ptr::null_mut();
         // SAFETY: a live structure, which the function owns from now on; room for the result.
-        if unsafe { self.0(managed, &raw mut object) } != 0 {
+        if unsafe { (self.make)(managed, &raw mut object) } != 0 {
             return Err(PyErr::fetch(py));
         }
         // SAFETY: dlpack.h: a new reference on success.
         unsafe { Bound::from_owned_ptr_or_err(py, object.cast()) }
+    }
+}
+
+/// A tensor taken over from a framework, and given back when dropped.
+pub(super) struct Taken(std::ptr::NonNull<Versioned>);
+
+// SAFETY: only read, and its deleter may be called from any thread (dlpack.h).
+unsafe impl Send for Taken {}
+// SAFETY: as for Send.
+unsafe impl Sync for Taken {}
+
+impl Taken {
+    fn tensor(&self) -> &DLTensor {
+        // SAFETY: alive until the deleter is called, which `drop` does.
+        unsafe { &self.0.as_ref().tensor }
+    }
+
+    pub(super) fn is_on_cpu(&self) -> bool {
+        self.tensor().device.kind == CPU.0
+    }
+
+    pub(super) fn ptr(&self) -> *const u8 {
+        let tensor = self.tensor();
+        let offset = usize::try_from(tensor.byte_offset).unwrap_or_default();
+        tensor.data.cast_const().cast::<u8>().wrapping_add(offset)
+    }
+
+    /// `None` for a dtype that safetensors does not have.
+    pub(super) fn dtype(&self) -> Option<DType> {
+        let found = self.tensor().dtype;
+        DType::ALL.iter().copied().find(|&dtype| data_type(dtype) == Some(found))
+    }
+
+    fn ints(&self, ptr: *const i64) -> &[i64] {
+        let rank = usize::try_from(self.tensor().ndim).unwrap_or_default();
+        if rank == 0 || ptr.is_null() {
+            return &[];
+        }
+        // SAFETY: dlpack.h: `ndim` integers, alive as long as the structure.
+        unsafe { std::slice::from_raw_parts(ptr, rank) }
+    }
+
+    pub(super) fn shape(&self) -> Vec<usize> {
+        let dims = self.ints(self.tensor().shape);
+        dims.iter().map(|&dim| usize::try_from(dim).unwrap_or_default()).collect()
+    }
+
+    /// Whether the elements lie in C order, in one piece.
+    pub(super) fn is_contiguous(&self) -> bool {
+        let (shape, strides) = (self.ints(self.tensor().shape), self.ints(self.tensor().strides));
+        let mut expected = 1i64;
+        shape.contains(&0)
+            || strides.is_empty()
+            || shape.iter().zip(strides).rev().all(|(&dim, &stride)| {
+                let fits = dim == 1 || stride == expected;
+                expected = expected.wrapping_mul(dim);
+                fits
+            })
+    }
+}
+
+impl Drop for Taken {
+    fn drop(&mut self) {
+        // SAFETY: alive until now.
+        let deleter = unsafe { self.0.as_ref() }.deleter;
+        if let Some(deleter) = deleter {
+            // SAFETY: dlpack.h: called once, by the owner.
+            unsafe { deleter(self.0.as_ptr()) };
+        }
     }
 }

@@ -1,6 +1,7 @@
 //! Arrays of numpy, torch and JAX as memory.
 
 use super::arrays::{Array, NDARRAY, import, is_cpu, torch};
+use super::dlpack::Taken;
 use super::tensor::Tensor;
 use crate::dtype::DType;
 use crate::error::{Error, quote};
@@ -9,9 +10,11 @@ use crate::map::Source;
 use pyo3::exceptions::{PyTypeError, PyValueError};
 use pyo3::intern;
 use pyo3::prelude::*;
+use pyo3::sync::PyOnceLock;
 use pyo3::types::{PyBytes, PyDict, PyTuple};
 use std::ffi::{c_char, c_int};
 use std::path::PathBuf;
+use std::sync::{Mutex, PoisonError};
 
 /// An array of Python's, about to be saved.
 pub(super) struct Given {
@@ -22,9 +25,21 @@ pub(super) struct Given {
 
 pub(super) enum Data {
     /// Contiguous CPU memory, which `_keep` keeps alive.
-    Ready { ptr: *const u8, len: usize, _keep: Py<PyAny> },
+    Ready { ptr: *const u8, len: usize, _keep: Keep },
     /// To be brought in C order by its framework: strided, swapped, on a device.
     Strided(Py<PyAny>),
+}
+
+/// What keeps memory alive.
+pub(super) enum Keep {
+    Object { _object: Py<PyAny> },
+    Taken { _tensor: Taken },
+}
+
+impl From<Bound<'_, PyAny>> for Keep {
+    fn from(object: Bound<'_, PyAny>) -> Self {
+        Self::Object { _object: object.unbind() }
+    }
 }
 
 // SAFETY: the pointer is only read, and what it points to is kept alive.
@@ -58,15 +73,15 @@ pub(super) fn look_at(name: &str, object: &Bound<'_, PyAny>) -> PyResult<Given> 
             object.call_method0(intern!(py, "tobytes"))?
         };
         let ptr = if array.strides.is_none() { array.ptr() } else { keep.extract::<&[u8]>()?.as_ptr() };
-        let data = Data::Ready { ptr, len: array.nbytes(), _keep: keep.unbind() };
+        let data = Data::Ready { ptr, len: array.nbytes(), _keep: keep.into() };
         return Ok(Given { dtype, shape, data });
-    }
-    if is_torch(object)? {
-        return look_at_torch(name, object);
     }
     // Exactly numpy's: a subclass may say anything of itself.
     if object.get_type().is(&import(py, &NDARRAY, "numpy", "ndarray")?) {
         return look_at_numpy(name, object);
+    }
+    if is_torch(object)? {
+        return look_at_torch(name, object);
     }
     if object.hasattr("mask")? && object.hasattr("filled")? {
         let text =
@@ -88,9 +103,12 @@ pub(super) fn look_at(name: &str, object: &Bound<'_, PyAny>) -> PyResult<Given> 
 
 /// Only a process that has imported torch can hold a tensor of it.
 fn is_torch(object: &Bound<'_, PyAny>) -> PyResult<bool> {
+    static MODULES: PyOnceLock<Py<PyAny>> = PyOnceLock::new();
     let py = object.py();
-    let imported = py.import("sys")?.getattr("modules")?.call_method1("get", ("torch",))?;
-    Ok(imported.hasattr("Tensor")? && object.is_instance(torch(py)?.class.bind(py))?)
+    let imported = import(py, &MODULES, "sys", "modules")?.call_method1(intern!(py, "get"), ("torch",))?;
+    Ok(!imported.is_none()
+        && imported.hasattr(intern!(py, "Tensor"))?
+        && object.is_instance(torch(py)?.class.bind(py))?)
 }
 
 fn unsupported(name: &str, found: &str) -> PyErr {
@@ -103,7 +121,36 @@ fn unsupported(name: &str, found: &str) -> PyErr {
     .into()
 }
 
+/// What nearly every tensor is, read with one call: plain, in C order, on the CPU. `None` for any other.
+fn look_at_plain_torch(object: &Bound<'_, PyAny>) -> PyResult<Option<Given>> {
+    let py = object.py();
+    let torch = torch(py)?;
+    let class = object.get_type();
+    let exact = class.is(torch.class.bind(py)) || class.is(torch.parameter.bind(py));
+    // A lazily negated tensor holds other bytes than it means.
+    let (Some(exchange), true) =
+        (torch.exchange, exact && !object.call_method0(intern!(py, "is_neg"))?.is_truthy()?)
+    else {
+        return Ok(None);
+    };
+    // Sparse tensors and their like are refused here, and named below.
+    let Ok(tensor) = exchange.take(object) else { return Ok(None) };
+    // So is a complex one that may be conjugated.
+    let Some(dtype) = tensor.dtype().filter(|&dtype| dtype != DType::C64 && dtype != DType::F4) else {
+        return Ok(None);
+    };
+    let (ptr, shape) = (tensor.ptr(), tensor.shape());
+    let Some(len) = elements(&shape).and_then(|n| dtype.nbytes(n)) else { return Ok(None) };
+    if !tensor.is_on_cpu() || !tensor.is_contiguous() || ptr.is_null() && len > 0 {
+        return Ok(None);
+    }
+    Ok(Some(Given { dtype, shape, data: Data::Ready { ptr, len, _keep: Keep::Taken { _tensor: tensor } } }))
+}
+
 fn look_at_torch(name: &str, object: &Bound<'_, PyAny>) -> PyResult<Given> {
+    if let Some(given) = look_at_plain_torch(object)? {
+        return Ok(given);
+    }
     let py = object.py();
     let strided = py.import("torch")?.getattr(intern!(py, "strided"))?;
     if !object.getattr(intern!(py, "layout"))?.is(&strided) {
@@ -138,7 +185,7 @@ fn look_at_torch(name: &str, object: &Bound<'_, PyAny>) -> PyResult<Given> {
             let text = format!("tensor {} has no memory of its own (meta, fake or wrapped)", quote(name));
             return Err(Error::Argument(text).into());
         }
-        Data::Ready { ptr: std::ptr::without_provenance(ptr), len, _keep: object.clone().unbind() }
+        Data::Ready { ptr: std::ptr::without_provenance(ptr), len, _keep: object.into() }
     } else {
         let meta: String = object.getattr("device")?.getattr("type")?.extract()?;
         if meta == "meta" {
@@ -167,13 +214,7 @@ fn look_at_numpy(name: &str, object: &Bound<'_, PyAny>) -> PyResult<Given> {
     const CONTIGUOUS: c_int = 0x1;
     const NOT_SWAPPED: c_int = 0x200;
     let py = object.py();
-    let dtype = object.getattr(intern!(py, "dtype"))?;
-    let text: String = dtype.getattr(intern!(py, "name"))?.extract()?;
-    let dtype = DType::from_framework_name(&text).ok_or_else(|| unsupported(name, &text))?;
-    let shape: Vec<usize> = object.getattr(intern!(py, "shape"))?.extract()?;
-    if dtype.itemsize().is_none() {
-        return pack(name, dtype, shape, object);
-    }
+    let dtype = known_dtype(name, &object.getattr(intern!(py, "dtype"))?)?;
     let capsule = object.getattr(intern!(py, "__array_struct__"))?;
     // SAFETY: the protocol: an unnamed capsule holding a PyArrayInterface, as long as it lives.
     let interface = unsafe { pyo3::ffi::PyCapsule_GetPointer(capsule.as_ptr(), std::ptr::null()) };
@@ -181,16 +222,46 @@ fn look_at_numpy(name: &str, object: &Bound<'_, PyAny>) -> PyResult<Given> {
     let Some(interface) = (unsafe { interface.cast::<ArrayInterface>().as_ref() }) else {
         return Err(PyErr::fetch(py));
     };
+    let dims = if interface.nd == 0 {
+        &[]
+    } else {
+        // SAFETY: the protocol: `nd` integers, as long as the capsule lives.
+        unsafe {
+            std::slice::from_raw_parts(interface.shape, usize::try_from(interface.nd).unwrap_or_default())
+        }
+    };
+    let shape: Vec<usize> = dims.iter().map(|dim| dim.unsigned_abs()).collect();
+    if dtype.itemsize().is_none() {
+        return pack(name, dtype, shape, object);
+    }
     let len = elements(&shape).and_then(|n| dtype.nbytes(n));
-    let len = len.ok_or_else(|| unsupported(name, &text))?;
+    let len = len.ok_or_else(|| unsupported(name, dtype.numpy_name()))?;
     let ready =
         interface.flags & CONTIGUOUS != 0 && (interface.flags & NOT_SWAPPED != 0 || interface.itemsize == 1);
     let data = if ready || len == 0 {
-        Data::Ready { ptr: interface.data, len, _keep: object.clone().unbind() }
+        Data::Ready { ptr: interface.data, len, _keep: object.clone().into() }
     } else {
         Data::Strided(object.clone().unbind())
     };
     Ok(Given { dtype, shape, data })
+}
+
+/// What a numpy dtype object is here; each is asked for its name once.
+fn known_dtype(name: &str, object: &Bound<'_, PyAny>) -> PyResult<DType> {
+    static KNOWN: Mutex<Vec<(Py<PyAny>, DType)>> = Mutex::new(Vec::new());
+    const MOST: usize = 64;
+    let mut known = KNOWN.lock().unwrap_or_else(PoisonError::into_inner);
+    if let Some((_, dtype)) = known.iter().find(|(seen, _)| seen.is(object)) {
+        return Ok(*dtype);
+    }
+    drop(known);
+    let text: String = object.getattr(intern!(object.py(), "name"))?.extract()?;
+    let dtype = DType::from_framework_name(&text).ok_or_else(|| unsupported(name, &text))?;
+    known = KNOWN.lock().unwrap_or_else(PoisonError::into_inner);
+    if known.len() < MOST {
+        known.push((object.clone().unbind(), dtype));
+    }
+    Ok(dtype)
 }
 
 /// `ml_dtypes` holds 4-bit floats one to the byte; the file two.
@@ -207,7 +278,7 @@ fn pack(name: &str, dtype: DType, shape: Vec<usize>, object: &Bound<'_, PyAny>) 
     let packed: Vec<u8> = bytes.chunks_exact(2).map(|pair| pair[0] & 0xf | pair[1] << 4).collect();
     let keep = PyBytes::new(py, &packed);
     let (ptr, len) = (keep.as_bytes().as_ptr(), packed.len());
-    Ok(Given { dtype, shape, data: Data::Ready { ptr, len, _keep: keep.into_any().unbind() } })
+    Ok(Given { dtype, shape, data: Data::Ready { ptr, len, _keep: keep.into_any().into() } })
 }
 
 /// Writes `value` into `to`, converting as the value's own framework does.

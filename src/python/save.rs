@@ -55,9 +55,12 @@ fn jobs<'a>(layout: &Layout, tensors: &'a [(String, Given)]) -> Vec<(usize, Sour
     tensors.iter().filter_map(|(name, given)| Some((layout.position(name)?, given.data.source()?))).collect()
 }
 
-/// Writes tensors to `path`: one file, or with `max_shard_size` as many as needed and an index.
+/// Writes tensors to `path` and returns true. With `distinct`, tensors that share memory or do not lie in
+/// one piece on the CPU make it return false, and nothing is written.
+///
+/// One file, or with `max_shard_size` as many as needed and an index.
 #[pyfunction]
-#[pyo3(signature = (tensors, path, *, metadata = None, durable = true, mapped = true, max_shard_size = None))]
+#[pyo3(signature = (tensors, path, *, metadata = None, durable = true, mapped = true, max_shard_size = None, distinct = false))]
 #[allow(clippy::too_many_arguments)] // Python's keyword arguments
 pub(super) fn save(
     py: Python<'_>,
@@ -67,18 +70,37 @@ pub(super) fn save(
     durable: bool,
     mapped: bool,
     max_shard_size: Option<u64>,
-) -> PyResult<()> {
+    distinct: bool,
+) -> PyResult<bool> {
     let tensors = collect(tensors)?;
+    if distinct && !are_distinct(&tensors) {
+        return Ok(false);
+    }
     let options = DraftOptions::new().durable(durable).mapped(mapped);
     let write = |part: Range<usize>, path: &Path| save_one(py, &tensors[part], path, &metadata, &options);
     match max_shard_size {
-        None => write(0..tensors.len(), &path),
+        None => write(0..tensors.len(), &path)?,
         Some(limit) => {
             let sizes: Vec<(&str, u64)> =
                 tensors.iter().map(|(name, given)| (name.as_str(), given.nbytes())).collect();
-            sharded::save(&sizes, &path, limit, metadata.as_ref(), durable, write)
+            sharded::save(&sizes, &path, limit, metadata.as_ref(), durable, write)?;
         }
     }
+    Ok(true)
+}
+
+/// Whether every tensor lies in one piece of CPU memory that no other has a part in.
+fn are_distinct(tensors: &[(String, Given)]) -> bool {
+    let mut spans = Vec::with_capacity(tensors.len());
+    for (_, given) in tensors {
+        match &given.data {
+            Data::Ready { len: 0, .. } => {}
+            Data::Ready { ptr, len, .. } => spans.push((ptr.addr(), ptr.addr() + len)),
+            Data::Strided(_) => return false,
+        }
+    }
+    spans.sort_unstable();
+    spans.windows(2).all(|pair| pair[0].1 <= pair[1].0)
 }
 
 fn save_one(
