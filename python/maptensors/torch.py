@@ -214,4 +214,4 @@ def _duplicates(state: dict[str, torch.Tensor], preferred: Iterable[str] = ()) -
 def _covers_storage(tensor: torch.Tensor) -> bool:
     storage = tensor.untyped_storage()
     nbytes = tensor.numel() * tensor.element_size()
-    return tensor.data_ptr() == storage.data_ptr() and nbytes == storage.nbytes()
+    return bool(tensor.data_ptr() == storage.data_ptr() and nbytes == storage.nbytes())

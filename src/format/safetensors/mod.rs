@@ -75,7 +75,9 @@ fn hint(start: [u8; PREFIX_LEN]) -> Option<&'static str> {
         (b"{", "this is JSON, not weights; is it the index of a sharded model?"),
         (b"<", "this is HTML or XML: an error page saved in place of the weights?"),
     ];
-    SIGNS.iter().find(|(sign, _)| start.starts_with(sign)).map(|&(_, hint)| hint)
+    let sign = SIGNS.iter().find(|(sign, _)| start.starts_with(sign)).map(|&(_, hint)| hint);
+    let text = start.iter().all(|b| b.is_ascii_graphic() || b.is_ascii_whitespace());
+    sign.or(text.then_some("this is text, not weights"))
 }
 
 /// Parses a header (the bytes behind the length field) of a file that is `file_len` bytes long.

@@ -185,6 +185,7 @@ fn other_files_in_place_of_weights_are_named() {
         (b"GGUF\x03\0\0\0\0", "GGUF"),
         (b"{\"metadata\":{}}", "index"),
         (b"\x93NUMPY\x01\0v\0", "numpy"),
+        (b"root:x:0:0:root:/", "text"),
     ] {
         let error = parse_bytes(start, Path::new("f")).unwrap_err();
         assert!(error.kind() == "Limit" && error.to_string().contains(word), "{error}");
