@@ -132,8 +132,9 @@ def benches(make: Shapes, effort: Effort) -> list[Bench]:
     lora = make.single("lora", shapes.lora(), pickle=True)
     llama = make.sharded("llama-7b", list(shapes.llama()), 3)
     deepseek = make.sharded("deepseek-v3", list(shapes.deepseek()), 163)
-    # Processes, and samples in each. Where frameworks are slow to import, few processes take more samples.
-    one, two, some, small = (20, 1), (10, 2), (5, 4), (4, 6)
+    # Processes, and samples in each: 20 or more in all. Where frameworks are slow to import, few processes
+    # take more samples.
+    one, two, some, small = (10, 2), (7, 3), (5, 4), (4, 6)
     size, small_ones = "1 GiB in 16 tensors", f"{effort.many:,} small tensors"
     shards = arms("ours_index", "st_index", "st_index_pread")
     jax = arms("ours_jax", "st_jax", "st_jax_pread")
