@@ -53,9 +53,11 @@ impl<'de> Visitor<'de> for &Header<'_> {
     }
 
     fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<(), A::Error> {
+        let mut described = false;
         while let Some(name) = map.next_key_seed(Text)? {
             if name == "__metadata__" {
-                if self.parts.borrow().metadata.is_some() {
+                // Also behind a null, which leaves no metadata.
+                if std::mem::replace(&mut described, true) {
                     return Err(self.duplicate("key", "__metadata__"));
                 }
                 // `null` is no metadata, as in the reference.

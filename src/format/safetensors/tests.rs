@@ -59,6 +59,7 @@ const SAME_AS_REFERENCE: &[Row] = &[
     (r#"{"a":null}"#, 0, "Json"),
     (r#"{"a":{"dtype":"F32","dtype":"F32","shape":[1],"data_offsets":[0,4]}}"#, 4, "Duplicate"),
     (r#"{"__metadata__":{},"__metadata__":{}}"#, 0, "Duplicate"),
+    (r#"{"__metadata__":null,"__metadata__":{}}"#, 0, "Duplicate"),
     (r#"{"__metadata__":{"a":1}}"#, 0, "Json"),
     (r#"{"__metadata__":{"a":null}}"#, 0, "Json"),
     (r#"{"__metadata__":{"a":{}}}"#, 0, "Json"),
