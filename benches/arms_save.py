@@ -132,9 +132,7 @@ def ours_edit(job: Job) -> Phases:
     arrays = model.numpy()
     use(arrays.values())
     yield "ready"
-    if hasattr(model, "promote"):
-        model.promote()
-        arrays = model.numpy()
+    model.promote()
     add_one(arrays.values())
     yield "edited"
 
@@ -147,6 +145,19 @@ def ours_edit_lazily(job: Job) -> Phases:
     use(arrays.values())
     yield "ready"
     add_one(arrays.values())
+    yield "edited"
+
+
+@body
+def ours_edit_dense(job: Job) -> Phases:
+    """Promoted tensor by tensor, as each is taken."""
+    import maptensors
+
+    model = maptensors.open(job.shape.path, dense_edits=True)
+    use(maptensors.open(job.shape.path).numpy().values())
+    yield "ready"
+    for name in model:
+        add_one([model[name].numpy()])
     yield "edited"
 
 

@@ -87,7 +87,8 @@ LABELS = {
     "st_numpy_save": "safetensors numpy save_file",
     "torch_save": "torch.save",
     "roof_write": "roof: parallel pwrite",
-    "ours_edit": "maptensors numpy(), in bulk where promote() exists",
+    "ours_edit": "maptensors, promote()",
+    "ours_edit_dense": "maptensors, dense_edits=True",
     "ours_edit_lazily": "maptensors numpy(), page by page",
     "mmap_edit": "the kernel, page by page (mmap ACCESS_COPY)",
     "copy_edit": "copied to ordinary memory, then edited",
@@ -115,7 +116,7 @@ STEPS = (
     "memmap_steps",
     "torch_load_steps",
 )
-EDIT = ("ours_edit", "ours_edit_lazily", "mmap_edit", "copy_edit")
+EDIT = ("ours_edit", "ours_edit_dense", "ours_edit_lazily", "mmap_edit", "copy_edit")
 MEMCPY = ("roof_memcpy", "roof_memcpy_one_thread")
 COLD = ("roof_direct", "roof_direct_few", "roof_buffered", "roof_buffered_one")
 

@@ -132,6 +132,7 @@ def open(
     *,
     backend: str = "mmap",
     populate: bool = False,
+    dense_edits: bool = False,
 ) -> Model: ...
 def create(
     path: str | os.PathLike[str],

@@ -250,6 +250,15 @@ impl Mapping {
         unsafe { self.promote_shared(range) }
     }
 
+    /// The part of a range that is whole pages: what no neighbour has a share in.
+    pub(crate) fn whole_pages(&self, range: &Range<usize>) -> Range<usize> {
+        let page = rustix::param::page_size();
+        let base = self.ptr().addr();
+        let start = (base + range.start).next_multiple_of(page) - base;
+        let end = ((base + range.end) / page * page).saturating_sub(base);
+        start..end.max(start)
+    }
+
     /// # Safety
     /// The range lies inside, and nobody writes to its pages meanwhile.
     unsafe fn promote_shared(&self, range: Range<usize>) -> io::Result<()> {

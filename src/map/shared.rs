@@ -109,6 +109,14 @@ impl SharedMemory {
         }
     }
 
+    /// As [`Mapping::whole_pages`].
+    pub(crate) fn whole_pages(&self, part: &Range<usize>) -> Range<usize> {
+        match &self.owner {
+            Owner::Mapping(mapping) => mapping.whole_pages(part),
+            Owner::Heap { .. } => part.start..part.start,
+        }
+    }
+
     /// Cuts an output off from its file, in place: the same bytes at the same address, from now on
     /// copy-on-write. What is written later through arrays still held stays in this process.
     pub(crate) fn detach(&self, file: &File) -> io::Result<()> {

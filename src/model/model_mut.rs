@@ -2,8 +2,9 @@
 
 use super::{Model, OpenOptions};
 use crate::error::{Error, Result};
-use crate::map::Mapping;
+use crate::map::{CHUNK, Mapping};
 use crate::tensor::TensorViewMut;
+use std::collections::HashSet;
 use std::ops::Deref;
 use std::path::Path;
 
@@ -27,6 +28,8 @@ use std::path::Path;
 pub struct ModelMut {
     // INVARIANT: every mapping is writable.
     model: Model,
+    /// Under [`OpenOptions::dense_edits`]: which tensors have been promoted, by shard and place.
+    promoted: Option<HashSet<(usize, usize)>>,
 }
 
 impl ModelMut {
@@ -61,12 +64,12 @@ impl ModelMut {
     /// # Errors
     /// As [`Model::open`].
     pub fn read(path: impl AsRef<Path>) -> Result<Self> {
-        Ok(Self { model: Model::read(path)? })
+        Ok(Self::new(Model::read(path)?, false))
     }
 
     /// `model`'s mappings are writable.
-    pub(super) fn new(model: Model) -> Self {
-        Self { model }
+    pub(super) fn new(model: Model, dense_edits: bool) -> Self {
+        Self { model, promoted: dense_edits.then(HashSet::new) }
     }
 
     /// The tensor called `name`, to write.
@@ -75,8 +78,16 @@ impl ModelMut {
     /// [`Error::Missing`](crate::Error::Missing), with near names.
     pub fn tensor_mut(&mut self, name: &str) -> Result<TensorViewMut<'_>> {
         let Model { catalog, mappings } = &mut self.model;
-        let found = catalog.find(name).and_then(|(s, i)| Some((s, catalog.shards()[s].layout.at(i)?)));
-        let (shard, info) = found.ok_or_else(|| catalog.missing(name))?;
+        let found = catalog.find(name).and_then(|(s, i)| Some((s, i, catalog.shards()[s].layout.at(i)?)));
+        let (shard, index, info) = found.ok_or_else(|| catalog.missing(name))?;
+        if let Some(promoted) = &mut self.promoted
+            && info.bytes().len() >= CHUNK
+            && promoted.insert((shard, index))
+        {
+            let pages = mappings[shard].whole_pages(&info.bytes());
+            // Where memory cannot be had in bulk, pages are copied as they are written.
+            mappings[shard].promote(pages).ok();
+        }
         Ok(TensorViewMut::new(info, &mut mappings[shard].as_bytes_mut()[info.bytes()]))
     }
 
@@ -126,6 +137,9 @@ impl ModelMut {
     /// # Ok::<(), maptensors::Error>(())
     /// ```
     pub fn tensors_mut(&mut self) -> impl Iterator<Item = TensorViewMut<'_>> {
+        if self.promoted.take().is_some() {
+            self.promote().ok();
+        }
         let Model { catalog, mappings } = &mut self.model;
         catalog.shards().iter().zip(mappings).flat_map(|(shard, mapping)| split(&shard.layout, mapping))
     }

@@ -4,14 +4,15 @@ use super::arrays::Array;
 use super::tensor::Tensor;
 use crate::error::Error;
 use crate::layout::TensorInfo;
-use crate::map::{Backing, SharedMemory};
+use crate::map::{Backing, CHUNK, SharedMemory};
 use crate::model::{Catalog, Model as Opened, OpenOptions, Place, locate, read_place};
 use pyo3::exceptions::{PyTypeError, PyValueError};
 use pyo3::prelude::*;
 use pyo3::sync::PyOnceLock;
 use pyo3::types::{PyDict, PyList, PyType};
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::ffi::OsString;
+use std::ops::Range;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 
@@ -33,6 +34,8 @@ pub(super) struct Parts {
     /// Aligned copies of tensors that lie misaligned in their file, made when first asked for and kept, so
     /// that every access sees the same bytes.
     copies: Mutex<HashMap<(usize, usize), Arc<SharedMemory>>>,
+    /// With `dense_edits`: which tensors have been promoted.
+    promoted: Option<Mutex<HashSet<(usize, usize)>>>,
 }
 
 impl Parts {
@@ -46,6 +49,7 @@ impl Parts {
         let memory = &self.memories[shard];
         let range = info.bytes();
         if range.is_empty() || memory.ptr(&range).addr().is_multiple_of(info.dtype().align()) {
+            self.promote_once(shard, index, range.clone());
             return (memory.clone(), range.start);
         }
         let mut copies = self.copies.lock().unwrap_or_else(PoisonError::into_inner);
@@ -53,6 +57,19 @@ impl Parts {
             .entry((shard, index))
             .or_insert_with(|| Arc::new(SharedMemory::copy_of(memory.source(&range))));
         (copy.clone(), 0)
+    }
+
+    /// With `dense_edits`, makes a large tensor this process's own before it is first handed out.
+    fn promote_once(&self, shard: usize, index: usize, range: Range<usize>) {
+        let Some(promoted) = self.promoted.as_ref().filter(|_| range.len() >= CHUNK) else { return };
+        // Held until it is done: whoever else asks for this tensor must not write to it meanwhile.
+        let mut promoted = promoted.lock().unwrap_or_else(PoisonError::into_inner);
+        if promoted.insert((shard, index)) {
+            let memory = &self.memories[shard];
+            // SAFETY: nobody has an array of these pages yet: they are this tensor's alone, and it is being
+            // handed out for the first time. Where it fails, pages are copied as they are written.
+            unsafe { memory.promote(&memory.whole_pages(&range)) }.ok();
+        }
     }
 
     fn tensor(&self, shard: usize, index: usize, info: &TensorInfo<'_>) -> Tensor {
@@ -68,10 +85,11 @@ impl Parts {
 }
 
 impl Model {
-    fn new(opened: Opened, mode: &'static str) -> Self {
+    fn new(opened: Opened, mode: &'static str, dense_edits: bool) -> Self {
         let (catalog, mappings) = opened.into_parts();
         let memories = mappings.into_iter().map(|mapping| Arc::new(SharedMemory::from(mapping))).collect();
-        let parts = Parts { catalog, memories, read_only: mode == "r", copies: Mutex::default() };
+        let promoted = (dense_edits && mode == "c").then(Mutex::default);
+        let parts = Parts { catalog, memories, read_only: mode == "r", copies: Mutex::default(), promoted };
         Self { open: RwLock::new(Some(Arc::new(parts))), mode }
     }
 
@@ -345,14 +363,21 @@ impl Model {
 }
 
 /// Opens a model: a file, a directory, an index, or a list of files.
+///
+/// `mode` is `"c"`, copy-on-write (arrays may be written, the file never changes), or `"r"`, read-only.
+/// `backend="pread"` reads everything into memory of its own instead of mapping it. `populate` reads all
+/// pages in at once, so that an I/O error shows here. `dense_edits` is for fine-tuning a whole model: each
+/// tensor of 2 MiB or more becomes this process's own in bulk when it is first taken, several times as fast
+/// as page by page when it is written.
 #[pyfunction]
-#[pyo3(signature = (path, mode = "c", *, backend = "mmap", populate = false))]
+#[pyo3(signature = (path, mode = "c", *, backend = "mmap", populate = false, dense_edits = false))]
 pub(super) fn open(
     py: Python<'_>,
     path: &Bound<'_, PyAny>,
     mode: &str,
     backend: &str,
     populate: bool,
+    dense_edits: bool,
 ) -> PyResult<Model> {
     static PATH_LIKE: PyOnceLock<Py<PyType>> = PyOnceLock::new();
     let mode = match mode {
@@ -399,11 +424,11 @@ pub(super) fn open(
         // `&[u8]` of the mapping outlives this statement.
         unsafe { options.open_place(&place, backing) }
     })?;
-    Ok(Model::new(opened, mode))
+    Ok(Model::new(opened, mode, dense_edits))
 }
 
 /// A model from the bytes of a file, copied once into aligned memory.
 #[pyfunction]
 pub(super) fn load_bytes(py: Python<'_>, data: &[u8]) -> PyResult<Model> {
-    Ok(Model::new(py.detach(|| Opened::from_bytes(data))?, "c"))
+    Ok(Model::new(py.detach(|| Opened::from_bytes(data))?, "c", false))
 }

@@ -158,6 +158,33 @@ def test_populate_reads_everything_in_and_copies_nothing(path: Path) -> None:
         assert pages["private"] == 0
 
 
+def test_with_dense_edits_a_large_tensor_becomes_private_when_it_is_taken(tmp_path: Path) -> None:
+    import numpy as np
+
+    path = tmp_path / "m.safetensors"
+    large = np.arange(1 << 20, dtype=np.float32)
+    mt.save({"a": large, "b": large + 1, "small": np.ones(100, np.float32)}, path)
+    before = path.read_bytes()
+    with mt.open(path, dense_edits=True) as model:
+        assert model.residency()["private"] == 0
+        array = model["a"].numpy()
+        assert model.residency()["private"] == array.nbytes // model.residency()["page_size"]
+        array += 1
+        assert np.array_equal(model["a"].numpy(), large + 1)
+        small = model["small"].numpy()
+        assert model.residency()["private"] == array.nbytes // model.residency()["page_size"]
+        assert np.array_equal(model.numpy()["b"], large + 1)
+        assert small.sum() == 100
+        model["b"].numpy()[:] = 0
+        # Taken once: what was written stays.
+        assert not model["b"].numpy().any()
+        assert np.array_equal(model["a"].numpy(), large + 1)
+    assert path.read_bytes() == before
+    with mt.open(path, mode="r", dense_edits=True) as model:
+        model.numpy()
+        assert model.residency()["private"] == 0
+
+
 def test_a_sparse_file_of_a_tebibyte_opens_without_touching_or_allocating(tmp_path: Path) -> None:
     path = sparse(tmp_path / "huge.safetensors", 1 << 30, count=1024)
     out = succeed(
