@@ -1,13 +1,14 @@
 //! A file that this process has just made, and nobody else knows of.
 
+use super::disk::{self, Dir};
 use super::{Backing, Mapping};
 use memmap2::{MmapOptions, MmapRaw};
-use rustix::fs::{AtFlags, FallocateFlags, FlockOperation, Mode, OFlags};
+use rustix::fs::FlockOperation;
 use rustix::io::Errno;
+use std::ffi::{OsStr, OsString};
 use std::fs::File;
 use std::io;
-use std::os::fd::BorrowedFd;
-use std::os::unix::fs::FileExt as _;
+use std::os::unix::ffi::OsStrExt as _;
 
 /// A new file under a random name, created with `O_EXCL`, on its way to becoming someone's weights.
 ///
@@ -15,7 +16,7 @@ use std::os::unix::fs::FileExt as _;
 /// safe. Nothing here shrinks it once it has its size.
 pub(crate) struct ExclusiveFile {
     file: File,
-    name: String,
+    name: OsString,
 }
 
 /// How names of unfinished files start; [`ExclusiveFile::sweep`] looks for it.
@@ -29,15 +30,13 @@ const ABANDONED: std::time::Duration = std::time::Duration::from_secs(24 * 60 * 
 
 impl ExclusiveFile {
     /// Creates a new, empty, locked file in `dir`, with the mode that `mode` and the umask give.
-    pub(crate) fn create(dir: BorrowedFd<'_>, mode: u32) -> io::Result<Self> {
+    pub(crate) fn create(dir: &Dir, mode: u32) -> io::Result<Self> {
         let mut tries = 0;
         loop {
-            let name = format!("{PREFIX}{}-{:016x}.tmp", boot(), random()?);
-            let flags = OFlags::RDWR | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-            let file = match rustix::fs::openat(dir, &name, flags, Mode::from_raw_mode(mode)) {
-                Ok(fd) => File::from(fd),
-                Err(Errno::EXIST | Errno::INTR) => continue,
-                Err(error) => return Err(error.into()),
+            let name = random_name()?;
+            let file = match dir.create(&name, mode) {
+                Err(error) if error.raw_os_error() == Some(libc::EEXIST) => continue,
+                file => file?,
             };
             // The lock says that the file has a living owner. File systems without locks lose only the
             // sweeping of files that a crash left behind.
@@ -48,35 +47,33 @@ impl ExclusiveFile {
             if !swept && (locked != Err(Errno::WOULDBLOCK) || tries == TRIES) {
                 return Ok(Self { file, name });
             }
-            rustix::fs::unlinkat(dir, &name, AtFlags::empty()).ok();
+            dir.remove(&name).ok();
         }
     }
 
     /// Removes unfinished files of dead processes from `dir`: ours by name and owner, orphans because
     /// nobody holds their lock. Locks may be this machine's alone, so a file of another boot must also be
     /// old. Best effort.
-    pub(crate) fn sweep(dir: BorrowedFd<'_>) {
-        let Ok(entries) = rustix::fs::Dir::read_from(dir) else { return };
-        for entry in entries.flatten() {
-            let name = entry.file_name();
-            if !name.to_bytes().starts_with(PREFIX.as_bytes()) || !name.to_bytes().ends_with(b".tmp") {
+    pub(crate) fn sweep(dir: &Dir) {
+        for name in dir.names().unwrap_or_default() {
+            let bytes = name.as_bytes();
+            if !bytes.starts_with(PREFIX.as_bytes()) || !bytes.ends_with(b".tmp") {
                 continue;
             }
-            let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
-            let Ok(fd) = rustix::fs::openat(dir, name, flags, Mode::empty()) else { continue };
-            let here = name.to_bytes()[PREFIX.len()..].starts_with(boot().as_bytes());
-            let ours = rustix::fs::fstat(&fd).is_ok_and(|stat| {
+            let Ok(file) = dir.open_file(&name, false) else { continue };
+            let here = bytes[PREFIX.len()..].starts_with(boot().as_bytes());
+            let ours = rustix::fs::fstat(&file).is_ok_and(|stat| {
                 rustix::fs::FileType::from_raw_mode(stat.st_mode).is_file()
                     && stat.st_uid == rustix::process::geteuid().as_raw()
                     && (here || is_abandoned(stat.st_mtime))
             });
-            if ours && rustix::fs::flock(&fd, FlockOperation::NonBlockingLockExclusive).is_ok() {
-                rustix::fs::unlinkat(dir, name, AtFlags::empty()).ok();
+            if ours && rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive).is_ok() {
+                dir.remove(&name).ok();
             }
         }
     }
 
-    pub(crate) fn name(&self) -> &str {
+    pub(crate) fn name(&self) -> &OsStr {
         &self.name
     }
 
@@ -91,12 +88,11 @@ impl ExclusiveFile {
         if len == 0 {
             return Ok(true);
         }
-        match rustix::io::retry_on_intr(|| rustix::fs::fallocate(&self.file, FallocateFlags::empty(), 0, len))
-        {
-            Ok(()) => Ok(true),
-            Err(Errno::OPNOTSUPP | Errno::NOSYS) => self.file.set_len(len).map(|()| false),
-            Err(error) => Err(error.into()),
+        let allocated = disk::allocate(&self.file, len)?;
+        if !allocated {
+            disk::resize(&self.file, len)?;
         }
+        Ok(allocated)
     }
 
     /// Maps the whole file, of `len` bytes, to be written. [`ExclusiveFile::allocate`] came before and
@@ -110,7 +106,7 @@ impl ExclusiveFile {
 
     /// Writes at an offset inside the file's size.
     pub(crate) fn write_all_at(&self, bytes: &[u8], offset: u64) -> io::Result<()> {
-        self.file.write_all_at(bytes, offset)
+        disk::write_all_at(&self.file, bytes, offset)
     }
 
     /// The file, to write parts of it at offsets.
@@ -120,16 +116,18 @@ impl ExclusiveFile {
 
     /// Gives the file a mode. File systems without modes keep their own.
     pub(crate) fn set_mode(&self, mode: u32) -> io::Result<()> {
-        match rustix::fs::fchmod(&self.file, Mode::from_raw_mode(mode)) {
-            Err(Errno::PERM | Errno::OPNOTSUPP | Errno::NOSYS) | Ok(()) => Ok(()),
-            Err(error) => Err(error.into()),
-        }
+        disk::set_mode(&self.file, mode)
     }
 
     /// fsync(2), once: after a failure the kernel marks the pages clean, and a second call would lie.
     pub(crate) fn sync(&self) -> io::Result<()> {
-        rustix::fs::fsync(&self.file).map_err(Into::into)
+        disk::sync(&self.file)
     }
+}
+
+/// A name that no file has, by which an orphan is known.
+fn random_name() -> io::Result<OsString> {
+    Ok(format!("{PREFIX}{}-{:016x}.tmp", boot(), random()?).into())
 }
 
 /// Eight characters that change with every boot of this machine.
@@ -156,13 +154,13 @@ fn random() -> io::Result<u64> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::os::fd::AsFd as _;
+    use rustix::fs::Mode;
 
     #[test]
     fn sweeping_removes_orphans_and_nothing_else() {
         let dir = tempfile::tempdir().unwrap();
-        let fd = File::open(dir.path()).unwrap();
-        let living = ExclusiveFile::create(fd.as_fd(), 0o600).unwrap();
+        let fd = Dir::open(dir.path()).unwrap();
+        let living = ExclusiveFile::create(&fd, 0o600).unwrap();
         let orphan = dir.path().join(format!(".maptensors-{}-0123456789abcdef.tmp", boot()));
         let elsewhere = dir.path().join(".maptensors-ffffffff-0123456789abcdef.tmp");
         let old = dir.path().join(".maptensors-ffffffff-fedcba9876543210.tmp");
@@ -176,7 +174,7 @@ mod tests {
         std::fs::write(&other, b"not ours").unwrap();
         rustix::fs::mknodat(rustix::fs::CWD, &fifo, rustix::fs::FileType::Fifo, Mode::RUSR | Mode::WUSR, 0)
             .unwrap();
-        ExclusiveFile::sweep(fd.as_fd());
+        ExclusiveFile::sweep(&fd);
         assert!(!orphan.exists() && !old.exists() && elsewhere.exists());
         assert!(dir.path().join(living.name()).exists() && other.exists() && fifo.exists());
     }
@@ -184,7 +182,7 @@ mod tests {
     #[test]
     fn a_file_larger_than_any_disk_is_an_error_and_no_signal() {
         let dir = tempfile::tempdir().unwrap();
-        let file = ExclusiveFile::create(File::open(dir.path()).unwrap().as_fd(), 0o600).unwrap();
+        let file = ExclusiveFile::create(&Dir::open(dir.path()).unwrap(), 0o600).unwrap();
         assert!(file.allocate(1 << 60).is_err());
     }
 }

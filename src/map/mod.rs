@@ -15,6 +15,7 @@
 #![allow(unsafe_code)]
 
 mod advice;
+pub(crate) mod disk;
 mod exclusive;
 mod file;
 #[cfg(target_os = "linux")]
@@ -318,8 +319,12 @@ pub(crate) fn each_in_parallel<T: Send, E: Send>(
     };
     std::thread::scope(|scope| {
         for _ in 1..threads {
+            let (watching, take_and_work) = (disk::watching(), &take_and_work);
             // Where the system gives no thread (RLIMIT_AS, RLIMIT_NPROC, a cgroup's pids.max), there are fewer.
-            if std::thread::Builder::new().spawn_scoped(scope, take_and_work).is_err() {
+            if std::thread::Builder::new()
+                .spawn_scoped(scope, move || disk::watched(watching, take_and_work))
+                .is_err()
+            {
                 break;
             }
         }

@@ -4,7 +4,6 @@ use std::fs::File;
 use std::io;
 use std::marker::PhantomData;
 use std::ops::Range;
-use std::os::unix::fs::FileExt as _;
 
 /// Bytes to copy into a file: a slice, or memory of another language that may change meanwhile.
 ///
@@ -76,6 +75,6 @@ impl Source<'_> {
         // SAFETY: the part lies inside what is readable (assert, field invariant). The slice goes no
         // further than pwrite(2), which may see bytes change and does not mind.
         let bytes = unsafe { std::slice::from_raw_parts(self.ptr.wrapping_add(part.start), part.len()) };
-        file.write_all_at(bytes, offset)
+        super::disk::write_all_at(file, bytes, offset)
     }
 }

@@ -72,8 +72,8 @@ fn for_each_part<'j, 's>(
 mod tests {
     use super::*;
     use crate::map::Mapping;
+    use crate::map::disk::Dir;
     use proptest::prelude::*;
-    use std::os::fd::AsFd as _;
 
     proptest! {
         #![proptest_config(ProptestConfig::with_cases(24))]
@@ -96,7 +96,7 @@ mod tests {
             prop_assert!(memory.as_bytes() == expected);
 
             let dir = tempfile::tempdir().unwrap();
-            let file = ExclusiveFile::create(std::fs::File::open(dir.path()).unwrap().as_fd(), 0o600).unwrap();
+            let file = ExclusiveFile::create(&Dir::open(dir.path()).unwrap(), 0o600).unwrap();
             file.allocate(end as u64).unwrap();
             fill(Target::File(&file), jobs()).unwrap();
             prop_assert!(Mapping::read(file.file(), end, 0).unwrap().as_bytes() == expected);

@@ -2,16 +2,16 @@
 
 use crate::error::{Error, Result};
 use crate::map::ExclusiveFile;
-use rustix::fs::{AtFlags, FileType, Mode, OFlags};
+use crate::map::disk::Dir;
+use rustix::fs::FileType;
 use rustix::io::Errno;
-use std::ffi::OsString;
-use std::os::fd::{AsFd as _, OwnedFd};
+use std::ffi::{OsStr, OsString};
 use std::path::{Path, PathBuf};
 
 /// An unfinished file beside the path it is meant for. Dropped without
 /// [`publish`](Pending::publish), it leaves nothing behind.
 pub(crate) struct Pending {
-    dir: OwnedFd,
+    dir: Dir,
     path: PathBuf,
     name: OsString,
     file: ExclusiveFile,
@@ -29,14 +29,12 @@ impl Pending {
         let whole = path.as_os_str().as_encoded_bytes();
         let name = path.file_name().filter(|name| whole.ends_with(name.as_encoded_bytes()));
         let name = name.ok_or_else(|| Error::Argument(format!("{} names no file", path.display())))?;
-        let parent = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
-        let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
-        let dir = rustix::fs::open(parent, flags, Mode::empty())
-            .map_err(|e| Error::io(path, "opening its directory")(e.into()))?;
+        let dir = Dir::open(path.parent().unwrap_or(Path::new("")))
+            .map_err(Error::io(path, "opening its directory"))?;
         let mode = replaced_mode(&dir, path, name)?;
-        ExclusiveFile::sweep(dir.as_fd());
+        ExclusiveFile::sweep(&dir);
         // A replacement is nobody else's to read until it has the old file's mode.
-        let file = ExclusiveFile::create(dir.as_fd(), if mode.is_some() { 0o600 } else { 0o666 })
+        let file = ExclusiveFile::create(&dir, if mode.is_some() { 0o600 } else { 0o666 })
             .map_err(Error::io(path, "creating a temporary file beside it"))?;
         Ok(Self {
             dir,
@@ -72,11 +70,12 @@ impl Pending {
         if durable {
             self.file.sync().map_err(Error::io(&path, "writing it to disk"))?;
         }
-        rustix::fs::renameat(&self.dir, self.file.name(), &self.dir, &self.name)
-            .map_err(|e| Error::io(&path, "renaming the finished file into place")(e.into()))?;
+        self.dir
+            .rename(self.file.name(), &self.name)
+            .map_err(Error::io(&path, "renaming the finished file into place"))?;
         self.published = true;
         if durable {
-            rustix::fs::fsync(&self.dir).map_err(|e| Error::NotDurable { path, source: e.into() })?;
+            self.dir.sync().map_err(|source| Error::NotDurable { path, source })?;
         }
         Ok(())
     }
@@ -85,15 +84,15 @@ impl Pending {
 impl Drop for Pending {
     fn drop(&mut self) {
         if !self.published && self.owner == std::process::id() {
-            rustix::fs::unlinkat(&self.dir, self.file.name(), AtFlags::empty()).ok();
+            self.dir.remove(self.file.name()).ok();
         }
     }
 }
 
 /// The mode of the file at `path`, if there is one; refuses what a rename would wrongly replace.
-fn replaced_mode(dir: &OwnedFd, path: &Path, name: &std::ffi::OsStr) -> Result<Option<u32>> {
+fn replaced_mode(dir: &Dir, path: &Path, name: &OsStr) -> Result<Option<u32>> {
     // Followed, for a link to a device is as bad as the device; a dangling link counts as nothing.
-    let stat = match rustix::fs::statat(dir, name, AtFlags::empty()) {
+    let stat = match dir.stat(name) {
         Ok(stat) => stat,
         Err(Errno::NOENT | Errno::LOOP) => return Ok(None),
         Err(error) => return Err(Error::io(path, "looking at the file to replace")(error.into())),

@@ -4,10 +4,10 @@ use super::Pending;
 use crate::error::{Error, Result};
 use crate::format::index::{self, Index};
 use crate::map;
-use rustix::fs::{FlockOperation, Mode, OFlags};
+use crate::map::disk::Dir;
 use std::collections::BTreeMap;
+use std::ffi::OsStr;
 use std::ops::Range;
-use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 
 /// Saves tensors, given by name and size, over files of at most `limit` data bytes; `write` saves a part
@@ -26,20 +26,24 @@ pub(crate) fn save<E: From<Error>>(
     write: impl Fn(Range<usize>, &Path) -> Result<(), E>,
 ) -> Result<(), E> {
     let target = Target::of(path)?;
-    let _turn = target.lock();
+    // One set at a time: names are chosen, and old shards removed, by what is there. Released when dropped,
+    // or by the process' death. File systems without locks lose only this.
+    target.dir.lock().ok();
     let mut old = target.old_shards();
     let groups = group(tensors, limit);
     if let [all] = groups.as_slice() {
         write(all.clone(), path)?;
-        // Readers prefer an index: a stale one would hide the new file.
-        remove_all(std::slice::from_ref(&target.index));
-        old.retain(|shard| shard != path);
-        remove_all(&old);
+        // Some readers prefer an index: a stale one would hide the new file.
+        if target.dir.remove(target.index_name()).is_ok() && durable {
+            target.dir.sync().map_err(|source| Error::NotDurable { path: path.into(), source })?;
+        }
+        old.retain(|shard| Some(OsStr::new(shard)) != path.file_name());
+        target.remove_all(&old);
         return Ok(());
     }
     let names = target.free_names(groups.len());
     // An old index may name files that are gone, and whose names are free again.
-    old.retain(|shard| !names.iter().any(|name| target.dir.join(name) == *shard));
+    old.retain(|shard| !names.contains(shard));
     let mut weight_map = BTreeMap::new();
     for (group, file) in groups.iter().zip(&names) {
         for (name, _) in &tensors[group.clone()] {
@@ -50,11 +54,10 @@ pub(crate) fn save<E: From<Error>>(
             }
         }
     }
-    let mut undo = Undo(Vec::new());
+    let mut undo = Undo { target: &target, written: Vec::new() };
     for (group, file) in groups.iter().zip(&names) {
-        let shard = target.dir.join(file);
-        write(group.clone(), &shard)?;
-        undo.0.push(shard);
+        write(group.clone(), &target.parent.join(file))?;
+        undo.written.push(file.clone());
     }
     let total_size = tensors.iter().map(|(_, size)| size).sum();
     let text = index::encode(&weight_map, metadata.unwrap_or(&BTreeMap::new()), total_size);
@@ -65,27 +68,27 @@ pub(crate) fn save<E: From<Error>>(
     let published = pending.publish(durable);
     if !matches!(published, Err(Error::Io { .. })) {
         // The index is in place: the new set is the model, whatever happens now.
-        undo.0.clear();
-        // A single file of that name is not the model any more.
-        old.push(path.to_owned());
-        remove_all(&old);
+        undo.written.clear();
+        target.remove_all(&old);
+        // A single file of that name is not the model any more, and readers would take it for one: that it
+        // is gone must be as durable as the index.
+        let single = path.file_name().unwrap_or_default();
+        if target.dir.remove(single).is_ok() && durable && published.is_ok() {
+            target.dir.sync().map_err(|source| Error::NotDurable { path: path.into(), source })?;
+        }
     }
     Ok(published?)
 }
 
-/// Best effort: what is left behind takes space and harms nobody.
-fn remove_all(paths: &[PathBuf]) {
-    for path in paths {
-        std::fs::remove_file(path).ok();
-    }
+/// Shards already in place, removed again unless the index follows.
+struct Undo<'a> {
+    target: &'a Target,
+    written: Vec<String>,
 }
 
-/// Shards already in place, removed again unless the index follows.
-struct Undo(Vec<PathBuf>);
-
-impl Drop for Undo {
+impl Drop for Undo<'_> {
     fn drop(&mut self) {
-        remove_all(&self.0);
+        self.target.remove_all(&self.written);
     }
 }
 
@@ -120,7 +123,8 @@ fn is_shard_suffix(rest: &str) -> bool {
 
 /// Where a set called `dir/stem.safetensors` goes.
 struct Target {
-    dir: PathBuf,
+    dir: Dir,
+    parent: PathBuf,
     stem: String,
     index: PathBuf,
 }
@@ -140,32 +144,33 @@ impl Target {
                 path.display()
             )));
         }
-        let dir = path.parent().unwrap_or(Path::new("")).to_owned();
-        let index = dir.join(format!("{stem}.safetensors.index.json"));
-        Ok(Self { dir, stem: stem.into(), index })
+        let parent = path.parent().unwrap_or(Path::new("")).to_owned();
+        let index = parent.join(format!("{stem}.safetensors.index.json"));
+        let dir = Dir::open(&parent).map_err(Error::io(path, "opening its directory"))?;
+        Ok(Self { dir, parent, stem: stem.into(), index })
     }
 
-    /// One set at a time: names are chosen, and old shards removed, by what is there. Released when dropped,
-    /// or by the process' death. File systems without locks lose only this.
-    fn lock(&self) -> Option<OwnedFd> {
-        let dir = if self.dir.as_os_str().is_empty() { Path::new(".") } else { &self.dir };
-        let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
-        let dir = rustix::fs::open(dir, flags, Mode::empty()).ok()?;
-        rustix::io::retry_on_intr(|| rustix::fs::flock(&dir, FlockOperation::LockExclusive)).ok()?;
-        Some(dir)
+    fn index_name(&self) -> &OsStr {
+        self.index.file_name().unwrap_or_default()
+    }
+
+    /// Best effort: what is left behind takes space and harms nobody.
+    fn remove_all(&self, names: &[String]) {
+        for name in names {
+            self.dir.remove(OsStr::new(name)).ok();
+        }
     }
 
     /// The files of the set that is there now, which the new one replaces. An index that cannot be read
     /// owns nothing, and none owns files that are not named like its shards, whatever it lists.
-    fn old_shards(&self) -> Vec<PathBuf> {
+    fn old_shards(&self) -> Vec<String> {
         let read = || -> Result<Index> {
             let (file, len) = map::open_regular(&self.index)?;
             let len = usize::try_from(len.min(index::MAX_INDEX_LEN)).unwrap_or_default();
             index::parse(&map::read_exact_at(&file, &self.index, 0, len)?, &self.index)
         };
         let ours = |shard: &&String| shard.strip_prefix(&self.stem).is_some_and(is_shard_suffix);
-        read()
-            .map_or(Vec::new(), |index| index.shards.iter().filter(ours).map(|s| self.dir.join(s)).collect())
+        read().map_or(Vec::new(), |index| index.shards.iter().filter(ours).cloned().collect())
     }
 
     /// Names of which none exists: `model-00001-of-00002.safetensors`, or with a generation
@@ -176,7 +181,7 @@ impl Target {
             let tag = if generation == 1 { String::new() } else { format!("-g{generation}") };
             let names: Vec<String> =
                 (1..=count).map(|i| format!("{}{tag}-{i:05}-of-{count:05}.safetensors", self.stem)).collect();
-            if names.iter().all(|name| self.dir.join(name).symlink_metadata().is_err()) {
+            if !names.iter().any(|name| self.dir.contains(OsStr::new(name))) {
                 return names;
             }
             generation = generation.saturating_add(1);

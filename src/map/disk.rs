@@ -1,0 +1,237 @@
+//! Every file operation that a save depends on, in one place: what a test can record, fail, and work out
+//! from what a crash could leave behind.
+
+use rustix::fs::{AtFlags, FallocateFlags, FlockOperation, Mode, OFlags, RenameFlags, Stat};
+use rustix::io::Errno;
+use std::ffi::OsStr;
+use std::fs::File;
+use std::io;
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::FileExt as _;
+use std::path::Path;
+
+/// What is about to be done. Names are relative to their directory.
+#[derive(Debug, Clone, Copy)]
+#[cfg_attr(not(test), allow(dead_code))]
+pub(crate) enum Op<'a> {
+    /// Opening a directory, to work in it.
+    OpenDir(&'a Path),
+    /// A new, empty file.
+    Create(&'a Dir, &'a OsStr),
+    /// Opening a file that is there.
+    Open(&'a Dir, &'a OsStr),
+    /// Giving a name to another file, in place of what has that name.
+    Rename(&'a Dir, &'a OsStr, &'a OsStr),
+    /// Taking a name away.
+    Remove(&'a Dir, &'a OsStr),
+    /// Names made durable.
+    SyncDir(&'a Dir),
+    /// A size, with all its blocks.
+    Allocate(&'a File, u64),
+    /// A size.
+    Resize(&'a File, u64),
+    /// Bytes at an offset: how many, where.
+    Write(&'a File, usize, u64),
+    /// A mode.
+    SetMode(&'a File),
+    /// Content and size made durable.
+    Sync(&'a File),
+}
+
+/// Does it, unless a test says otherwise.
+fn act<T>(op: Op<'_>, call: impl FnOnce() -> io::Result<T>) -> io::Result<T> {
+    #[cfg(test)]
+    if let Some(watch) = watch::current() {
+        watch.before(&op)?;
+        let done = call();
+        watch.after(&op, done.is_ok());
+        return done;
+    }
+    let _ = op;
+    call()
+}
+
+/// A directory, held open: what it is renamed to meanwhile does not matter.
+#[derive(Debug)]
+pub(crate) struct Dir {
+    fd: OwnedFd,
+}
+
+impl Dir {
+    /// Opens the directory at `path`; an empty path is the current one.
+    pub(crate) fn open(path: &Path) -> io::Result<Self> {
+        let path = if path.as_os_str().is_empty() { Path::new(".") } else { path };
+        let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        act(Op::OpenDir(path), || Ok(Self { fd: rustix::fs::open(path, flags, Mode::empty())? }))
+    }
+
+    /// Creates a file that must not be there yet.
+    pub(crate) fn create(&self, name: &OsStr, mode: u32) -> io::Result<File> {
+        let flags = OFlags::RDWR | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        let mode = Mode::from_raw_mode(mode);
+        act(Op::Create(self, name), || {
+            let fd = rustix::io::retry_on_intr(|| rustix::fs::openat(&self.fd, name, flags, mode))?;
+            Ok(File::from(fd))
+        })
+    }
+
+    /// Opens a file without following a link or waiting for a FIFO's other end.
+    pub(crate) fn open_file(&self, name: &OsStr, write: bool) -> io::Result<File> {
+        let access = if write { OFlags::RDWR } else { OFlags::RDONLY };
+        let flags = access | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
+        act(Op::Open(self, name), || Ok(rustix::fs::openat(&self.fd, name, flags, Mode::empty())?.into()))
+    }
+
+    /// What `name` is; links are followed.
+    pub(crate) fn stat(&self, name: &OsStr) -> Result<Stat, Errno> {
+        rustix::fs::statat(&self.fd, name, AtFlags::empty())
+    }
+
+    /// Whether there is anything called `name`, a dangling link included.
+    pub(crate) fn contains(&self, name: &OsStr) -> bool {
+        rustix::fs::statat(&self.fd, name, AtFlags::SYMLINK_NOFOLLOW).is_ok()
+    }
+
+    /// The names in it.
+    pub(crate) fn names(&self) -> io::Result<Vec<std::ffi::OsString>> {
+        use std::os::unix::ffi::OsStringExt as _;
+        let mut names = Vec::new();
+        for entry in rustix::fs::Dir::read_from(&self.fd)? {
+            let name = entry?.file_name().to_bytes().to_vec();
+            if name != b"." && name != b".." {
+                names.push(std::ffi::OsString::from_vec(name));
+            }
+        }
+        Ok(names)
+    }
+
+    /// rename(2): atomic, replacing what is called `to`.
+    pub(crate) fn rename(&self, from: &OsStr, to: &OsStr) -> io::Result<()> {
+        act(Op::Rename(self, from, to), || Ok(rustix::fs::renameat(&self.fd, from, &self.fd, to)?))
+    }
+
+    /// As [`Dir::rename`], where nothing is called `to`.
+    pub(crate) fn rename_to_new(&self, from: &OsStr, to: &OsStr) -> io::Result<()> {
+        act(Op::Rename(self, from, to), || {
+            #[cfg(target_os = "linux")]
+            match rustix::fs::renameat_with(&self.fd, from, &self.fd, to, RenameFlags::NOREPLACE) {
+                Err(Errno::INVAL | Errno::NOSYS) => {}
+                done => return Ok(done?),
+            }
+            // A file system without the flag. `to` is a random name: nobody else makes it meanwhile.
+            if self.contains(to) {
+                return Err(Errno::EXIST.into());
+            }
+            Ok(rustix::fs::renameat(&self.fd, from, &self.fd, to)?)
+        })
+    }
+
+    /// unlink(2).
+    pub(crate) fn remove(&self, name: &OsStr) -> io::Result<()> {
+        act(Op::Remove(self, name), || Ok(rustix::fs::unlinkat(&self.fd, name, AtFlags::empty())?))
+    }
+
+    /// fsync(2) of the directory: its names are durable.
+    pub(crate) fn sync(&self) -> io::Result<()> {
+        act(Op::SyncDir(self), || Ok(rustix::fs::fsync(&self.fd)?))
+    }
+
+    /// Waits for the directory's lock, which dies with this value or its process.
+    pub(crate) fn lock(&self) -> io::Result<()> {
+        Ok(rustix::io::retry_on_intr(|| rustix::fs::flock(&self.fd, FlockOperation::LockExclusive))?)
+    }
+
+    #[cfg(test)]
+    pub(crate) fn inode(&self) -> u64 {
+        rustix::fs::fstat(&self.fd).map_or(0, |stat| stat.st_ino)
+    }
+}
+
+/// fallocate(2) of the first `len` bytes: all blocks, now. `false` where the file system cannot.
+pub(crate) fn allocate(file: &File, len: u64) -> io::Result<bool> {
+    act(Op::Allocate(file, len), || {
+        let empty = FallocateFlags::empty();
+        match rustix::io::retry_on_intr(|| rustix::fs::fallocate(file, empty, 0, len)) {
+            Ok(()) => Ok(true),
+            Err(Errno::OPNOTSUPP | Errno::NOSYS) => Ok(false),
+            Err(error) => Err(error.into()),
+        }
+    })
+}
+
+/// ftruncate(2).
+pub(crate) fn resize(file: &File, len: u64) -> io::Result<()> {
+    act(Op::Resize(file, len), || file.set_len(len))
+}
+
+/// pwrite(2), all of it.
+pub(crate) fn write_all_at(file: &File, bytes: &[u8], offset: u64) -> io::Result<()> {
+    act(Op::Write(file, bytes.len(), offset), || file.write_all_at(bytes, offset))
+}
+
+/// fchmod(2). File systems without modes keep their own.
+pub(crate) fn set_mode(file: &File, mode: u32) -> io::Result<()> {
+    act(Op::SetMode(file), || match rustix::fs::fchmod(file, Mode::from_raw_mode(mode)) {
+        Err(Errno::PERM | Errno::OPNOTSUPP | Errno::NOSYS) | Ok(()) => Ok(()),
+        Err(error) => Err(error.into()),
+    })
+}
+
+/// fsync(2), once: after a failure the kernel marks the pages clean, and a second call would lie.
+pub(crate) fn sync(file: &File) -> io::Result<()> {
+    act(Op::Sync(file), || Ok(rustix::fs::fsync(file)?))
+}
+
+/// Who watches this thread's operations, to be [handed on](watched) to a thread it starts.
+#[cfg(not(test))]
+pub(crate) type Watching = ();
+
+/// Who watches this thread's operations.
+#[cfg(not(test))]
+pub(crate) fn watching() -> Watching {}
+
+/// Does `work` under the watch of another thread.
+#[cfg(not(test))]
+pub(crate) fn watched<T>((): Watching, work: impl FnOnce() -> T) -> T {
+    work()
+}
+
+#[cfg(test)]
+pub(crate) use watch::{Watch, Watching, watched, watching};
+
+#[cfg(test)]
+mod watch {
+    use super::Op;
+    use std::cell::RefCell;
+    use std::io;
+    use std::sync::Arc;
+
+    /// Sees every operation of the threads it watches.
+    pub(crate) trait Watch: Send + Sync {
+        /// Before it is done; an error is returned in place of doing it.
+        fn before(&self, op: &Op<'_>) -> io::Result<()>;
+        /// After it was done, or failed.
+        fn after(&self, op: &Op<'_>, done: bool);
+    }
+
+    pub(crate) type Watching = Option<Arc<dyn Watch>>;
+
+    thread_local! {
+        static WATCHING: RefCell<Watching> = const { RefCell::new(None) };
+    }
+
+    pub(super) fn current() -> Watching {
+        WATCHING.with_borrow(Clone::clone)
+    }
+
+    pub(crate) fn watching() -> Watching {
+        current()
+    }
+
+    pub(crate) fn watched<T>(watching: Watching, work: impl FnOnce() -> T) -> T {
+        let before = WATCHING.replace(watching);
+        let done = work();
+        WATCHING.set(before);
+        done
+    }
+}
