@@ -4,7 +4,7 @@
 //! lost, not a bad day.
 #![allow(unsafe_code)]
 
-use common::{bytes_tensor, child, disk_dir, noise, on_tmpfs, role, skip};
+use common::{bytes_tensor, child, disk_dir, is_installed, noise, on_tmpfs, role, skip, under};
 use maptensors::{DType, Draft, Layout, Model, SaveOptions};
 use std::path::Path;
 use std::process::Command;
@@ -52,20 +52,6 @@ fn was_counted() -> bool {
         }
     }
     false
-}
-
-fn is_installed(tool: &str) -> bool {
-    Command::new(tool).arg("--version").output().is_ok_and(|output| output.status.success())
-}
-
-/// `command` run by a tool that counts.
-fn under(tool: &str, args: &[&str], command: &Command) -> Command {
-    let mut counted = Command::new(tool);
-    counted.args(args).arg(command.get_program()).args(command.get_args());
-    for (key, value) in command.get_envs() {
-        counted.env(key, value.unwrap());
-    }
-    counted
 }
 
 #[test]

@@ -12,7 +12,7 @@ use std::path::Path;
 
 /// What is about to be done. Names are relative to their directory.
 #[derive(Debug, Clone, Copy)]
-#[cfg_attr(not(test), allow(dead_code))]
+#[allow(dead_code)] // tests read what they follow
 pub(crate) enum Op<'a> {
     /// Opening a directory, to work in it.
     OpenDir(&'a Path),
@@ -32,6 +32,8 @@ pub(crate) enum Op<'a> {
     Resize(&'a File, u64),
     /// Bytes at an offset: how many, where.
     Write(&'a File, usize, u64),
+    /// Bytes of another file, or its blocks: from which, to which.
+    Copy(&'a File, &'a File),
     /// A mode.
     SetMode(&'a File),
     /// Content and size made durable.
@@ -39,7 +41,7 @@ pub(crate) enum Op<'a> {
 }
 
 /// Does it, unless a test says otherwise.
-fn act<T>(op: Op<'_>, call: impl FnOnce() -> io::Result<T>) -> io::Result<T> {
+pub(super) fn act<T>(op: Op<'_>, call: impl FnOnce() -> io::Result<T>) -> io::Result<T> {
     #[cfg(test)]
     if let Some(watch) = watch::current() {
         watch.before(&op)?;

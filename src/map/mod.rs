@@ -15,9 +15,11 @@
 #![allow(unsafe_code)]
 
 mod advice;
+mod copy;
 pub(crate) mod disk;
 mod exclusive;
 mod file;
+mod lease;
 #[cfg(target_os = "linux")]
 mod promote;
 mod residency;
@@ -26,8 +28,10 @@ mod shared;
 mod source;
 
 pub use advice::Advice;
+pub(crate) use copy::{clone, copy_range};
 pub(crate) use exclusive::ExclusiveFile;
 pub(crate) use file::{open_regular, read_exact_at};
+pub(crate) use lease::Lease;
 pub use residency::Residency;
 #[cfg(feature = "python")]
 pub(crate) use shared::SharedMemory;

@@ -4,7 +4,7 @@ mod catalog;
 mod model_mut;
 mod open;
 
-pub(crate) use catalog::Catalog;
+pub(crate) use catalog::{Catalog, Shard};
 pub use model_mut::ModelMut;
 pub(crate) use model_mut::split;
 pub use open::OpenOptions;

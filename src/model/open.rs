@@ -1,7 +1,6 @@
 //! From a path to a model.
 
-use super::catalog::Shard;
-use super::{Catalog, Model, ModelMut};
+use super::{Catalog, Model, ModelMut, Shard};
 use crate::error::{Error, Result};
 use crate::format::{index, safetensors};
 use crate::layout::Layout;
@@ -228,6 +227,10 @@ fn pick(dir: &Path) -> Result<PathBuf> {
         } else if text.ends_with(".safetensors") {
             files.push(dir.join(&name));
         }
+    }
+    // Shards that no index lists are no model: a save that was killed has left them, beside the old file.
+    if indices.is_empty() && files.iter().filter(|path| !is_part(path)).count() == 1 {
+        files.retain(|path| !is_part(path));
     }
     match (indices.as_slice(), files.as_slice()) {
         ([], [only]) if is_part(only) => Err(Error::NotRegular {

@@ -20,7 +20,9 @@
 
 #![forbid(unsafe_code)]
 
+mod crash;
 mod draft;
+mod edit;
 mod fill;
 mod pending;
 pub(crate) mod sharded;
@@ -28,6 +30,7 @@ pub(crate) mod sharded;
 #[cfg(feature = "python")]
 pub(crate) use draft::place;
 pub use draft::{Draft, DraftOptions};
+pub use edit::{Edited, HeaderEdit};
 pub(crate) use fill::{Target, fill};
 pub(crate) use pending::Pending;
 

@@ -33,10 +33,8 @@ pub(crate) fn save<E: From<Error>>(
     let groups = group(tensors, limit);
     if let [all] = groups.as_slice() {
         write(all.clone(), path)?;
-        // Some readers prefer an index: a stale one would hide the new file.
-        if target.dir.remove(target.index_name()).is_ok() && durable {
-            target.dir.sync().map_err(|source| Error::NotDurable { path: path.into(), source })?;
-        }
+        // Some readers prefer an index: a stale one would hide the new file. Its shards outlive it.
+        target.remove_superseded(target.index_name(), path, durable)?;
         old.retain(|shard| Some(OsStr::new(shard)) != path.file_name());
         target.remove_all(&old);
         return Ok(());
@@ -56,8 +54,9 @@ pub(crate) fn save<E: From<Error>>(
     }
     let mut undo = Undo { target: &target, written: Vec::new() };
     for (group, file) in groups.iter().zip(&names) {
-        write(group.clone(), &target.parent.join(file))?;
+        // Before it is written: a shard that is in place but not durable is undone as well.
         undo.written.push(file.clone());
+        write(group.clone(), &target.parent.join(file))?;
     }
     let total_size = tensors.iter().map(|(_, size)| size).sum();
     let text = index::encode(&weight_map, metadata.unwrap_or(&BTreeMap::new()), total_size);
@@ -69,15 +68,14 @@ pub(crate) fn save<E: From<Error>>(
     if !matches!(published, Err(Error::Io { .. })) {
         // The index is in place: the new set is the model, whatever happens now.
         undo.written.clear();
-        target.remove_all(&old);
-        // A single file of that name is not the model any more, and readers would take it for one: that it
-        // is gone must be as durable as the index.
-        let single = path.file_name().unwrap_or_default();
-        if target.dir.remove(single).is_ok() && durable && published.is_ok() {
-            target.dir.sync().map_err(|source| Error::NotDurable { path: path.into(), source })?;
-        }
     }
-    Ok(published?)
+    // An index that a crash may still undo needs the old set: nothing of it goes before the new one is durable.
+    published?;
+    // A single file of that name is not the model any more, and readers would take it for one: that it
+    // is gone must be as durable as the index.
+    target.remove_superseded(path.file_name().unwrap_or_default(), path, durable)?;
+    target.remove_all(&old);
+    Ok(())
 }
 
 /// Shards already in place, removed again unless the index follows.
@@ -152,6 +150,18 @@ impl Target {
 
     fn index_name(&self) -> &OsStr {
         self.index.file_name().unwrap_or_default()
+    }
+
+    /// Removes what readers would take for the model instead of what was just saved.
+    fn remove_superseded(&self, name: &OsStr, path: &Path, durable: bool) -> Result<()> {
+        match self.dir.remove(name) {
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(()),
+            Err(error) => Err(Error::io(path, "removing the old model, which hides the new one")(error)),
+            Ok(()) if durable => {
+                self.dir.sync().map_err(|source| Error::NotDurable { path: path.into(), source })
+            }
+            Ok(()) => Ok(()),
+        }
     }
 
     /// Best effort: what is left behind takes space and harms nobody.

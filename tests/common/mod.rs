@@ -113,6 +113,20 @@ pub fn unprivileged_child(test: &str, role: &str, dir: &Path) -> (Command, tempf
     (command, home)
 }
 
+pub fn is_installed(tool: &str) -> bool {
+    Command::new(tool).arg("--version").output().is_ok_and(|output| output.status.success())
+}
+
+/// `command` run by a tool that counts.
+pub fn under(tool: &str, args: &[&str], command: &Command) -> Command {
+    let mut counted = Command::new(tool);
+    counted.args(args).arg(command.get_program()).args(command.get_args());
+    for (key, value) in command.get_envs() {
+        counted.env(key, value.unwrap());
+    }
+    counted
+}
+
 /// Runs a child to its end; it must have run its one test, and passed.
 pub fn pass(mut command: Command) {
     // While another test forks, its child has the copy of the binary open to write: exec(2) says ETXTBSY.

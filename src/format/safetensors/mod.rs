@@ -20,11 +20,13 @@
 //! - More lenient: a shape with a zero dimension is empty whatever stands before the zero. (The reference
 //!   takes `[0, M, M]` and calls `[M, M, 0]` an overflow.)
 
+mod edit;
 mod json;
 mod scan;
 mod write;
 
-pub(crate) use write::encode;
+pub(crate) use edit::{Changes, Pieces};
+pub(crate) use write::{encode, finish, padded};
 
 use crate::error::{Error, Result};
 use crate::layout::Layout;

@@ -22,19 +22,31 @@ pub(crate) fn encode(layout: &Layout, path: &Path) -> Result<(Vec<u8>, Layout)> 
     // Writing to memory and serializing strings cannot fail; the error type says otherwise.
     write_json(&mut json, layout).map_err(Error::io(path, "encoding the header"))?;
 
-    let unpadded = json.len() as u64;
-    let small = unpadded.next_multiple_of(64) + layout.data_len() < SMALL_FILE;
-    json.resize(json.len().next_multiple_of(if small { 64 } else { 4096 }), b' ');
+    json.resize(padded(json.len(), layout.data_len()), b' ');
+    finish(&mut json, path)?;
+    let placed = layout.clone().placed_at(json.len() as u64);
+    Ok((json, placed))
+}
 
-    let len = (json.len() - PREFIX_LEN) as u64;
+/// The length of a header (length field included) once it is padded, before so much data.
+pub(crate) fn padded(unpadded: usize, data_len: u64) -> usize {
+    let small = (unpadded as u64).next_multiple_of(64).saturating_add(data_len) < SMALL_FILE;
+    unpadded.next_multiple_of(if small { 64 } else { 4096 })
+}
+
+/// Fills in the length field, which stands before the text.
+///
+/// # Errors
+/// [`Error::Limit`].
+pub(crate) fn finish(header: &mut [u8], path: &Path) -> Result<()> {
+    let len = header.len().saturating_sub(PREFIX_LEN) as u64;
     if len > MAX_HEADER_LEN {
         let hint = Some("split the tensors over shards with max_shard_size");
         let limit = MAX_HEADER_LEN;
         return Err(Error::Limit { path: path.into(), what: "the header length", found: len, limit, hint });
     }
-    json[..PREFIX_LEN].copy_from_slice(&len.to_le_bytes());
-    let placed = layout.clone().placed_at(json.len() as u64);
-    Ok((json, placed))
+    header[..PREFIX_LEN].copy_from_slice(&len.to_le_bytes());
+    Ok(())
 }
 
 fn write_json(out: &mut Vec<u8>, layout: &Layout) -> std::io::Result<()> {

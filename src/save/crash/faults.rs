@@ -1,0 +1,77 @@
+//! Every operation of a save refused in turn.
+
+use super::record::Fault;
+use super::tests::SCENARIOS;
+use super::*;
+
+/// What a save makes of one refused operation. Returns whether there was one.
+fn refuse(scenario: &Scenario, fault: Fault, report: &mut Report) -> bool {
+    let dir = scratch();
+    (scenario.prepare)(dir.path());
+    let before = names_in(dir.path());
+    let (done, log) =
+        record(dir.path(), Some(fault), |saved| (scenario.save)(dir.path(), scenario.old + 1, saved));
+    let Some(refused) = log.refused else {
+        done.unwrap();
+        return false;
+    };
+    let text = |what: &str| format!("{}, {fault:?} ({refused}): {done:?}: {what}", scenario.name);
+    let saved = log.saved();
+    let last = saved.unwrap_or(scenario.old);
+    let found = (scenario.read)(dir.path());
+    let right = match &done {
+        Ok(()) => found == Ok(last),
+        Err(Error::Io { source, .. }) => {
+            // What a new model was to replace may refuse to go, and be beside it.
+            let either = refused == "remove" && found == Ok(last + 1);
+            source.raw_os_error() == Some(fault.errno) && (found == Ok(last) || either)
+        }
+        Err(Error::NotDurable { .. }) => found == Ok(last) || found == Ok(last + 1),
+        Err(_) => false,
+    };
+    if !right {
+        report.violations.push(text(&format!("found {found:?}")));
+    }
+    let after = names_in(dir.path());
+    let temporaries = after.iter().filter(|name| name.starts_with(".maptensors-")).count();
+    // What cannot be removed stays; everything else goes.
+    let may_stay = refused == "remove" || fault.for_good;
+    if temporaries > usize::from(may_stay) {
+        report.violations.push(text(&format!("leaves temporaries: {after:?}")));
+    }
+    // An index that is in place and perhaps not durable, beside the file that it is to replace, says so.
+    let in_place = matches!(&done, Err(Error::NotDurable { path, .. }) if path.exists());
+    if done.is_err() && !in_place && found == Ok(scenario.old) && !may_stay && after != before {
+        report.violations.push(text(&format!("leaves {after:?} of {before:?}")));
+    }
+    // Power fails on top of it. Which errno it was makes no difference to the disk.
+    if fault.errno != libc::EIO {
+        return true;
+    }
+    let inner = scenario.check(&log, Budget::nested(), 0);
+    report.states += inner.states;
+    report.violations.extend(inner.violations.iter().map(|what| text(&format!("then a crash: {what}"))));
+    true
+}
+
+#[test]
+fn any_operation_may_fail_and_nothing_is_lost_or_left_behind() {
+    let mut violations = Vec::new();
+    for scenario in &SCENARIOS {
+        let (mut report, mut refused) = (Report::default(), 0);
+        for errno in [libc::EIO, libc::ENOSPC, libc::EINTR] {
+            for for_good in [false, true] {
+                for at in 1.. {
+                    if !refuse(scenario, Fault { at, errno, for_good }, &mut report) {
+                        break;
+                    }
+                    refused += 1;
+                }
+            }
+        }
+        println!("{:<36} {refused:>4} refusals, {:>7} states behind them", scenario.name, report.states);
+        violations.append(&mut report.violations);
+        assert!(refused > 20, "{}", scenario.name);
+    }
+    Report { violations, ..Report::default() }.assert_clean("with a fault");
+}
