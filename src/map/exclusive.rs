@@ -42,12 +42,13 @@ impl ExclusiveFile {
             // sweeping of files that a crash left behind.
             let locked = rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive);
             // A sweeper may have come between creation and lock, and taken the file for an orphan.
-            let swept = rustix::fs::fstat(&file)?.st_nlink == 0;
+            let swept = rustix::fs::fstat(&file).map(|stat| stat.st_nlink == 0);
             tries += 1;
-            if !swept && (locked != Err(Errno::WOULDBLOCK) || tries == TRIES) {
+            if swept == Ok(false) && (locked != Err(Errno::WOULDBLOCK) || tries == TRIES) {
                 return Ok(Self { file, name });
             }
             dir.remove(&name).ok();
+            swept?;
         }
     }
 
