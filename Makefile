@@ -11,7 +11,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 SOURCES := $(shell find src python/maptensors examples models -name '*.rs' -o -name '*.py' -o -name '*.pyi' \
 	-o -name '*.safetensors') Cargo.toml pyproject.toml README.md
 
-.PHONY: help demo test test-rust test-python lint fmt models bench fuzz kill clean
+.PHONY: help demo test test-rust test-python lint fmt models bench fuzz crash kill clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -73,9 +73,14 @@ fuzz: ## Fuzz header and index against the reference, ten minutes each (needs ni
 		$(CARGO) +nightly fuzz run $$target -- -max_total_time=$(SECONDS_PER_TARGET) -max_len=4096 || exit 1; \
 	done
 
+CRASH_STATES ?= 4000
+crash: ## Look at what a power loss may leave of every kind of save, thoroughly (minutes)
+	MAPTENSORS_CRASH_STATES=$(CRASH_STATES) $(CARGO) test --release --lib crash -- --nocapture
+
 KILLS ?= 2000
-kill: ## Kill a saving process at random instants, many times; no file may be lost
+kill: ## Kill a saving process at random instants and at every system call, many times; no file may be lost
 	MAPTENSORS_KILLS=$(KILLS) $(CARGO) test --release --test saving kill -- --nocapture
+	MAPTENSORS_KILLS=$(KILLS) $(CARGO) test --release --test faults -- --nocapture
 
 clean: ## Remove what the targets made
 	rm -rf $(VENV) dist

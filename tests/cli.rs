@@ -49,6 +49,7 @@ fn help_teaches_by_example_and_goes_to_standard_output() {
     for (args, words) in [
         (&["--help"][..], &["inspect", "demo", "Examples:", "Exit codes:"][..]),
         (&["inspect", "--help"], &["--filter", "--json", "--summary", "--no-tensors", "jq"]),
+        (&["edit", "--help"], &["--set", "--unset", "--rename", "Examples:", "in place"]),
         (&["demo", "--help"], &["--dir", "Examples:"]),
     ] {
         let help = printed(args);
@@ -324,4 +325,33 @@ fn the_demo_keeps_its_files_where_it_is_told_to_and_overwrites_no_other() {
     let error = complaint(&["demo", "--dir", dir], 1);
     assert!(error.contains("cannot write") && error.contains("digits.safetensors"), "{error}");
     assert_eq!(fs::read(&other).unwrap(), b"someone's own");
+}
+
+#[test]
+fn edit_changes_headers_and_says_how() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("model.safetensors");
+    fs::copy("models/digits.safetensors", &path).unwrap();
+    let at = path.to_str().unwrap();
+    let before = json(&["inspect", "--json", at]);
+    let set = ["edit", at, "--set", "a=b=c", "--rename", "fc1.weight=first.weight"];
+    assert!(printed(&set).contains(at));
+    let after = json(&["inspect", "--json", at]);
+    assert_eq!(after["metadata"]["a"], "b=c");
+    assert_eq!(after["totals"]["nbytes"], before["totals"]["nbytes"]);
+    assert!(after["tensors"].as_array().unwrap().iter().any(|tensor| tensor["name"] == "first.weight"));
+    assert!(printed(&["edit", at, "--set", "a=d"]).ends_with(": edited in place\n"));
+    assert!(printed(&["edit", at, "--set", "a=d"]).ends_with(": unchanged\n"));
+    printed(&["edit", at, "--unset", "a", "--no-sync"]);
+    assert_eq!(json(&["inspect", "--json", at])["metadata"], before["metadata"]);
+    for (args, code, words) in [
+        (&["edit", at, "--unset", "a"][..], 1, "no metadata key \"a\""),
+        (&["edit", at, "--rename", "fc1.weight=x"], 1, "there is no tensor \"fc1.weight\""),
+        (&["edit", at, "--rename", "fc1.bias=fc2.bias"], 1, "is there twice"),
+        (&["edit", at, "--set", "a"], 2, "no `=`"),
+        (&["edit", at], 2, "--set"),
+    ] {
+        let said = complaint(args, code);
+        assert!(said.contains(words), "{args:?}: {said}");
+    }
 }

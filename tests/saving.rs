@@ -1,5 +1,6 @@
 //! A save that fails or is killed leaves the old file whole and nothing else; one that succeeds replaces it
 //! in one step.
+#![allow(unsafe_code)]
 
 use maptensors::{DType, Draft, DraftOptions, Error, Layout, Model, SaveOptions};
 use rustix::process::{Resource, Rlimit, setrlimit};
@@ -434,7 +435,13 @@ fn a_killed_saver_leaves_the_old_file_or_the_new_one() {
         let reader = scope.spawn(|| {
             let mut reads = 0;
             while !done.load(std::sync::atomic::Ordering::Relaxed) {
-                generation(&Model::read(&path).unwrap());
+                let model = if reads % 2 == 0 {
+                    Model::read(&path)
+                } else {
+                    // SAFETY: savers rename new files over this one, and write into none that had its name.
+                    unsafe { Model::open(&path) }
+                };
+                generation(&model.unwrap());
                 reads += 1;
             }
             reads
@@ -453,6 +460,7 @@ fn a_killed_saver_leaves_the_old_file_or_the_new_one() {
         (caught, reader.join())
     });
     let (caught, reads) = (caught.unwrap(), reads.unwrap());
+    println!("a file: {} kills, {caught} of them in a save; {reads} reads meanwhile", kills());
     assert!(caught > 0, "no kill hit an unfinished save");
     assert!(reads > kills());
     save_generation(&SaveOptions::new(), &path, 1, 100).unwrap();
@@ -480,18 +488,45 @@ fn a_killed_sharded_save_leaves_one_whole_set() {
     let set = dir.path().join("set");
     std::fs::create_dir(&set).unwrap();
     save_generation(&options, &set.join("m.safetensors"), 0, 200_000).unwrap();
-    // More files than one set has: the kill fell between the first shard and the end of the clean-up.
-    let caught = kill_savers(
-        TEST,
-        dir.path(),
-        || temporaries(&set) > 0 || listing(&set).len() > 3,
-        || {
-            let model = Model::read(&set).unwrap();
-            assert_eq!(model.shards(), 2);
-            generation(&model);
-        },
+    let done = std::sync::atomic::AtomicBool::new(false);
+    let (caught, reads) = std::thread::scope(|scope| {
+        // Who reads while a set is replaced may find an index whose shards have just gone, and reads again;
+        // but never a mixture.
+        let reader = scope.spawn(|| {
+            let (mut whole, mut gone) = (0, 0);
+            while !done.load(std::sync::atomic::Ordering::Relaxed) {
+                match Model::read(&set) {
+                    Ok(model) => {
+                        generation(&model);
+                        whole += 1;
+                    }
+                    Err(Error::Io { source, .. }) if source.kind() == std::io::ErrorKind::NotFound => {
+                        gone += 1
+                    }
+                    Err(error) => panic!("{error}"),
+                }
+            }
+            (whole, gone)
+        });
+        // More files than one set has: the kill fell between the first shard and the end of the clean-up.
+        let unfinished = || temporaries(&set) > 0 || listing(&set).len() > 3;
+        let caught = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
+            kill_savers(TEST, dir.path(), unfinished, || {
+                let model = Model::read(&set).unwrap();
+                assert_eq!(model.shards(), 2);
+                generation(&model);
+            })
+        }));
+        done.store(true, std::sync::atomic::Ordering::Relaxed);
+        (caught, reader.join())
+    });
+    let (caught, (whole, gone)) = (caught.unwrap(), reads.unwrap());
+    println!(
+        "a set: {} kills, {caught} of them in a save; {whole} reads meanwhile, {gone} came too late",
+        kills()
     );
     assert!(caught > 0, "no kill hit an unfinished save");
+    assert!(whole > kills());
 }
 
 /// A tensor that says one thing and may hold another.

@@ -21,7 +21,7 @@ modules of the same names; :class:`safe_open` is safetensors' too. Moving over i
 
 from collections.abc import Mapping as _Mapping
 
-from maptensors._api import save, save_bytes
+from maptensors._api import edit, save, save_bytes
 from maptensors._native import Draft, Model, Tensor, __version__, create, open
 from maptensors._native import load_bytes as load
 from maptensors._safe_open import safe_open
@@ -40,6 +40,7 @@ __all__ = [
     "Tensor",
     "__version__",
     "create",
+    "edit",
     "load",
     "open",
     "safe_open",

@@ -3,7 +3,7 @@
 import os
 import re
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 from maptensors import _native
 
@@ -54,6 +54,35 @@ def save(
     limit = None if max_shard_size is None else parse_size(max_shard_size)
     given = _metadata(tensors, metadata)
     _native.save(tensors, path, metadata=given, durable=durable, mapped=mapped, max_shard_size=limit)
+
+
+def edit(
+    path: str | os.PathLike[str],
+    *,
+    metadata: Mapping[str, str] | None = None,
+    remove: Iterable[str] = (),
+    rename: Mapping[str, str] | None = None,
+    durable: bool = True,
+) -> Literal["in place", "rewritten", "unchanged"]:
+    """Change metadata and tensor names in the header of a safetensors file; the data is not touched.
+
+    ``metadata`` holds entries to set, ``remove`` keys to take away, ``rename`` new names by their old ones:
+    all at once, so two tensors may exchange theirs.
+
+    Return how. ``"in place"``: by one write of a 512-byte sector, which a power loss cannot tear, while nobody
+    else had the file open or mapped. ``"rewritten"``: as by :func:`save`, a new file took its place; it
+    shares the old one's blocks where the file system can, and has room for later edits in place.
+    ``"unchanged"``: it said all that already.
+    """
+    if isinstance(remove, str):
+        raise TypeError("remove takes several keys: a list, not a str")
+    return _native.edit(
+        path,
+        metadata=dict(metadata or {}),
+        remove=list(remove),
+        rename=dict(rename or {}),
+        durable=durable,
+    )
 
 
 def save_bytes(

@@ -153,6 +153,14 @@ def save(
     max_shard_size: int | None = None,
     distinct: bool = False,
 ) -> bool: ...
+def edit(
+    path: str | os.PathLike[str],
+    *,
+    metadata: dict[str, str] = ...,
+    remove: list[str] = ...,
+    rename: dict[str, str] = ...,
+    durable: bool = True,
+) -> Literal["in place", "rewritten", "unchanged"]: ...
 def save_bytes(
     tensors: Mapping[str, Any] | Iterable[tuple[str, Any]],
     *,

@@ -1,7 +1,9 @@
 //! What was typed.
 
 use super::Job;
+use super::edit::Edit;
 use super::inspect::{Format, Inspect};
+use crate::HeaderEdit;
 use clap::{Args, Parser, Subcommand};
 use globset::{Glob, GlobSet, GlobSetBuilder};
 use std::error::Error;
@@ -12,6 +14,8 @@ const EXAMPLES: &str = "\
 Examples:
   maptensors inspect model.safetensors   what is in a file
   maptensors inspect checkpoint/         the same for a sharded set, or a directory
+  maptensors edit model.safetensors --set license=MIT
+                                         change metadata, not the data behind it
   maptensors demo                        open, use, edit and save a small model
 
 Exit codes: 0 done, 1 failed, 2 the command line is not understood.";
@@ -28,6 +32,19 @@ Examples:
 `align` is the largest power of two, at most 4096, that divides a tensor's place
 in the file. A `!` behind it: too little for the dtype, so Python gets a copy.";
 
+const EDIT_EXAMPLES: &str = "\
+Examples:
+  maptensors edit model.safetensors --set license=MIT --set step=1000
+  maptensors edit model.safetensors --unset draft
+  maptensors edit model.safetensors --rename transformer.wte.weight=wte.weight
+  maptensors edit a.safetensors --rename w=v --rename v=w    two exchange names
+
+Tensor data is neither read nor changed. A small change is made in place, by one
+write that a power loss cannot tear, if nobody else has the file open; otherwise
+a new file takes its place, whole or not at all. It shares the old one's blocks
+where the file system can do that, and leaves room for later edits in place.
+What stands before the first `=` is the key, or the tensor's old name.";
+
 const DEMO_EXAMPLES: &str = "\
 Examples:
   maptensors demo
@@ -35,7 +52,7 @@ Examples:
 
 It fails, with exit code 1, if what it shows turns out not to be so.";
 
-/// Look into safetensors models without loading them.
+/// Look into safetensors models, and change their headers, without loading them.
 #[derive(Parser)]
 #[command(
     name = "maptensors",
@@ -53,6 +70,7 @@ pub(super) struct Typed {
 #[derive(Subcommand)]
 enum Command {
     Inspect(InspectArgs),
+    Edit(EditArgs),
     Demo(DemoArgs),
 }
 
@@ -75,6 +93,42 @@ struct InspectArgs {
     /// Leave out the list of tensors
     #[arg(short, long, visible_alias = "no-tensors")]
     summary: bool,
+}
+
+/// Change metadata or rename tensors, without rewriting the data.
+#[derive(Args)]
+#[command(
+    after_help = EDIT_EXAMPLES,
+    override_usage = "maptensors edit PATH... [--set K=V] [--unset K] [--rename OLD=NEW]"
+)]
+struct EditArgs {
+    /// The .safetensors files to change, each in the same way
+    #[arg(required = true, value_name = "PATH")]
+    paths: Vec<PathBuf>,
+
+    #[command(flatten)]
+    changes: ChangeArgs,
+
+    /// Do not wait until the change is on the disk
+    #[arg(long)]
+    no_sync: bool,
+}
+
+/// At least one of these.
+#[derive(Args)]
+#[group(required = true, multiple = true)]
+struct ChangeArgs {
+    /// Set a metadata entry; may be given several times
+    #[arg(long, value_name = "KEY=VALUE", value_parser = pair)]
+    set: Vec<(String, String)>,
+
+    /// Remove a metadata entry; may be given several times
+    #[arg(long, value_name = "KEY")]
+    unset: Vec<String>,
+
+    /// Give a tensor another name; may be given several times, all at once
+    #[arg(long, value_name = "OLD=NEW", value_parser = pair)]
+    rename: Vec<(String, String)>,
 }
 
 /// Open, use, fine-tune and save a small model, measuring each step.
@@ -101,9 +155,34 @@ impl Typed {
                 list: !typed.summary,
                 paths: typed.paths,
             }),
+            Command::Edit(typed) => Job::Edit(Edit {
+                changes: typed.changes.meaning().durable(!typed.no_sync),
+                paths: typed.paths,
+            }),
             Command::Demo(typed) => Job::Demo { dir: typed.dir },
         })
     }
+}
+
+impl ChangeArgs {
+    fn meaning(self) -> HeaderEdit {
+        let mut edit = HeaderEdit::new();
+        for (key, value) in self.set {
+            edit = edit.set(key, value);
+        }
+        for key in self.unset {
+            edit = edit.remove(key);
+        }
+        for (tensor, name) in self.rename {
+            edit = edit.rename(tensor, name);
+        }
+        edit
+    }
+}
+
+fn pair(text: &str) -> Result<(String, String), String> {
+    let (key, value) = text.split_once('=').ok_or("there is no `=` in it")?;
+    Ok((key.into(), value.into()))
 }
 
 /// `None`: every tensor.

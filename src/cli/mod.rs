@@ -2,6 +2,7 @@
 
 mod args;
 mod demo;
+mod edit;
 mod inspect;
 mod report;
 mod table;
@@ -20,6 +21,7 @@ const USAGE: u8 = 2;
 /// What was asked for.
 enum Job {
     Inspect(inspect::Inspect),
+    Edit(edit::Edit),
     Demo {
         /// Where the demo's files stay; `None`: nowhere.
         dir: Option<PathBuf>,
@@ -67,6 +69,7 @@ impl Job {
     fn run(&self, out: &mut impl Write) -> Result<u8, Box<dyn Error>> {
         match self {
             Self::Inspect(inspect) => inspect.run(out),
+            Self::Edit(edit) => edit.run(out).map(|()| DONE),
             Self::Demo { dir } => demo::run(out, dir.as_deref()).map(|()| DONE),
         }
     }

@@ -199,7 +199,7 @@ pub(crate) fn watched<T>((): Watching, work: impl FnOnce() -> T) -> T {
 }
 
 #[cfg(test)]
-pub(crate) use watch::{Watch, Watching, watched, watching};
+pub(crate) use watch::{Watch, watched, watching};
 
 #[cfg(test)]
 mod watch {

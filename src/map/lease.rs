@@ -49,13 +49,14 @@ fn fcntl(file: &File, command: i32, argument: i32) -> bool {
     unsafe { libc::fcntl(file.as_raw_fd(), command, argument) == 0 }
 }
 
-#[cfg(all(test, target_os = "linux"))]
+#[cfg(test)]
 mod tests {
-    use super::*;
-    use memmap2::MmapOptions;
-
     #[test]
+    #[cfg(target_os = "linux")]
     fn a_lease_is_had_only_while_nobody_else_has_the_file() {
+        use super::*;
+        use memmap2::MmapOptions;
+
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("file");
         std::fs::write(&path, [0; 4096]).unwrap();

@@ -27,7 +27,7 @@ mod native {
     #[pymodule_export]
     use crate::python::model::{Model, load_bytes, open};
     #[pymodule_export]
-    use crate::python::save::{save, save_bytes};
+    use crate::python::save::{edit, save, save_bytes};
     #[pymodule_export]
     use crate::python::tensor::Tensor;
 

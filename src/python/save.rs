@@ -8,7 +8,7 @@ use crate::error::Error;
 use crate::format::safetensors;
 use crate::layout::Layout;
 use crate::map::Source;
-use crate::save::{DraftOptions, Target, fill, place, sharded};
+use crate::save::{DraftOptions, Edited, HeaderEdit, Target, fill, place, sharded};
 use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyString};
 use std::collections::BTreeMap;
@@ -87,6 +87,34 @@ pub(super) fn save(
         }
     }
     Ok(true)
+}
+
+/// Changes metadata and tensor names in a file's header; says how.
+#[pyfunction]
+#[pyo3(signature = (path, *, metadata = BTreeMap::new(), remove = Vec::new(), rename = BTreeMap::new(), durable = true))]
+pub(super) fn edit(
+    py: Python<'_>,
+    path: PathBuf,
+    metadata: BTreeMap<String, String>,
+    remove: Vec<String>,
+    rename: BTreeMap<String, String>,
+    durable: bool,
+) -> PyResult<&'static str> {
+    let mut edit = HeaderEdit::new().durable(durable);
+    for (key, value) in metadata {
+        edit = edit.set(key, value);
+    }
+    for key in remove {
+        edit = edit.remove(key);
+    }
+    for (tensor, name) in rename {
+        edit = edit.rename(tensor, name);
+    }
+    Ok(match py.detach(|| edit.apply(&path))? {
+        Edited::InPlace => "in place",
+        Edited::Rewritten => "rewritten",
+        Edited::Unchanged => "unchanged",
+    })
 }
 
 /// Whether every tensor lies in one piece of CPU memory that no other has a part in.

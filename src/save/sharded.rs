@@ -39,7 +39,7 @@ pub(crate) fn save<E: From<Error>>(
         target.remove_all(&old);
         return Ok(());
     }
-    let names = target.free_names(groups.len());
+    let names = target.free_names(groups.len(), &old);
     // An old index may name files that are gone, and whose names are free again.
     old.retain(|shard| !names.contains(shard));
     let mut weight_map = BTreeMap::new();
@@ -184,9 +184,12 @@ impl Target {
     }
 
     /// Names of which none exists: `model-00001-of-00002.safetensors`, or with a generation
-    /// (`model-g2-00001-of-00002.safetensors`) where a set is there already.
-    fn free_names(&self, count: usize) -> Vec<String> {
-        let mut generation = 1u32;
+    /// (`model-g2-00001-of-00002.safetensors`) where a set is there already: one above the old set's, for a
+    /// reader of an index two saves ago must find its shards gone, and not others under their names.
+    fn free_names(&self, count: usize, old: &[String]) -> Vec<String> {
+        let last =
+            old.iter().map(|shard| generation(shard.strip_prefix(&self.stem).unwrap_or_default())).max();
+        let mut generation = last.map_or(1, |last| last + 1);
         loop {
             let tag = if generation == 1 { String::new() } else { format!("-g{generation}") };
             let names: Vec<String> =
@@ -197,6 +200,12 @@ impl Target {
             generation = generation.saturating_add(1);
         }
     }
+}
+
+/// The generation in what stands behind the stem in a shard's name. Who writes absurd ones gets low ones.
+fn generation(rest: &str) -> u32 {
+    let tag = rest.strip_prefix("-g").and_then(|rest| rest.split('-').next());
+    tag.and_then(|tag| tag.parse().ok()).filter(|&generation| generation < u32::MAX / 2).unwrap_or(1)
 }
 
 #[cfg(test)]
@@ -218,6 +227,30 @@ mod tests {
         ] {
             assert_eq!(is_shard_suffix(rest), expected, "{rest}");
         }
+    }
+
+    #[test]
+    fn every_set_has_names_that_the_last_one_had_not() {
+        let dir = tempfile::tempdir().unwrap();
+        let target = Target::of(&dir.path().join("m.safetensors")).unwrap();
+        let first = |old: &[&str]| {
+            let old: Vec<String> = old.iter().map(|name| (*name).into()).collect();
+            target.free_names(2, &old).swap_remove(0)
+        };
+        for (old, expected) in [
+            (&[][..], "m-00001-of-00002.safetensors"),
+            (&["m-00001-of-00002.safetensors"], "m-g2-00001-of-00002.safetensors"),
+            (&["m-g2-00001-of-00002.safetensors"], "m-g3-00001-of-00002.safetensors"),
+            (
+                &["m-00001-of-00002.safetensors", "m-g41-00002-of-00002.safetensors"],
+                "m-g42-00001-of-00002.safetensors",
+            ),
+            (&["m-g4294967295-00001-of-00002.safetensors"], "m-g2-00001-of-00002.safetensors"),
+        ] {
+            assert_eq!(first(old), expected, "{old:?}");
+        }
+        std::fs::write(dir.path().join("m-g2-00002-of-00002.safetensors"), b"left by a crash").unwrap();
+        assert_eq!(first(&["m-00001-of-00002.safetensors"]), "m-g3-00001-of-00002.safetensors");
     }
 
     #[test]
