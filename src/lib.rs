@@ -92,5 +92,8 @@ pub use layout::{Layout, LayoutBuilder, MAX_RANK, TensorInfo};
 pub use map::{Advice, Backing, Mapping, Residency};
 pub use model::{Model, ModelMut, OpenOptions};
 pub use num_complex::Complex32;
-pub use save::{Draft, DraftOptions, Edited, HeaderEdit, SaveOptions, save};
+pub use save::{
+    CheckpointOptions, Checkpointer, Draft, DraftOptions, Edited, HeaderEdit, Ready, SaveOptions, Saved,
+    Saving, save,
+};
 pub use tensor::{Index, TensorSlice, TensorView, TensorViewMut};

@@ -22,6 +22,7 @@ modules of the same names; :class:`safe_open` is safetensors' too. Moving over i
 from collections.abc import Mapping as _Mapping
 
 from maptensors._api import edit, save, save_bytes
+from maptensors._checkpoint import Checkpointer, Saved, Saving
 from maptensors._native import Draft, Model, Tensor, __version__, create, open
 from maptensors._native import load_bytes as load
 from maptensors._safe_open import safe_open
@@ -33,10 +34,13 @@ SafetensorError = MapTensorsError
 _Mapping.register(Model)
 
 __all__ = [
+    "Checkpointer",
     "Draft",
     "MapTensorsError",
     "Model",
     "SafetensorError",
+    "Saved",
+    "Saving",
     "Tensor",
     "__version__",
     "create",

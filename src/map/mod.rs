@@ -19,7 +19,8 @@ mod copy;
 pub(crate) mod disk;
 mod exclusive;
 mod file;
-mod lease;
+#[cfg(target_os = "linux")]
+pub(crate) mod lease;
 #[cfg(target_os = "linux")]
 mod promote;
 mod residency;
@@ -31,11 +32,25 @@ pub use advice::Advice;
 pub(crate) use copy::{clone, copy_range};
 pub(crate) use exclusive::ExclusiveFile;
 pub(crate) use file::{open_regular, read_exact_at};
-pub(crate) use lease::Lease;
 pub use residency::Residency;
 #[cfg(feature = "python")]
 pub(crate) use shared::SharedMemory;
 pub(crate) use source::Source;
+
+/// Elsewhere there are none.
+#[cfg(not(target_os = "linux"))]
+pub(crate) mod lease {
+    use std::fs::File;
+    use std::io;
+
+    pub(crate) fn take(_: &File) -> io::Result<bool> {
+        Ok(false)
+    }
+
+    pub(crate) fn give_up(_: &File) -> io::Result<()> {
+        Ok(())
+    }
+}
 
 use memmap2::{MmapOptions, MmapRaw};
 use std::fs::File;
@@ -139,6 +154,23 @@ impl Mapping {
         // without huge pages for files says no, and nothing changes.
         mapping.advise(Advice::HugePage).ok();
         mapping
+    }
+
+    /// Makes every page present and writable, on several threads, so that writing them faults no more. For an
+    /// output: its content stays, and its pages count as written.
+    pub(crate) fn populate_write(&self) -> io::Result<()> {
+        #[cfg(target_os = "linux")]
+        return each_in_parallel((0..self.len.div_ceil(CHUNK)).collect(), |i: usize| {
+            let range = i * CHUNK..((i + 1) * CHUNK).min(self.len);
+            let start = self.start + range.start;
+            match self.raw.advise_range(memmap2::Advice::PopulateWrite, start, range.len()) {
+                // A kernel before 5.14: pages come when they are touched.
+                Err(error) if error.raw_os_error() == Some(libc::EINVAL) => Ok(()),
+                done => done,
+            }
+        });
+        #[cfg(not(target_os = "linux"))]
+        Ok(())
     }
 
     /// Length in bytes.

@@ -9,6 +9,7 @@
 
 mod arrays;
 mod buffer;
+mod checkpoint;
 mod dlpack;
 mod draft;
 mod error;
@@ -23,11 +24,13 @@ use pyo3::prelude::*;
 #[pyo3(name = "_native")]
 mod native {
     #[pymodule_export]
+    use crate::python::checkpoint::{Checkpoints, Saving};
+    #[pymodule_export]
     use crate::python::draft::{Draft, create};
     #[pymodule_export]
     use crate::python::model::{Model, load_bytes, open};
     #[pymodule_export]
-    use crate::python::save::{edit, save, save_bytes};
+    use crate::python::save::{edit, planned_size, save, save_bytes};
     #[pymodule_export]
     use crate::python::tensor::Tensor;
 

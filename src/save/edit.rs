@@ -5,7 +5,7 @@ use crate::error::{Error, Result};
 use crate::format::safetensors::{self, Changes, PREFIX_LEN, Pieces};
 use crate::layout::Layout;
 use crate::map::disk::{self, Dir};
-use crate::map::{self, Lease};
+use crate::map::{self, lease};
 use crate::model::{Catalog, Shard};
 use std::fs::File;
 use std::ops::Range;
@@ -129,15 +129,15 @@ impl HeaderEdit {
         let Some(name) = path.file_name() else { return Ok(false) };
         let Ok(dir) = Dir::open(path.parent().unwrap_or(Path::new(""))) else { return Ok(false) };
         let Ok(file) = dir.open_file(name, true) else { return Ok(false) };
-        let Some(lease) = Lease::of(&file) else { return Ok(false) };
-        // Now nobody can change it; but somebody may have, before.
+        let Ok(true) = lease::take(&file) else { return Ok(false) };
+        // It ends with the descriptor, if not before. Now nobody can change it; but somebody may have, before.
         if !plan.is_of(&file, path) {
             return Ok(false);
         }
         disk::write_all_at(&file, &plan.header[changed.clone()], changed.start as u64)
             .map_err(Error::io(path, "writing the header"))?;
         // Whoever waits sees the new header, all of it.
-        drop(lease);
+        lease::give_up(&file).ok();
         if self.durable {
             disk::sync(&file).map_err(|source| Error::NotDurable { path: path.into(), source })?;
         }

@@ -20,6 +20,7 @@
 
 #![forbid(unsafe_code)]
 
+mod checkpoint;
 mod crash;
 mod draft;
 mod edit;
@@ -28,11 +29,15 @@ mod pending;
 pub(crate) mod sharded;
 
 #[cfg(feature = "python")]
+pub(crate) use checkpoint::Create;
+pub use checkpoint::{CheckpointOptions, Checkpointer, Ready, Saved, Saving};
+#[cfg(feature = "python")]
 pub(crate) use draft::place;
 pub use draft::{Draft, DraftOptions};
 pub use edit::{Edited, HeaderEdit};
 pub(crate) use fill::{Target, fill};
 pub(crate) use pending::Pending;
+pub(crate) use sharded::Commit;
 
 use crate::dtype::DType;
 use crate::error::{Error, Result};
@@ -129,6 +134,13 @@ impl SaveOptions {
         self
     }
 
+    /// Calls `told(done, total)`, in bytes of tensor data, as they are copied: see [`DraftOptions::progress`].
+    #[must_use]
+    pub fn progress(mut self, told: impl Fn(u64, u64) + Send + Sync + 'static) -> Self {
+        self.draft = self.draft.progress(told);
+        self
+    }
+
     /// Splits the tensors over files of at most so many data bytes (a larger tensor gets a file of its
     /// own). Saving to `model.safetensors` then makes `model-00001-of-00002.safetensors`, … and
     /// `model.safetensors.index.json`, written last; what fits one file stays one file.
@@ -154,32 +166,26 @@ impl SaveOptions {
             tensors.into_iter().map(|(name, view)| Pair { name: name.into(), view }).collect();
         let path = path.as_ref();
         match self.max_shard_size {
-            None => self.save_one(&tensors, path),
+            None => {
+                let mut draft = self.draft.create(path, &self.plan(&tensors)?)?;
+                fill_draft(&mut draft, &tensors)?;
+                draft.commit()
+            }
             Some(limit) => {
-                let sizes: Vec<(&str, u64)> =
-                    tensors.iter().map(|t| (t.name.as_str(), t.view.data_len() as u64)).collect();
-                let write = |part: Range<usize>, path: &Path| self.save_one(&tensors[part], path);
+                let sizes = sizes(&tensors);
+                let options = Self { draft: self.draft.over(total(&sizes)), ..self.clone() };
+                let write =
+                    |part: Range<usize>, path: &Path| options.stage_one(&tensors[part], path)?().map(drop);
                 sharded::save(&sizes, path, limit, self.metadata.as_ref(), self.draft.is_durable(), write)
             }
         }
     }
 
-    /// One file.
-    fn save_one<V: View>(&self, tensors: &[Pair<V>], path: &Path) -> Result<()> {
+    /// One file, filled.
+    fn stage_one<V: View>(&self, tensors: &[Pair<V>], path: &Path) -> Result<Commit> {
         let mut draft = self.draft.create(path, &self.plan(tensors)?)?;
-        // What is borrowed is filled in one parallel go at the end; what has to be brought (from a device,
-        // by a gather) is filled at once, so that no two such copies exist together.
-        let mut borrowed = Vec::with_capacity(tensors.len());
-        for tensor in tensors {
-            // Planned just now, from these very names.
-            let index = draft.layout().position(&tensor.name).unwrap_or_default();
-            match tensor.view.data() {
-                Cow::Borrowed(data) => borrowed.push((index, Source::from(data))),
-                Cow::Owned(data) => draft.fill(vec![(index, Source::from(&*data))])?,
-            }
-        }
-        draft.fill(borrowed)?;
-        draft.commit()
+        fill_draft(&mut draft, tensors)?;
+        Ok(Box::new(move || draft.commit().map(|()| None)))
     }
 
     fn plan<V: View>(&self, tensors: &[Pair<V>]) -> Result<Layout> {
@@ -189,6 +195,31 @@ impl SaveOptions {
         }
         builder.build()
     }
+}
+
+/// Copies tensors into a draft planned from them.
+fn fill_draft<V: View>(draft: &mut Draft, tensors: &[Pair<V>]) -> Result<()> {
+    // What is borrowed is filled in one parallel go at the end; what has to be brought (from a device,
+    // by a gather) is filled at once, so that no two such copies exist together.
+    let mut borrowed = Vec::with_capacity(tensors.len());
+    for tensor in tensors {
+        // Planned just now, from these very names.
+        let index = draft.layout().position(&tensor.name).unwrap_or_default();
+        match tensor.view.data() {
+            Cow::Borrowed(data) => borrowed.push((index, Source::from(data))),
+            Cow::Owned(data) => draft.fill(vec![(index, Source::from(&*data))])?,
+        }
+    }
+    draft.fill(borrowed)
+}
+
+/// Names and bytes.
+fn sizes<V: View>(tensors: &[Pair<V>]) -> Vec<(&str, u64)> {
+    tensors.iter().map(|t| (t.name.as_str(), t.view.data_len() as u64)).collect()
+}
+
+fn total(sizes: &[(&str, u64)]) -> u64 {
+    sizes.iter().map(|(_, size)| size).sum()
 }
 
 /// A tensor to save.
