@@ -94,6 +94,9 @@ struct State {
     start: Disk,
     now: Disk,
     inodes: BTreeMap<u64, FileId>,
+    /// Files renamed to a temporary's name, to be used again. They come under a lease, which opening them would
+    /// break: they are read through the descriptor of whoever uses them.
+    hidden: BTreeMap<FileId, Option<File>>,
     changes: Vec<Change>,
     operations: usize,
     refused: Option<&'static str>,
@@ -112,8 +115,15 @@ impl Recorder {
             }
             start.names.insert(entry.file_name(), id);
         }
-        let state =
-            State { now: start.clone(), start, inodes, changes: Vec::new(), operations: 0, refused: None };
+        let state = State {
+            now: start.clone(),
+            start,
+            inodes,
+            hidden: BTreeMap::new(),
+            changes: Vec::new(),
+            operations: 0,
+            refused: None,
+        };
         let inode = std::fs::metadata(root).unwrap().ino();
         Self { root: root.into(), inode, fault, state: Mutex::new(state) }
     }
@@ -133,6 +143,10 @@ impl Recorder {
     }
 }
 
+fn is_temporary(name: &OsStr) -> bool {
+    name.to_string_lossy().starts_with(".maptensors-")
+}
+
 fn read_through(file: &File) -> Vec<u8> {
     let mut bytes = vec![0; usize::try_from(file.metadata().unwrap().len()).unwrap()];
     file.read_exact_at(&mut bytes, 0).unwrap();
@@ -143,10 +157,21 @@ impl State {
     /// Contents are looked at, not believed: a write through a mapping passes no operation.
     fn observe(&mut self, root: &Path, writer: Option<&File>) {
         let written = writer.and_then(|file| self.id(file));
+        let mut gone = Vec::new();
         for (name, &id) in &self.now.names {
-            let bytes = match writer {
-                Some(file) if Some(id) == written => read_through(file),
-                _ => std::fs::read(root.join(name)).unwrap(),
+            let bytes = match (self.hidden.get(&id), writer) {
+                (Some(None), _) => continue,
+                (Some(Some(file)), _) => read_through(file),
+                (None, Some(file)) if Some(id) == written => read_through(file),
+                _ => match std::fs::read(root.join(name)) {
+                    Ok(bytes) => bytes,
+                    Err(error) => {
+                        // Removed past the seam, which a clean-up may.
+                        assert_eq!(error.kind(), io::ErrorKind::NotFound, "{name:?}");
+                        gone.push(name.clone());
+                        continue;
+                    }
+                },
             };
             let known = &mut self.now.files[id];
             if *known == bytes {
@@ -162,6 +187,20 @@ impl State {
                 }
             }
             *known = bytes;
+        }
+        for name in gone {
+            let id = self.now.names.remove(&name).unwrap();
+            self.changes.push(Change::Remove(id, name));
+        }
+    }
+
+    /// Keeps a way to read a hidden file, once there is one.
+    fn hold(&mut self, op: &Op<'_>) {
+        let (Op::Allocate(file, _) | Op::Resize(file, _) | Op::SetMode(file) | Op::Sync(file)) = op else {
+            return;
+        };
+        if let Some(held @ None) = self.id(file).and_then(|id| self.hidden.get_mut(&id)) {
+            *held = Some(file.try_clone().unwrap());
         }
     }
 
@@ -181,6 +220,11 @@ impl State {
             Op::Rename(_, from, to) => {
                 let id = self.now.names.remove(from).unwrap();
                 self.now.names.insert(to.into(), id);
+                match (is_temporary(from), is_temporary(to)) {
+                    (false, true) => drop(self.hidden.insert(id, None)),
+                    (true, false) => drop(self.hidden.remove(&id)),
+                    _ => {}
+                }
                 self.changes.push(Change::Rename(id, from.into(), to.into()));
             }
             Op::Remove(_, name) => {
@@ -199,6 +243,7 @@ impl Watch for Recorder {
         if let Op::Create(dir, _) | Op::Rename(dir, ..) | Op::Remove(dir, _) | Op::SyncDir(dir) = op {
             assert_eq!(dir.inode(), self.inode, "a directory that is not followed");
         }
+        self.with(|state| state.hold(op));
         self.observe(op);
         self.with(|state| {
             state.operations += 1;

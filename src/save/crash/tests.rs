@@ -4,8 +4,9 @@ use crate::dtype::DType;
 use crate::format::safetensors::{Changes, PREFIX_LEN, Pieces};
 use crate::layout::Layout;
 use crate::map::disk::{self, Dir};
-use crate::save::{DraftOptions, Edited, HeaderEdit, SaveOptions};
+use crate::save::{CheckpointOptions, DraftOptions, Edited, HeaderEdit, SaveOptions};
 use safetensors::tensor::TensorView;
+use std::ffi::OsStr;
 
 /// Several sectors of a page, so that a torn one is a mixture.
 const A: usize = 2500;
@@ -15,9 +16,12 @@ const SHARD: u64 = 2600;
 
 fn save_at(path: &Path, generation: u8, options: &SaveOptions) -> Result<()> {
     let (a, b) = (vec![generation; A], vec![generation; B]);
-    let tensor = |bytes| TensorView::new(safetensors::Dtype::U8, vec![<[u8]>::len(bytes)], bytes).unwrap();
     let options = options.clone().metadata("generation", generation.to_string());
     options.save([("a", tensor(&a)), ("b", tensor(&b))], path)
+}
+
+fn tensor(bytes: &[u8]) -> TensorView<'_> {
+    TensorView::new(safetensors::Dtype::U8, vec![bytes.len()], bytes).unwrap()
 }
 
 fn one(path: &Path, generation: u8) -> Result<()> {
@@ -63,7 +67,7 @@ fn read_dir(dir: &Path) -> Result<u8, String> {
     generation(dir, None)
 }
 
-pub(super) const SCENARIOS: [Scenario; 14] = [
+pub(super) const SCENARIOS: [Scenario; 15] = [
     Scenario {
         name: "a new file",
         old: 0,
@@ -189,7 +193,41 @@ pub(super) const SCENARIOS: [Scenario; 14] = [
         },
         read: read_edited,
     },
+    Scenario {
+        name: "checkpoints into recycled files",
+        old: 1,
+        prepare: |dir| checkpoints(dir, 1..=1, &|_| ()).unwrap(),
+        saves: 4,
+        save: |dir, i, saved| checkpoints(dir, i..=if i == NEWEST { i } else { i + 3 }, saved),
+        read: read_checkpoints,
+    },
 ];
+
+/// Keeps one checkpoint: the file of each is that of the last but one.
+fn checkpoints(dir: &Path, generations: RangeInclusive<u8>, saved: &dyn Fn(u8)) -> Result<()> {
+    let checkpoints = CheckpointOptions::new().keep(1).open(dir)?;
+    for i in generations {
+        let (a, b) = (vec![i; A], vec![i; B]);
+        let metadata = [("generation".to_owned(), i.to_string())].into();
+        checkpoints.save_with([("a", tensor(&a)), ("b", tensor(&b))], metadata, i.into())?;
+        saved(i);
+    }
+    checkpoints.close()
+}
+
+/// The last checkpoint; all there are must be whole.
+fn read_checkpoints(dir: &Path) -> Result<u8, String> {
+    let mut last = 0;
+    for name in names_in(dir).iter().filter(|name| !name.starts_with('.')) {
+        let found = generation(&dir.join(name), None)?;
+        let step: String = name.chars().filter(char::is_ascii_digit).collect();
+        if step.parse() != Ok(found) {
+            return Err(format!("{found} in {name}"));
+        }
+        last = last.max(found);
+    }
+    Ok(last)
+}
 
 /// Only the header says which generation it is.
 fn read_edited(dir: &Path) -> Result<u8, String> {
@@ -274,7 +312,7 @@ fn a_rename_before_the_sync_would_be_reported() {
 fn an_index_before_its_shards_are_durable_would_be_reported() {
     for name in ["a new set", "a set over a set", "a set over a file"] {
         let shards = |changes: &[Change]| -> Vec<FileId> {
-            let shard = |name: &std::ffi::OsStr| name.to_string_lossy().contains("-of-");
+            let shard = |name: &OsStr| name.to_string_lossy().contains("-of-");
             changes.iter().filter_map(|change| change.renames_to(shard)).collect()
         };
         let bytes = violations(name, |changes| {
@@ -283,7 +321,7 @@ fn an_index_before_its_shards_are_durable_would_be_reported() {
             syncs(changes, |id| shards.contains(&id));
         });
         let names = violations(name, |changes| {
-            let index = |name: &std::ffi::OsStr| name.to_string_lossy().ends_with(".json");
+            let index = |name: &OsStr| name.to_string_lossy().ends_with(".json");
             let index = place(changes, |change| change.renames_to(index).is_some());
             let mut at = 0..;
             changes.retain(|change| at.next() > Some(index) || !matches!(change, Change::SyncDir));
@@ -296,7 +334,7 @@ fn an_index_before_its_shards_are_durable_would_be_reported() {
 #[test]
 fn old_shards_removed_before_the_index_is_durable_would_be_reported() {
     let found = violations("a set over a set", |changes| {
-        let index = |name: &std::ffi::OsStr| name.to_string_lossy().ends_with(".json");
+        let index = |name: &OsStr| name.to_string_lossy().ends_with(".json");
         let index = place(changes, |change| change.renames_to(index).is_some());
         let sync = index + place(&changes[index..], |change| matches!(change, Change::SyncDir));
         changes.remove(sync);
@@ -333,6 +371,29 @@ fn an_edit_in_place_over_two_sectors_would_be_reported() {
     assert_eq!(read_edited(dir.path()), Ok(2));
     let report = scenario("a header edited by rewriting").check(&log, Budget::given(), 0);
     assert_eq!((report.states, report.violations.len()), (5, 2), "{report:?}");
+}
+
+#[test]
+fn a_file_used_again_before_its_old_name_is_durably_gone_would_be_reported() {
+    let found = violations("checkpoints into recycled files", |changes| {
+        let hidden = |name: &OsStr| name.to_string_lossy().starts_with(".maptensors-");
+        let again = |id: FileId| {
+            let last = |name: &OsStr| !hidden(name);
+            changes.iter().filter(|change| change.renames_to(last) == Some(id)).count()
+        };
+        let hides: Vec<(usize, FileId)> = changes
+            .iter()
+            .enumerate()
+            .filter_map(|(i, change)| Some((i, change.renames_to(hidden)?)))
+            .filter(|(_, id)| again(*id) > 0)
+            .collect();
+        assert!(!hides.is_empty(), "no file was used again");
+        for (at, _) in hides.into_iter().rev() {
+            let sync = at + place(&changes[at..], |change| matches!(change, Change::SyncDir));
+            changes.remove(sync);
+        }
+    });
+    assert!(found > 0);
 }
 
 #[test]
