@@ -30,35 +30,46 @@ struct Piece<'h> {
     at: Option<usize>,
 }
 
+/// What stands between a member and the next.
+#[derive(Clone, Copy)]
+enum Comma {
+    /// There is no member before.
+    No,
+    /// The comma that stood behind the member.
+    At(usize),
+    /// The member was the last.
+    New,
+}
+
 impl<'h> Pieces<'h> {
     /// `header`, which has been parsed and found right, with these changes. `None` for what is no JSON object.
     pub(crate) fn of(header: &'h str, changes: &Changes) -> Option<Self> {
         let mut made = Self { pieces: Vec::new(), metadata_end: None };
         let top = Object::read(header, 0)?;
-        made.old(header, top.open..top.open + 1);
+        made.keep(header, top.open..top.open + 1);
         let described = top.members.iter().any(|member| member.name(header) == "__metadata__");
-        let mut separator = None;
+        let mut comma = Comma::No;
         if !described && changes.metadata.values().any(Option::is_some) {
-            made.new("\"__metadata__\":".into());
+            made.add("\"__metadata__\":".into());
             made.metadata(header, None, changes)?;
-            separator = Some(None);
+            comma = Comma::New;
         }
         for member in &top.members {
-            made.separate(separator);
+            made.separate(comma);
             let name = member.name(header);
             match changes.names.get(&name) {
-                Some(new) => made.replaced(&member.key, json(new)),
-                None => made.old(header, member.key.clone()),
+                Some(new) => made.replace(&member.key, json(new)),
+                None => made.keep(header, member.key.clone()),
             }
-            made.old(header, member.colon..member.colon + 1);
+            made.keep(header, member.colon..member.colon + 1);
             if name == "__metadata__" {
                 made.metadata(header, Some(member.value.clone()), changes)?;
             } else {
-                made.old(header, member.value.clone());
+                made.keep(header, member.value.clone());
             }
-            separator = Some(member.comma);
+            comma = member.comma.map_or(Comma::New, Comma::At);
         }
-        made.old(header, top.close..top.close + 1);
+        made.keep(header, top.close..top.close + 1);
         Some(made)
     }
 
@@ -74,64 +85,66 @@ impl<'h> Pieces<'h> {
         let mut new = new.filter(|(key, _)| !known.contains(key)).peekable();
         // `null` is no metadata, and stays that where none is added.
         if object.is_none() && new.peek().is_none() {
-            return value.map(|value| self.old(header, value));
+            return value.map(|value| self.keep(header, value));
         }
         match (&object, &value) {
-            (Some(object), _) => self.old(header, object.open..object.open + 1),
-            (None, Some(null)) => self.replaced(null, "{".into()),
-            (None, None) => self.new("{".into()),
+            (Some(object), _) => self.keep(header, object.open..object.open + 1),
+            (None, Some(null)) => self.replace(null, "{".into()),
+            (None, None) => self.add("{".into()),
         }
-        let mut separator = None;
+        let mut comma = Comma::No;
         for (member, name) in members.iter().zip(&known) {
             while let Some((key, value)) = new.next_if(|(key, _)| *key < name) {
-                self.separate(separator);
-                self.new(format!("{}:{}", json(key), json(value)));
-                separator = Some(None);
+                self.separate(comma);
+                self.add(format!("{}:{}", json(key), json(value)));
+                comma = Comma::New;
             }
             if changes.metadata.get(name) == Some(&None) {
                 continue;
             }
-            self.separate(separator);
-            self.old(header, member.key.clone());
-            self.old(header, member.colon..member.colon + 1);
+            self.separate(comma);
+            self.keep(header, member.key.clone());
+            self.keep(header, member.colon..member.colon + 1);
             match changes.metadata.get(name) {
                 Some(Some(value)) if text_of(header, &member.value) != *value => {
-                    self.replaced(&member.value, json(value));
+                    self.replace(&member.value, json(value));
                 }
-                _ => self.old(header, member.value.clone()),
+                _ => self.keep(header, member.value.clone()),
             }
-            separator = Some(member.comma);
+            comma = member.comma.map_or(Comma::New, Comma::At);
         }
         for (key, value) in new {
-            self.separate(separator);
-            self.new(format!("{}:{}", json(key), json(value)));
-            separator = Some(None);
+            self.separate(comma);
+            self.add(format!("{}:{}", json(key), json(value)));
+            comma = Comma::New;
         }
         self.metadata_end = Some(self.pieces.len());
         match object {
-            Some(object) => self.old(header, object.close..object.close + 1),
-            None => self.new("}".into()),
+            Some(object) => self.keep(header, object.close..object.close + 1),
+            None => self.add("}".into()),
         }
         Some(())
     }
 
-    fn old(&mut self, header: &'h str, place: Range<usize>) {
+    fn keep(&mut self, header: &'h str, place: Range<usize>) {
         self.pieces.push(Piece { at: Some(place.start), text: header[place].into() });
     }
 
     /// A piece in place of an old one.
-    fn replaced(&mut self, place: &Range<usize>, text: String) {
+    fn replace(&mut self, place: &Range<usize>, text: String) {
         self.pieces.push(Piece { at: Some(place.start), text: text.into() });
     }
 
-    fn new(&mut self, text: String) {
+    fn add(&mut self, text: String) {
         self.pieces.push(Piece { at: None, text: text.into() });
     }
 
-    /// The comma behind the last member, if there was one: the old comma, if it had one.
-    fn separate(&mut self, last: Option<Option<usize>>) {
-        if let Some(at) = last {
-            self.pieces.push(Piece { at, text: ",".into() });
+    /// The comma that a member before asks for.
+    fn separate(&mut self, comma: Comma) {
+        match comma {
+            Comma::No => {}
+            Comma::At(at) => self.pieces.push(Piece { at: Some(at), text: ",".into() }),
+            Comma::New => self.add(",".into()),
         }
     }
 

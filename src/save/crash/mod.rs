@@ -31,6 +31,8 @@ use states::{Budget, State, each_state};
 use std::ops::RangeInclusive;
 use std::path::Path;
 
+type Save = fn(&Path, u8, &dyn Fn(u8)) -> Result<()>;
+
 /// A way to save, and to see what came of it. Generations are numbered; 0 is that there is no model.
 #[derive(Clone, Copy)]
 struct Scenario {
@@ -43,7 +45,7 @@ struct Scenario {
     saves: u8,
     /// Saves a generation, over whatever is there, and those behind it (but for the last there is); says of
     /// each that it is durable.
-    save: fn(&Path, u8, &dyn Fn(u8)) -> Result<()>,
+    save: Save,
     /// The generation that is there, or what is wrong with it.
     read: fn(&Path) -> Result<u8, String>,
 }
