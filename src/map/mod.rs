@@ -26,6 +26,7 @@ mod residency;
 #[cfg(feature = "python")]
 mod shared;
 mod source;
+mod text;
 
 pub use advice::Advice;
 pub(crate) use exclusive::ExclusiveFile;
@@ -34,6 +35,7 @@ pub use residency::Residency;
 #[cfg(feature = "python")]
 pub(crate) use shared::SharedMemory;
 pub(crate) use source::Source;
+pub(crate) use text::FileText;
 
 use memmap2::{MmapOptions, MmapRaw};
 use std::fs::File;
@@ -318,7 +320,10 @@ pub(crate) fn each_in_parallel<T: Send, E: Send>(
 ) -> Result<(), E> {
     // More threads than this contend for the kernel's page-cache locks and gain nothing.
     const MOST: usize = 8;
-    let threads = std::thread::available_parallelism().map_or(1, usize::from).min(MOST).min(items.len());
+    // Asking reads the cgroup's files each time.
+    static CORES: std::sync::OnceLock<usize> = std::sync::OnceLock::new();
+    let cores = || *CORES.get_or_init(|| std::thread::available_parallelism().map_or(1, usize::from));
+    let threads = if items.len() <= 1 { 1 } else { cores().min(MOST).min(items.len()) };
     if threads <= 1 {
         return items.into_iter().try_for_each(work);
     }
