@@ -7,6 +7,7 @@ use std::collections::BTreeMap;
 use std::hash::BuildHasher;
 use std::ops::Range;
 use std::path::Path;
+use std::sync::Arc;
 
 /// The largest number of dimensions accepted. numpy stops at 64 and torch's kernels well before;
 /// a header that goes on for a million is an attack on whoever multiplies the shape out.
@@ -80,6 +81,28 @@ struct Entry {
     end: u64,
 }
 
+/// What names are ranges of: text of our own, or a file's, where it lies.
+#[derive(Clone)]
+pub(crate) enum Text {
+    Owned(String),
+    Held(Arc<dyn AsRef<str> + Send + Sync>),
+}
+
+impl Text {
+    pub(crate) fn as_str(&self) -> &str {
+        match self {
+            Self::Owned(text) => text,
+            Self::Held(text) => (**text).as_ref(),
+        }
+    }
+}
+
+impl Default for Text {
+    fn default() -> Self {
+        Self::Owned(String::new())
+    }
+}
+
 /// Which tensors a file holds, their dtype, shape and byte range, and its metadata.
 ///
 /// A layout comes from parsing a file ([`crate::Model::layout`]) or from planning a new one
@@ -101,7 +124,7 @@ struct Entry {
 #[derive(Clone)]
 pub struct Layout {
     /// Names live here. For a parsed file it is the header itself: no name is copied.
-    text: String,
+    text: Text,
     dims: Vec<usize>,
     entries: Vec<Entry>,
     lookup: HashTable<u32>,
@@ -182,12 +205,12 @@ impl Layout {
     }
 
     fn name_of(&self, entry: &Entry) -> &str {
-        &self.text[entry.name.start as usize..entry.name.end as usize]
+        &self.text.as_str()[entry.name.start as usize..entry.name.end as usize]
     }
 
     fn info<'a>(&'a self, entry: &Entry) -> TensorInfo<'a> {
         TensorInfo {
-            name: &self.text[entry.name.start as usize..entry.name.end as usize],
+            name: self.name_of(entry),
             dtype: entry.dtype,
             shape: &self.dims[entry.dims.start as usize..entry.dims.end as usize],
             offset: self.data_start + entry.begin,
@@ -252,7 +275,7 @@ pub(crate) fn checked_nbytes(path: &Path, tensor: &str, dtype: DType, shape: &[u
 /// ([`Parts::set_text`]), or names copied one by one ([`Parts::intern`]).
 #[derive(Default)]
 pub(crate) struct Parts {
-    text: String,
+    text: Text,
     dims: Vec<usize>,
     entries: Vec<Entry>,
     pub(crate) metadata: Option<BTreeMap<String, String>>,
@@ -262,7 +285,7 @@ impl Parts {
     /// `tensors` is a guess at the number of tensors, to allocate once.
     pub(crate) fn new(tensors: usize) -> Self {
         Self {
-            text: String::new(),
+            text: Text::default(),
             dims: Vec::with_capacity(tensors * 2),
             entries: Vec::with_capacity(tensors),
             metadata: None,
@@ -270,15 +293,16 @@ impl Parts {
     }
 
     /// Names pushed so far are ranges of this text.
-    pub(crate) fn set_text(&mut self, text: String) {
+    pub(crate) fn set_text(&mut self, text: Text) {
         self.text = text;
     }
 
-    /// Copies a name into the text. `None` if it grows past 4 GiB.
+    /// Copies a name into the text. `None` if it grows past 4 GiB, or is not ours.
     pub(crate) fn intern(&mut self, name: &str) -> Option<Range<u32>> {
-        let start = u32::try_from(self.text.len()).ok()?;
-        let end = u32::try_from(self.text.len() + name.len()).ok()?;
-        self.text.push_str(name);
+        let Text::Owned(text) = &mut self.text else { return None };
+        let start = u32::try_from(text.len()).ok()?;
+        let end = u32::try_from(text.len() + name.len()).ok()?;
+        text.push_str(name);
         Some(start..end)
     }
 
@@ -321,7 +345,8 @@ impl Parts {
         if !self.entries.is_sorted_by_key(|e| (e.begin, e.end)) {
             self.entries.sort_by_key(|e| (e.begin, e.end));
         }
-        let name = |e: &Entry| &self.text[e.name.start as usize..e.name.end as usize];
+        let text = self.text.as_str();
+        let name = |e: &Entry| &text[e.name.start as usize..e.name.end as usize];
 
         let hasher = DefaultHashBuilder::default();
         let mut lookup = HashTable::with_capacity(self.entries.len());

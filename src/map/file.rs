@@ -2,7 +2,7 @@
 
 use crate::error::{Error, Result};
 use std::fs::File;
-use std::os::unix::fs::{FileExt as _, FileTypeExt as _, OpenOptionsExt as _};
+use std::os::unix::fs::{FileTypeExt as _, OpenOptionsExt as _};
 use std::path::Path;
 use std::time::{Duration, Instant};
 
@@ -56,7 +56,32 @@ pub(crate) fn read_exact_at(file: &File, path: &Path, offset: u64, len: usize) -
     let mut bytes = Vec::new();
     let allocated = bytes.try_reserve_exact(len);
     allocated.map_err(|_| Error::io(path, "reading the header")(std::io::ErrorKind::OutOfMemory.into()))?;
-    bytes.resize(len, 0);
-    file.read_exact_at(&mut bytes, offset).map_err(Error::io(path, "reading the header"))?;
+    bring_pages(bytes.spare_capacity_mut());
+    while bytes.len() < len {
+        let at = offset + bytes.len() as u64;
+        match rustix::io::pread(file, rustix::buffer::spare_capacity(&mut bytes), at) {
+            Ok(0) => {
+                let ended = std::io::ErrorKind::UnexpectedEof.into();
+                return Err(Error::io(path, "reading the header")(ended));
+            }
+            Ok(_) | Err(rustix::io::Errno::INTR) => {}
+            Err(error) => return Err(Error::io(path, "reading the header")(error.into())),
+        }
+    }
+    bytes.truncate(len);
     Ok(bytes)
+}
+
+/// Has a large buffer's pages made at once, rather than by a fault each. Only advice.
+fn bring_pages(buffer: &mut [std::mem::MaybeUninit<u8>]) {
+    const LARGE: usize = 128 << 10;
+    #[cfg(target_os = "linux")]
+    if buffer.len() >= LARGE {
+        let page = rustix::param::page_size();
+        let start = buffer.as_mut_ptr().addr().next_multiple_of(page);
+        let end = (buffer.as_mut_ptr().addr() + buffer.len()) / page * page;
+        let at = buffer.as_mut_ptr().with_addr(start).cast();
+        // SAFETY: whole pages inside memory that is borrowed for writing; their content stays.
+        unsafe { rustix::mm::madvise(at, end - start, rustix::mm::Advice::LinuxPopulateWrite) }.ok();
+    }
 }

@@ -27,6 +27,7 @@ mod residency;
 #[cfg(feature = "python")]
 mod shared;
 mod source;
+mod text;
 
 pub use advice::Advice;
 pub(crate) use copy::{clone, copy_range};
@@ -36,6 +37,7 @@ pub use residency::Residency;
 #[cfg(feature = "python")]
 pub(crate) use shared::SharedMemory;
 pub(crate) use source::Source;
+pub(crate) use text::FileText;
 
 /// Elsewhere there are none.
 #[cfg(not(target_os = "linux"))]
@@ -335,7 +337,10 @@ pub(crate) fn each_in_parallel<T: Send, E: Send>(
 ) -> Result<(), E> {
     // More threads than this contend for the kernel's page-cache locks and gain nothing.
     const MOST: usize = 8;
-    let threads = std::thread::available_parallelism().map_or(1, usize::from).min(MOST).min(items.len());
+    // Asking reads the cgroup's files each time.
+    static CORES: std::sync::OnceLock<usize> = std::sync::OnceLock::new();
+    let cores = || *CORES.get_or_init(|| std::thread::available_parallelism().map_or(1, usize::from));
+    let threads = if items.len() <= 1 { 1 } else { cores().min(MOST).min(items.len()) };
     if threads <= 1 {
         return items.into_iter().try_for_each(work);
     }

@@ -3,11 +3,12 @@
 use super::{Catalog, Model, ModelMut, Shard};
 use crate::error::{Error, Result};
 use crate::format::{index, safetensors};
-use crate::layout::Layout;
-use crate::map::{self, Advice, Backing, Mapping};
+use crate::layout::{Layout, Text};
+use crate::map::{self, Advice, Backing, FileText, Mapping};
 use std::fs::File;
 use std::io;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 /// How to open a model; [`Model::open`] and its kin are the defaults.
 ///
@@ -131,7 +132,9 @@ impl OpenOptions {
     /// As [`Model::open`].
     #[allow(unsafe_code)]
     pub(crate) unsafe fn open_place(&self, place: &Place, backing: Backing) -> Result<Model> {
-        assemble(place, |file, len, layout| {
+        // SAFETY: the caller vouches for the files.
+        let header = |file: &File, path: &Path, len| unsafe { map_header(file, path, len) };
+        assemble(place, header, |file, len, layout| {
             let mapping = if backing == Backing::ReadOnly {
                 // SAFETY: the caller vouches for the files; `len` is this descriptor's length.
                 unsafe { Mapping::open_read_only(file, len) }
@@ -149,7 +152,8 @@ impl OpenOptions {
 
 /// Reads files already located into owned memory.
 pub(crate) fn read_place(place: &Place) -> Result<Model> {
-    assemble(place, |file, len, layout| Mapping::read(file, len, layout.data_range().start))
+    let header = |file: &File, path: &Path, len| read_header(file, path, len);
+    assemble(place, header, |file, len, layout| Mapping::read(file, len, layout.data_range().start))
 }
 
 /// Reads the data's pages in, cut at huge pages so that the page cache stays made of them.
@@ -257,13 +261,14 @@ fn is_part(path: &Path) -> bool {
 /// Opens every file of `place`, gets its bytes with `bring`, and holds the whole against the index.
 fn assemble(
     place: &Place,
+    header: impl Fn(&File, &Path, usize) -> Result<Text> + Sync,
     bring: impl Fn(&File, usize, &Layout) -> io::Result<Mapping> + Sync,
 ) -> Result<Model> {
     if place.files.is_empty() && place.index.is_none() {
         return Err(Error::Argument("no file is named to be opened".into()));
     }
     let open = |path: &Path| -> Result<(Shard, Mapping)> {
-        let (file, layout, len) = read_layout(path)?;
+        let (file, layout, len) = read_layout(path, &header)?;
         let mapping = bring(&file, len, &layout).map_err(Error::io(path, "mapping the file"))?;
         Ok((Shard { path: path.into(), layout }, mapping))
     };
@@ -283,16 +288,41 @@ fn assemble(
 }
 
 /// One descriptor: open, length, header. Returns the length as the address space can hold it.
-fn read_layout(path: &Path) -> Result<(File, Layout, usize)> {
+fn read_layout(
+    path: &Path,
+    header: impl Fn(&File, &Path, usize) -> Result<Text>,
+) -> Result<(File, Layout, usize)> {
     let (file, file_len) = map::open_regular(path)?;
     let prefix_len = safetensors::PREFIX_LEN.min(usize::try_from(file_len).unwrap_or(usize::MAX));
     let prefix = map::read_exact_at(&file, path, 0, prefix_len)?;
     let header_len = safetensors::header_len(&prefix, file_len, path)?;
-    let header = map::read_exact_at(&file, path, safetensors::PREFIX_LEN as u64, header_len)?;
-    let layout = safetensors::parse(header, file_len, path)?;
+    let layout = safetensors::parse_text(header(&file, path, header_len)?, file_len, path)?;
     let too_large = || Error::io(path, "mapping the file")(io::ErrorKind::OutOfMemory.into());
     let len = isize::try_from(file_len).map_err(|_| too_large())?.cast_unsigned();
     Ok((file, layout, len))
+}
+
+/// A header as text of our own.
+fn read_header(file: &File, path: &Path, len: usize) -> Result<Text> {
+    let bytes = map::read_exact_at(file, path, safetensors::PREFIX_LEN as u64, len)?;
+    let text = String::from_utf8(bytes).map_err(|e| safetensors::not_utf8(e.utf8_error(), path))?;
+    Ok(Text::Owned(text))
+}
+
+/// A header where it lies, if it is long: most of what opening many tensors cost was memory to copy it to.
+///
+/// # Safety
+/// As [`Model::open`].
+#[allow(unsafe_code)]
+unsafe fn map_header(file: &File, path: &Path, len: usize) -> Result<Text> {
+    const LONG: usize = 256 << 10;
+    if len < LONG {
+        return read_header(file, path, len);
+    }
+    // SAFETY: the caller vouches for the file, which was found long enough.
+    let text = unsafe { FileText::map(file, safetensors::PREFIX_LEN..safetensors::PREFIX_LEN + len) };
+    let text = text.map_err(Error::io(path, "mapping the header"))?;
+    Ok(Text::Held(Arc::new(text.map_err(|error| safetensors::not_utf8(error, path))?)))
 }
 
 fn check_index(index: &index::Index, catalog: &Catalog, path: &Path) -> Result<()> {

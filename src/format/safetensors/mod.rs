@@ -29,7 +29,7 @@ pub(crate) use edit::{Changes, Pieces};
 pub(crate) use write::{encode, finish, padded};
 
 use crate::error::{Error, Result};
-use crate::layout::Layout;
+use crate::layout::{Layout, Text};
 use std::path::Path;
 
 /// Bytes of the header's length field.
@@ -88,18 +88,28 @@ fn hint(start: [u8; PREFIX_LEN]) -> Option<&'static str> {
 /// [`Error::Utf8`], [`Error::Json`], [`Error::DType`], and those of
 /// [`Parts::finish`](crate::layout::Parts::finish).
 pub(crate) fn parse(header: Vec<u8>, file_len: u64, path: &Path) -> Result<Layout> {
-    let data_start = (PREFIX_LEN + header.len()) as u64;
-    let text = String::from_utf8(header).map_err(|e| Error::Utf8 {
-        path: path.into(),
-        offset: (PREFIX_LEN + e.utf8_error().valid_up_to()) as u64,
-    })?;
-    let parts = match scan::scan(&text) {
+    let text = String::from_utf8(header).map_err(|error| not_utf8(error.utf8_error(), path))?;
+    parse_text(Text::Owned(text), file_len, path)
+}
+
+/// The error of a header that is not UTF-8.
+pub(crate) fn not_utf8(error: std::str::Utf8Error, path: &Path) -> Error {
+    Error::Utf8 { path: path.into(), offset: (PREFIX_LEN + error.valid_up_to()) as u64 }
+}
+
+/// As [`parse`], of a header known to be UTF-8.
+///
+/// # Errors
+/// As [`parse`].
+pub(crate) fn parse_text(text: Text, file_len: u64, path: &Path) -> Result<Layout> {
+    let data_start = (PREFIX_LEN + text.as_str().len()) as u64;
+    let parts = match scan::scan(text.as_str()) {
         Some(mut parts) => {
             parts.set_text(text);
             parts
         }
         // Not the plain form that writers produce: unusual, or wrong. The JSON crate is the judge.
-        None => json::read(&text, path)?,
+        None => json::read(text.as_str(), path)?,
     };
     parts.finish(path, data_start, Some(file_len))
 }

@@ -254,7 +254,7 @@ fn the_header_is_padded_to_a_page_or_to_64_bytes_in_a_small_file() {
 fn both_ways_through_a_header_read_the_same() {
     for &(header, _, _) in SAME_AS_REFERENCE.iter().chain(UNLIKE_REFERENCE) {
         let Some(mut fast) = scan::scan(header) else { continue };
-        fast.set_text(header.to_owned());
+        fast.set_text(Text::Owned(header.to_owned()));
         let fast = fast.finish(Path::new(""), 0, None);
         let full = json::read(header, Path::new("")).and_then(|p| p.finish(Path::new(""), 0, None));
         match (fast, full) {
