@@ -36,6 +36,7 @@ fn files(dir: &Path) -> Vec<String> {
 
 #[test]
 fn the_last_are_kept_each_whole_and_the_oldest_is_written_over() {
+    use Ready::{No, Prepared, Recycled};
     let dir = tempfile::tempdir().unwrap();
     let checkpoints = CheckpointOptions::new().keep(2).open(dir.path()).unwrap();
     let mut how = Vec::new();
@@ -50,7 +51,6 @@ fn the_last_are_kept_each_whole_and_the_oldest_is_written_over() {
         }
         assert!(checkpoints.steps().unwrap().len() <= 2);
     }
-    use Ready::{No, Prepared, Recycled};
     assert_eq!(how, [No, Prepared, Prepared, Recycled, Recycled, Recycled]);
     checkpoints.close().unwrap();
     assert_eq!(files(dir.path()), ["step-0000000005.safetensors", "step-0000000006.safetensors"]);

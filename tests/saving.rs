@@ -501,7 +501,7 @@ fn a_killed_sharded_save_leaves_one_whole_set() {
                         whole += 1;
                     }
                     Err(Error::Io { source, .. }) if source.kind() == std::io::ErrorKind::NotFound => {
-                        gone += 1
+                        gone += 1;
                     }
                     Err(error) => panic!("{error}"),
                 }
