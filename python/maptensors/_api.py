@@ -69,9 +69,9 @@ def edit(
     ``metadata`` holds entries to set, ``remove`` keys to take away, ``rename`` new names by their old ones:
     all at once, so two tensors may exchange theirs.
 
-    Return how. ``"in place"``: by one write of a 512-byte sector, which a power loss cannot tear, while nobody
-    else had the file open or mapped. ``"rewritten"``: as by :func:`save`, a new file took its place; it
-    shares the old one's blocks where the file system can, and has room for later edits in place.
+    Return how. ``"in place"``: by one write of a 512-byte sector, which a power loss cannot tear, while
+    nobody else had the file open or mapped. ``"rewritten"``: as by :func:`save`, a new file took its place;
+    it shares the old one's blocks where the file system can, and has room for later edits in place.
     ``"unchanged"``: it said all that already.
     """
     if isinstance(remove, str):

@@ -23,6 +23,10 @@ impl Budget {
         }
     }
 
+    pub(super) fn is_long() -> bool {
+        std::env::var_os("MAPTENSORS_CRASH_STATES").is_some()
+    }
+
     /// Where states are looked at within states.
     pub(super) fn nested() -> Self {
         let Self { exhaustive, random } = Self::given();

@@ -255,9 +255,10 @@ fn scenario(name: &str) -> &'static Scenario {
 
 #[test]
 fn a_crash_at_any_instant_leaves_the_old_model_or_the_new_one() {
+    let sample = if Budget::is_long() { 1 } else { 4 };
     for scenario in &SCENARIOS {
         let log = scenario.record();
-        let report = scenario.check(&log, Budget::given(), 4);
+        let report = scenario.check(&log, Budget::given(), sample);
         println!("{:<36} {:>7} states, {:>7} in recovery", scenario.name, report.states, report.nested);
         report.assert_clean(scenario.name);
         assert!(report.states > 2 && report.nested > 2, "{}: {report:?}", scenario.name);
