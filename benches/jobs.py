@@ -192,7 +192,7 @@ def benches(make: Shapes, effort: Effort) -> list[Bench]:
         Bench("lora-numpy", "LoRA, 500 tensors, numpy load", lora, arms(*NUMPY), *small),
         Bench("edit", "1 added to every element of 1 GiB", big, arms(*EDIT), *two, bytes_moved=big.nbytes),
         Bench("memcpy", "Roof: memcpy of 1 GiB, resident", big, arms(*MEMCPY), 5),
-        *_savers("big-save", size, big, (7, 3)),
+        *_savers("big-save", size, big, (5, 4)),
         *_savers("many-save", small_ones, many, some),
         Bench("checkpoint", f"{size}, saved again", big, arms(*CHECKPOINT), 5, 4, bytes_moved=big.nbytes),
         Bench("checkpoint-loop", "A loop beside a save", big, arms("loop_alone", "loop_beside"), *some),
