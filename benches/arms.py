@@ -6,7 +6,8 @@ import sys
 import time
 from typing import Any
 
-import arms_load  # noqa: F401 - for the bodies they add
+import arms_checkpoint  # noqa: F401 - for the bodies they add
+import arms_load  # noqa: F401
 import arms_roof  # noqa: F401
 import arms_save  # noqa: F401
 import kernel

@@ -101,8 +101,8 @@ def run_one(runner: Runner, bench: Bench, number: int, of: int) -> dict[str, Any
                 discarded[arm.body] += 1
             else:
                 samples[arm.body].append(sample)
-    for path in (runner.data / "out").iterdir():
-        path.unlink()
+    shutil.rmtree(runner.data / "out")
+    (runner.data / "out").mkdir()
     print(f"[{number}/{of}] {bench.title}: {time.monotonic() - started:.0f} s", flush=True)
     for body, error in errors.items():
         print(f"    {jobs.LABELS[body]} failed: {error}")

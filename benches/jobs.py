@@ -87,6 +87,12 @@ LABELS = {
     "st_numpy_save": "safetensors numpy save_file",
     "torch_save": "torch.save",
     "roof_write": "roof: parallel pwrite",
+    "checkpoint_prepared": "maptensors Checkpointer, output made ready",
+    "checkpoint_recycled": "maptensors Checkpointer, output used again",
+    "checkpoint_recycled_durable": "maptensors Checkpointer, used again, durable=True",
+    "checkpoint_async": "maptensors Checkpointer, save_async",
+    "loop_alone": "a Python loop, nothing beside it",
+    "loop_beside": "the same loop beside save_async",
     "ours_edit": "maptensors, promote()",
     "ours_edit_dense": "maptensors, dense_edits=True",
     "ours_edit_lazily": "maptensors numpy(), page by page",
@@ -118,6 +124,14 @@ STEPS = (
 )
 EDIT = ("ours_edit", "ours_edit_dense", "ours_edit_lazily", "mmap_edit", "copy_edit")
 MEMCPY = ("roof_memcpy", "roof_memcpy_one_thread")
+CHECKPOINT = (
+    "checkpoint_prepared",
+    "checkpoint_recycled",
+    "checkpoint_recycled_durable",
+    "checkpoint_async",
+    "st_torch_save",
+    "roof_memcpy",
+)
 COLD = ("roof_direct", "roof_direct_few", "roof_buffered", "roof_buffered_one")
 
 
@@ -178,8 +192,10 @@ def benches(make: Shapes, effort: Effort) -> list[Bench]:
         Bench("lora-numpy", "LoRA, 500 tensors, numpy load", lora, arms(*NUMPY), *small),
         Bench("edit", "1 added to every element of 1 GiB", big, arms(*EDIT), *two, bytes_moved=big.nbytes),
         Bench("memcpy", "Roof: memcpy of 1 GiB, resident", big, arms(*MEMCPY), 5),
-        *_savers("big-save", size, big, (7, 3)),
+        *_savers("big-save", size, big, (5, 4)),
         *_savers("many-save", small_ones, many, some),
+        Bench("checkpoint", f"{size}, saved again", big, arms(*CHECKPOINT), 5, 4, bytes_moved=big.nbytes),
+        Bench("checkpoint-loop", "A loop beside a save", big, arms("loop_alone", "loop_beside"), *some),
     ]
     jobs += _cold(big, many, deepseek)
     jobs += _real(make, *small)

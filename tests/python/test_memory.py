@@ -1,0 +1,106 @@
+"""What saving takes beyond the state that is saved."""
+
+import contextlib
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+MIB = 1 << 20
+STATE = 256
+
+CODE = f"""
+import sys
+import numpy as np, maptensors as mt, maptensors.numpy
+
+def anonymous():
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) << 10 for line in status if line.startswith("RssAnon"))
+
+how, out = sys.argv[1:]
+count = 16
+state = {{f"w{{i}}": np.full({STATE} * {MIB} // count // 4, i, np.float32) for i in range(count)}}
+sys.stdout.write(f"{{anonymous()}}\\n")
+sys.stdout.flush()
+sys.stdin.readline()  # from now on there is a limit
+if how == "save":
+    mt.save(state, out)
+elif how == "unmapped":
+    mt.save(state, out, mapped=False)
+elif how == "sharded":
+    mt.save(state, out, max_shard_size={STATE * MIB // 4})
+elif how == "drop-in":
+    maptensors.numpy.save_file(state, out)
+elif how == "generator":
+    spec = {{name: ("F32", array.shape) for name, array in state.items()}}
+    with mt.create(out, spec) as draft:
+        draft.fill((name, array + 1) for name, array in state.items())
+elif how == "checkpoints":
+    with mt.Checkpointer(out, keep=1, durable=False) as checkpoints:
+        for step in range(4):
+            checkpoints.save(state, step)
+            checkpoints.save_async(state, step + 10).wait()
+elif how == "twice":
+    # Shows that the limit bites: a serializer's copy of the state.
+    copy = b"".join(array.tobytes() for array in state.values())
+print("done")
+"""
+
+
+@contextlib.contextmanager
+def limited() -> Iterator[Path]:
+    """A control group of memory, version 1 or 2; skips loudly where there can be none."""
+    roots = [
+        root for root in ("/sys/fs/cgroup/memory", "/sys/fs/cgroup") if Path(root, "cgroup.procs").exists()
+    ]
+    group = Path(roots[0] if roots else "/nowhere", f"maptensors-{os.getpid()}")
+    try:
+        group.mkdir()
+    except OSError as error:
+        pytest.skip(f"no control group can be made here: {error}")
+    try:
+        if not any((group / name).exists() for name in ("memory.max", "memory.limit_in_bytes")):
+            pytest.skip("this control group does not limit memory")
+        yield group
+    finally:
+        group.rmdir()
+
+
+def run(how: str, out: Path) -> subprocess.CompletedProcess[str]:
+    """Save a state in a process that has the state's memory and 64 MiB, and not a byte more."""
+    with limited() as group:
+        child = subprocess.Popen(
+            [sys.executable, "-c", CODE, how, str(out)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            # Memory is charged to the group in which it is first touched.
+            preexec_fn=lambda: (group / "cgroup.procs").write_text(str(os.getpid())),
+        )
+        assert child.stdout is not None
+        anonymous = int(child.stdout.readline())
+        assert anonymous > STATE * MIB
+        extra = 64 + (STATE // 16 if how == "generator" else 0)
+        for name in ("memory.max", "memory.limit_in_bytes"):
+            if (group / name).exists():
+                # Kernel memory (page tables, inodes) is charged as well.
+                (group / name).write_text(str(anonymous + extra * MIB))
+        for name in ("memory.swap.max", "memory.memsw.limit_in_bytes"):
+            with contextlib.suppress(OSError):
+                (group / name).write_text("0" if "swap" in name else str(anonymous + extra * MIB))
+        output, errors = child.communicate("\n", timeout=300)
+        return subprocess.CompletedProcess(child.args, child.returncode, output, errors)
+
+
+@pytest.mark.parametrize("how", ["save", "unmapped", "sharded", "drop-in", "generator", "checkpoints"])
+def test_no_save_takes_more_than_64_mib_beyond_the_state(tmp_path: Path, how: str) -> None:
+    done = run(how, tmp_path / "out.safetensors")
+    assert (done.returncode, done.stdout) == (0, "done\n"), done.stderr
+
+
+def test_a_serializers_copy_would_not_fit(tmp_path: Path) -> None:
+    assert run("twice", tmp_path / "out").returncode == -9
