@@ -69,6 +69,7 @@
 #[cfg(feature = "cli")]
 extern crate self as maptensors;
 
+mod digest;
 mod dtype;
 mod error;
 mod format;
@@ -90,7 +91,7 @@ pub use error::{Error, Result};
 pub use half::{bf16, f16};
 pub use layout::{Layout, LayoutBuilder, MAX_RANK, TensorInfo};
 pub use map::{Advice, Backing, Mapping, Residency};
-pub use model::{Model, ModelMut, OpenOptions};
+pub use model::{Change, Changes, Differences, Model, ModelMut, OpenOptions, Reshaped, Verify, diff};
 pub use num_complex::Complex32;
-pub use save::{Draft, DraftOptions, SaveOptions, save};
+pub use save::{Draft, DraftOptions, SaveOptions, apply_delta, materialize, save, save_delta, save_diff};
 pub use tensor::{Index, TensorSlice, TensorView, TensorViewMut};

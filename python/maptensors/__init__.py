@@ -22,7 +22,21 @@ modules of the same names; :class:`safe_open` is safetensors' too. Moving over i
 from collections.abc import Mapping as _Mapping
 
 from maptensors._api import save, save_bytes
-from maptensors._native import Draft, Model, Tensor, __version__, create, open
+from maptensors._native import (
+    Changes,
+    Draft,
+    Model,
+    Tensor,
+    __version__,
+    apply_delta,
+    create,
+    diff,
+    materialize,
+    open,
+    save_delta,
+    save_diff,
+    verify,
+)
 from maptensors._native import load_bytes as load
 from maptensors._safe_open import safe_open
 from maptensors.errors import MapTensorsError
@@ -31,18 +45,26 @@ from maptensors.errors import MapTensorsError
 SafetensorError = MapTensorsError
 
 _Mapping.register(Model)
+_Mapping.register(Changes)
 
 __all__ = [
+    "Changes",
     "Draft",
     "MapTensorsError",
     "Model",
     "SafetensorError",
     "Tensor",
     "__version__",
+    "apply_delta",
     "create",
+    "diff",
     "load",
+    "materialize",
     "open",
     "safe_open",
     "save",
     "save_bytes",
+    "save_delta",
+    "save_diff",
+    "verify",
 ]

@@ -6,16 +6,23 @@ from typing import Any, Literal, Self, final
 import numpy as np
 
 __all__ = [
+    "Changes",
     "Draft",
     "Model",
     "Tensor",
     "__version__",
+    "apply_delta",
     "cli",
     "create",
+    "diff",
     "load_bytes",
+    "materialize",
     "open",
     "save",
     "save_bytes",
+    "save_delta",
+    "save_diff",
+    "verify",
 ]
 
 __version__: str
@@ -81,6 +88,8 @@ class Model:
     def items(self) -> ItemsView[str, Tensor]: ...
     def info(self, name: str) -> dict[str, Any]: ...
     def residency(self) -> dict[str, int]: ...
+    def changed(self) -> Changes: ...
+    def mark(self) -> None: ...
     def promote(self, names: list[str] | None = None) -> None: ...
     def numpy(self) -> dict[str, np.ndarray[Any, Any]]: ...
     def torch(self, device: Any = None) -> dict[str, Any]: ...
@@ -93,6 +102,7 @@ class Model:
         durable: bool = True,
         mapped: bool = True,
         max_shard_size: int | str | None = None,
+        checksums: bool = False,
     ) -> None: ...
     def close(self) -> None: ...
     def __getitem__(self, key: str, /) -> Tensor: ...
@@ -101,6 +111,23 @@ class Model:
     def __iter__(self) -> Iterator[str]: ...
     def __enter__(self) -> Self: ...
     def __exit__(self, *_exc: object) -> None: ...
+
+@final
+class Changes:
+    @property
+    def elements(self) -> int: ...
+    @property
+    def bytes(self) -> int: ...
+    @property
+    def private_pages(self) -> int: ...
+    def get(self, name: str, default: Any = None) -> Any: ...
+    def keys(self) -> KeysView[str]: ...
+    def values(self) -> ValuesView[dict[str, int]]: ...
+    def items(self) -> ItemsView[str, dict[str, int]]: ...
+    def __getitem__(self, key: str, /) -> dict[str, int]: ...
+    def __contains__(self, key: object, /) -> bool: ...
+    def __len__(self) -> int: ...
+    def __iter__(self) -> Iterator[str]: ...
 
 @final
 class Draft:
@@ -133,6 +160,7 @@ def open(
     backend: str = "mmap",
     populate: bool = False,
     dense_edits: bool = False,
+    verify: str = "never",
 ) -> Model: ...
 def create(
     path: str | os.PathLike[str],
@@ -141,6 +169,7 @@ def create(
     metadata: dict[str, str] | None = None,
     durable: bool = True,
     mapped: bool = True,
+    checksums: bool = False,
 ) -> Draft: ...
 def load_bytes(data: bytes) -> Model: ...
 def save(
@@ -151,11 +180,46 @@ def save(
     durable: bool = True,
     mapped: bool = True,
     max_shard_size: int | None = None,
+    checksums: bool = False,
     distinct: bool = False,
 ) -> bool: ...
 def save_bytes(
     tensors: Mapping[str, Any] | Iterable[tuple[str, Any]],
     *,
     metadata: dict[str, str] | None = None,
+    checksums: bool = False,
 ) -> bytes: ...
+def save_delta(
+    model: Model,
+    path: str | os.PathLike[str],
+    *,
+    metadata: dict[str, str] | None = None,
+    durable: bool = True,
+    checksums: bool = False,
+) -> None: ...
+def save_diff(
+    a: Model | _Path | Iterable[_Path],
+    b: Model | _Path | Iterable[_Path],
+    path: str | os.PathLike[str],
+    *,
+    metadata: dict[str, str] | None = None,
+    durable: bool = True,
+    checksums: bool = False,
+) -> None: ...
+def diff(a: Model | _Path | Iterable[_Path], b: Model | _Path | Iterable[_Path]) -> dict[str, Any]: ...
+def apply_delta(
+    base: _Path | Iterable[_Path],
+    delta: _Path | Iterable[_Path],
+    mode: str = "c",
+    *,
+    backend: str = "mmap",
+) -> Model: ...
+def materialize(
+    base: _Path | Iterable[_Path],
+    deltas: _Path | Iterable[_Path],
+    out: str | os.PathLike[str],
+    *,
+    durable: bool = True,
+) -> bool: ...
+def verify(model: Model | _Path | Iterable[_Path]) -> None: ...
 def cli(args: list[str]) -> int: ...

@@ -9,6 +9,8 @@
 
 mod arrays;
 mod buffer;
+mod changes;
+mod delta;
 mod dlpack;
 mod draft;
 mod error;
@@ -22,6 +24,10 @@ use pyo3::prelude::*;
 #[pymodule(gil_used = true)]
 #[pyo3(name = "_native")]
 mod native {
+    #[pymodule_export]
+    use crate::python::changes::Changes;
+    #[pymodule_export]
+    use crate::python::delta::{apply_delta, diff, materialize, save_delta, save_diff, verify};
     #[pymodule_export]
     use crate::python::draft::{Draft, create};
     #[pymodule_export]

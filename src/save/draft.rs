@@ -1,6 +1,6 @@
 //! A file being made in place.
 
-use super::{Pending, Target, fill};
+use super::{Pending, Target, checksum, fill};
 use crate::error::{Error, Result};
 use crate::format::safetensors;
 use crate::layout::Layout;
@@ -24,11 +24,12 @@ use std::path::Path;
 pub struct DraftOptions {
     durable: bool,
     mapped: bool,
+    checksums: bool,
 }
 
 impl Default for DraftOptions {
     fn default() -> Self {
-        Self { durable: true, mapped: true }
+        Self { durable: true, mapped: true, checksums: false }
     }
 }
 
@@ -51,6 +52,29 @@ impl DraftOptions {
     pub fn mapped(mut self, mapped: bool) -> Self {
         self.mapped = mapped;
         self
+    }
+
+    /// Whether the file carries a checksum of each tensor, for [`Model::verify`](crate::Model::verify) and to
+    /// make deltas against it cheap: in its metadata, as `maptensors.checksums`, computed by the commit. A
+    /// layout whose metadata has that entry asks for it too: it is never copied stale.
+    ///
+    /// ```
+    /// # use maptensors::{DType, DraftOptions, Layout, Model};
+    /// # let layout = Layout::builder().tensor("w", DType::U8, &[4]).build()?;
+    /// # let path = std::env::temp_dir().join("maptensors-doc-checksums.safetensors");
+    /// DraftOptions::new().checksums(true).create(&path, &layout)?.commit()?;
+    /// Model::read(&path)?.verify()?;
+    /// # std::fs::remove_file(path).unwrap();
+    /// # Ok::<(), maptensors::Error>(())
+    /// ```
+    #[must_use]
+    pub fn checksums(mut self, checksums: bool) -> Self {
+        self.checksums = checksums;
+        self
+    }
+
+    pub(super) fn wants_checksums(&self) -> bool {
+        self.checksums
     }
 
     pub(super) fn is_durable(&self) -> bool {
@@ -104,7 +128,8 @@ impl Draft {
     }
 
     fn with(path: &Path, layout: &Layout, options: &DraftOptions) -> Result<Self> {
-        let (header, layout) = safetensors::encode(layout, path)?;
+        let declared = checksum::declare(layout, options.checksums);
+        let (header, layout) = safetensors::encode(declared.as_ref().unwrap_or(layout), path)?;
         let pending = Pending::create(path)?;
         let mapped = pending.allocate(layout.file_len())? && options.mapped;
         if !mapped {
@@ -219,6 +244,7 @@ impl Draft {
         }
         // Unmapped before the sync: nothing can dirty a page after it.
         drop(self.memory.take());
+        checksum::seal(&self.layout, self.pending.file(), self.pending.path())?;
         self.pending.publish(self.durable)
     }
 

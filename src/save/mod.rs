@@ -20,11 +20,16 @@
 
 #![forbid(unsafe_code)]
 
+pub(crate) mod checksum;
+mod delta;
 mod draft;
 mod fill;
 mod pending;
 pub(crate) mod sharded;
 
+pub use delta::{apply_delta, materialize, save_delta, save_diff};
+#[cfg(feature = "python")]
+pub(crate) use delta::{write_delta, write_diff};
 #[cfg(feature = "python")]
 pub(crate) use draft::place;
 pub use draft::{Draft, DraftOptions};
@@ -126,6 +131,13 @@ impl SaveOptions {
         self
     }
 
+    /// Whether the file carries a checksum of each tensor: see [`DraftOptions::checksums`].
+    #[must_use]
+    pub fn checksums(mut self, checksums: bool) -> Self {
+        self.draft = self.draft.checksums(checksums);
+        self
+    }
+
     /// Splits the tensors over files of at most so many data bytes (a larger tensor gets a file of its
     /// own). Saving to `model.safetensors` then makes `model-00001-of-00002.safetensors`, … and
     /// `model.safetensors.index.json`, written last; what fits one file stays one file.
@@ -156,7 +168,10 @@ impl SaveOptions {
                 let sizes: Vec<(&str, u64)> =
                     tensors.iter().map(|t| (t.name.as_str(), t.view.data_len() as u64)).collect();
                 let write = |part: Range<usize>, path: &Path| self.save_one(&tensors[part], path);
-                sharded::save(&sizes, path, limit, self.metadata.as_ref(), self.draft.is_durable(), write)
+                // Checksums are those of each file.
+                let mut metadata = self.metadata.clone();
+                metadata.iter_mut().for_each(|metadata| drop(metadata.remove(crate::digest::CHECKSUMS)));
+                sharded::save(&sizes, path, limit, metadata.as_ref(), self.draft.is_durable(), write)
             }
         }
     }

@@ -24,7 +24,7 @@ mod json;
 mod scan;
 mod write;
 
-pub(crate) use write::encode;
+pub(crate) use write::{encode, encode_placed};
 
 use crate::error::{Error, Result};
 use crate::layout::Layout;
