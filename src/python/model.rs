@@ -283,14 +283,14 @@ impl Model {
     /// none did; a write of the same value is no change.
     fn changed(&self, py: Python<'_>) -> PyResult<Changes> {
         let parts = self.parts()?;
-        Ok(py.detach(|| parts.with_contents(Contents::changes))?.into())
+        Ok(py.detach(|| parts.with_contents(|contents| contents.changes()))?.into())
     }
 
     /// From now on, `changed()` and `save_delta` tell what changed since now. Takes a copy of the pages that
     /// were written so far, as much memory as they take already.
     fn mark(&self, py: Python<'_>) -> PyResult<()> {
         let parts = self.parts()?;
-        let marks = py.detach(|| parts.with_contents(Contents::mark))?;
+        let marks = py.detach(|| parts.with_contents(|contents| contents.mark()))?;
         *parts.marks.lock().unwrap_or_else(PoisonError::into_inner) = Some(Arc::new(marks));
         Ok(())
     }
