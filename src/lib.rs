@@ -93,5 +93,8 @@ pub use layout::{Layout, LayoutBuilder, MAX_RANK, TensorInfo};
 pub use map::{Advice, Backing, Mapping, Residency};
 pub use model::{Change, Changes, Differences, Model, ModelMut, OpenOptions, Reshaped, Verify, diff};
 pub use num_complex::Complex32;
-pub use save::{Draft, DraftOptions, SaveOptions, apply_delta, materialize, save, save_delta, save_diff};
+pub use save::{
+    CheckpointOptions, Checkpointer, Draft, DraftOptions, Ready, SaveOptions, Saved, Saving, apply_delta,
+    materialize, save, save_delta, save_diff,
+};
 pub use tensor::{Index, TensorSlice, TensorView, TensorViewMut};

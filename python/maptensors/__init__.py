@@ -22,6 +22,7 @@ modules of the same names; :class:`safe_open` is safetensors' too. Moving over i
 from collections.abc import Mapping as _Mapping
 
 from maptensors._api import save, save_bytes
+from maptensors._checkpoint import Checkpointer, Saved, Saving
 from maptensors._native import (
     Changes,
     Draft,
@@ -49,10 +50,13 @@ _Mapping.register(Changes)
 
 __all__ = [
     "Changes",
+    "Checkpointer",
     "Draft",
     "MapTensorsError",
     "Model",
     "SafetensorError",
+    "Saved",
+    "Saving",
     "Tensor",
     "__version__",
     "apply_delta",

@@ -1,5 +1,5 @@
 import os
-from collections.abc import ItemsView, Iterable, Iterator, KeysView, Mapping, ValuesView
+from collections.abc import Callable, ItemsView, Iterable, Iterator, KeysView, Mapping, ValuesView
 from types import TracebackType
 from typing import Any, Literal, Self, final
 
@@ -7,8 +7,10 @@ import numpy as np
 
 __all__ = [
     "Changes",
+    "Checkpoints",
     "Draft",
     "Model",
+    "Saving",
     "Tensor",
     "__version__",
     "apply_delta",
@@ -18,6 +20,7 @@ __all__ = [
     "load_bytes",
     "materialize",
     "open",
+    "planned_size",
     "save",
     "save_bytes",
     "save_delta",
@@ -138,6 +141,12 @@ class Draft:
     @property
     def closed(self) -> bool: ...
     def keys(self) -> KeysView[str]: ...
+    def fill(
+        self,
+        tensors: Mapping[str, Any] | Iterable[tuple[str, Any]],
+        *,
+        progress: Callable[[int, int], object] | None = None,
+    ) -> None: ...
     def commit(self) -> None: ...
     def close(self) -> None: ...
     def __getitem__(self, key: str, /) -> Tensor: ...
@@ -222,4 +231,38 @@ def materialize(
     durable: bool = True,
 ) -> bool: ...
 def verify(model: Model | _Path | Iterable[_Path]) -> None: ...
+def planned_size(spec: Mapping[str, Any], *, metadata: dict[str, str] | None = None) -> int: ...
+
+@final
+class Checkpoints:
+    def __new__(
+        cls,
+        directory: str | os.PathLike[str],
+        *,
+        keep: int | None = None,
+        keep_every: int | None = None,
+        durable: bool = True,
+        prepare: bool = True,
+        max_shard_size: int | None = None,
+        progress: Callable[[int, int], object] | None = None,
+    ) -> Self: ...
+    def save(
+        self, tensors: Mapping[str, Any], step: int, metadata: dict[str, str] | None
+    ) -> dict[str, Any]: ...
+    def save_async(
+        self, tensors: Mapping[str, Any], step: int, metadata: dict[str, str] | None
+    ) -> Saving: ...
+    def prepare(self, bytes: int) -> None: ...
+    def steps(self) -> list[int]: ...
+    def find(self, step: int | None = None) -> str: ...
+    def wait(self) -> None: ...
+    def close(self) -> None: ...
+
+@final
+class Saving:
+    @property
+    def staged(self) -> float: ...
+    def wait(self, timeout: float | None = None) -> dict[str, Any] | None: ...
+    def done(self) -> bool: ...
+
 def cli(args: list[str]) -> int: ...

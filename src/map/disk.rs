@@ -197,6 +197,7 @@ pub(crate) fn watched<T>((): Watching, work: impl FnOnce() -> T) -> T {
 }
 
 #[cfg(test)]
+#[allow(unused_imports)] // by those tests that watch
 pub(crate) use watch::{Watch, Watching, watched, watching};
 
 #[cfg(test)]

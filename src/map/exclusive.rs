@@ -1,6 +1,8 @@
 //! A file that this process has just made, and nobody else knows of.
 
 use super::disk::{self, Dir};
+#[cfg(target_os = "linux")]
+use super::lease;
 use super::{Backing, Mapping};
 use memmap2::{MmapOptions, MmapRaw};
 use rustix::fs::FlockOperation;
@@ -10,13 +12,16 @@ use std::fs::File;
 use std::io;
 use std::os::unix::ffi::OsStrExt as _;
 
-/// A new file under a random name, created with `O_EXCL`, on its way to becoming someone's weights.
+/// A file under a random name, on its way to becoming someone's weights: created with `O_EXCL`, or
+/// [adopted](ExclusiveFile::adopt) when nobody else had it any more.
 ///
 /// Only this process knows it: that is what makes mapping it shared and writing through `&mut [u8]`
-/// safe. Nothing here shrinks it once it has its size.
+/// safe. It is not resized while it is mapped.
 pub(crate) struct ExclusiveFile {
     file: File,
     name: OsString,
+    /// Whether this descriptor holds a lease.
+    leased: bool,
 }
 
 /// How names of unfinished files start; [`ExclusiveFile::sweep`] looks for it.
@@ -45,10 +50,72 @@ impl ExclusiveFile {
             let swept = rustix::fs::fstat(&file)?.st_nlink == 0;
             tries += 1;
             if !swept && (locked != Err(Errno::WOULDBLOCK) || tries == TRIES) {
-                return Ok(Self { file, name });
+                return Ok(Self { file, name, leased: false });
             }
             dir.remove(&name).ok();
         }
+    }
+
+    /// Gives a file a name by which nobody will open it, and which a sweep removes.
+    #[cfg(target_os = "linux")]
+    pub(crate) fn hide(dir: &Dir, name: &OsStr) -> io::Result<OsString> {
+        let hidden = random_name()?;
+        dir.rename_to_new(name, &hidden)?;
+        Ok(hidden)
+    }
+
+    /// Takes over a [hidden](ExclusiveFile::hide) file, content and blocks, to be written anew. `None`, and
+    /// no file left, where someone else may still read it: it has another name, or is open or mapped.
+    ///
+    /// The name that it had is gone durably when this returns: else a power loss could bring it back over
+    /// content that has changed since.
+    #[cfg(target_os = "linux")]
+    pub(crate) fn adopt(dir: &Dir, hidden: &OsStr) -> io::Result<Option<Self>> {
+        match Self::try_adopt(dir, hidden) {
+            Ok(Some(file)) => Ok(Some(file)),
+            other => {
+                dir.remove(hidden)?;
+                other
+            }
+        }
+    }
+
+    #[cfg(target_os = "linux")]
+    fn try_adopt(dir: &Dir, name: &OsStr) -> io::Result<Option<Self>> {
+        let Ok(file) = dir.open_file(name, true) else { return Ok(None) };
+        let stat = rustix::fs::fstat(&file)?;
+        let ours = rustix::fs::FileType::from_raw_mode(stat.st_mode).is_file()
+            && stat.st_uid == rustix::process::geteuid().as_raw()
+            && stat.st_nlink == 1;
+        let locked = rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive);
+        // By this name nobody can have opened it since; the lease says that nobody has it from before.
+        let (true, Some(mode)) = (ours && locked != Err(Errno::WOULDBLOCK), mode_of_new_files()) else {
+            return Ok(None);
+        };
+        if !lease::take(&file)? {
+            return Ok(None);
+        }
+        if stat.st_mode & 0o7777 != mode {
+            disk::set_mode(&file, mode)?;
+        }
+        dir.sync()?;
+        Ok(Some(Self { file, name: name.into(), leased: true }))
+    }
+
+    /// Whether nobody waits to open an adopted file: someone who had looked its old name up before that
+    /// name was gone. Such a reader waits until the file is finished or dropped, but not for ever.
+    #[cfg(target_os = "linux")]
+    pub(crate) fn is_undisputed(&self) -> bool {
+        lease::is_undisputed(&self.file)
+    }
+
+    /// Lets whoever waits to open the file have it: it is finished.
+    pub(crate) fn release(&mut self) -> io::Result<()> {
+        #[cfg(target_os = "linux")]
+        if std::mem::take(&mut self.leased) {
+            return lease::give_up(&self.file);
+        }
+        Ok(())
     }
 
     /// Removes unfinished files of dead processes from `dir`: ours by name and owner, orphans because
@@ -75,6 +142,14 @@ impl ExclusiveFile {
 
     pub(crate) fn name(&self) -> &OsStr {
         &self.name
+    }
+
+    /// Gives an adopted file, which is not mapped, another size; all its blocks are allocated.
+    pub(crate) fn resize(&self, len: u64) -> io::Result<bool> {
+        if self.file.metadata()?.len() > len {
+            disk::resize(&self.file, len)?;
+        }
+        self.allocate(len)
     }
 
     /// Gives the file its size, with every block allocated, so that a full disk is an error here and
@@ -128,6 +203,14 @@ impl ExclusiveFile {
 /// A name that no file has, by which an orphan is known.
 fn random_name() -> io::Result<OsString> {
     Ok(format!("{PREFIX}{}-{:016x}.tmp", boot(), random()?).into())
+}
+
+/// What the umask makes of a new file's mode; umask(2) itself tells only by changing it.
+#[cfg(target_os = "linux")]
+fn mode_of_new_files() -> Option<u32> {
+    let status = std::fs::read_to_string("/proc/self/status").ok()?;
+    let umask = status.lines().find_map(|line| line.strip_prefix("Umask:"))?;
+    Some(0o666 & !u32::from_str_radix(umask.trim(), 8).ok()?)
 }
 
 /// Eight characters that change with every boot of this machine.

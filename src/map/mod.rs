@@ -20,6 +20,8 @@ pub(crate) mod disk;
 mod exclusive;
 mod file;
 #[cfg(target_os = "linux")]
+mod lease;
+#[cfg(target_os = "linux")]
 mod private;
 #[cfg(target_os = "linux")]
 mod promote;
@@ -203,6 +205,23 @@ impl Mapping {
         // without huge pages for files says no, and nothing changes.
         mapping.advise(Advice::HugePage).ok();
         mapping
+    }
+
+    /// Makes every page present and writable, on several threads, so that writing them faults no more. For an
+    /// output: its content stays, and its pages count as written.
+    pub(crate) fn populate_write(&self) -> io::Result<()> {
+        #[cfg(target_os = "linux")]
+        return each_in_parallel((0..self.len.div_ceil(CHUNK)).collect(), |i: usize| {
+            let range = i * CHUNK..((i + 1) * CHUNK).min(self.len);
+            let start = self.start + range.start;
+            match self.raw.advise_range(memmap2::Advice::PopulateWrite, start, range.len()) {
+                // A kernel before 5.14: pages come when they are touched.
+                Err(error) if error.raw_os_error() == Some(libc::EINVAL) => Ok(()),
+                done => done,
+            }
+        });
+        #[cfg(not(target_os = "linux"))]
+        Ok(())
     }
 
     /// Length in bytes.

@@ -62,7 +62,7 @@ impl Draft {
         } else {
             let data = self.layout.data_range();
             let source: Source<'_> = self.memory.source(&data);
-            save::fill(Target::File(pending.file()), vec![(data.start, source)])
+            save::fill(Target::File(pending.file()), vec![(data.start, source)], &|_| ())
                 .map_err(io("writing tensor data"))?;
         }
         save::checksum::seal(&self.layout, pending.file(), &self.path)?;
@@ -117,6 +117,38 @@ impl Draft {
         self.pending.lock().unwrap_or_else(PoisonError::into_inner).is_none()
     }
 
+    /// Copies arrays in, one after the other: from a mapping, or from an iterable of pairs of which only one
+    /// is held at a time, so that a generator needs the memory of its largest tensor. `progress`, if given,
+    /// is called with the bytes copied and their total. Each tensor of the spec must be among them.
+    #[pyo3(signature = (tensors, *, progress = None))]
+    fn fill(
+        &self,
+        py: Python<'_>,
+        tensors: &Bound<'_, PyAny>,
+        progress: Option<Bound<'_, PyAny>>,
+    ) -> PyResult<()> {
+        let pairs = if tensors.hasattr("items")? { tensors.call_method0("items")? } else { tensors.clone() };
+        let mut missing = vec![true; self.layout.len()];
+        let mut done = 0;
+        for pair in pairs.try_iter()? {
+            let (name, array): (String, Bound<'_, PyAny>) = pair?.extract()?;
+            given::assign(py, &self.tensor(&name)?.array(), &array)?;
+            if let Some(index) = self.layout.position(&name) {
+                missing[index] = false;
+                done += self.layout.at(index).map_or(0, |info| info.nbytes());
+            }
+            if let Some(progress) = &progress {
+                progress.call1((done, self.layout.data_len()))?;
+            }
+            py.check_signals()?;
+        }
+        let forgotten: Vec<_> = self.layout.iter().zip(&missing).filter(|(_, missing)| **missing).collect();
+        let Some((first, _)) = forgotten.first() else { return Ok(()) };
+        let (name, more) = (quote(first.name()), forgotten.len() - 1);
+        let more = if more == 0 { String::new() } else { format!(", nor were {more} more") };
+        Err(PyValueError::new_err(format!("tensor {name} of the draft was not given{more}")))
+    }
+
     /// Syncs the file and renames it into place.
     fn commit(&self, py: Python<'_>) -> PyResult<()> {
         Ok(py.detach(|| self.finish())?)
@@ -167,18 +199,26 @@ pub(super) fn create(
     mapped: bool,
     checksums: bool,
 ) -> PyResult<Draft> {
+    let layout = planned(spec, metadata)?;
+    let made = py.detach(|| {
+        let options = DraftOptions::new().durable(durable).mapped(mapped).checksums(checksums);
+        options.create(&path, &layout).and_then(Draft::new)
+    });
+    Ok(made?)
+}
+
+/// The layout of a spec: names, and what each tensor is.
+pub(super) fn planned(
+    spec: &Bound<'_, PyAny>,
+    metadata: Option<BTreeMap<String, String>>,
+) -> PyResult<Layout> {
     let mut builder = Layout::builder().all_metadata(metadata);
     for item in spec.call_method0("items")?.try_iter()? {
         let (name, what): (String, Bound<'_, PyAny>) = item?.extract()?;
         let (dtype, shape) = declared(&name, &what)?;
         builder = builder.tensor(name, dtype, &shape);
     }
-    let layout = builder.build()?;
-    let made = py.detach(|| {
-        let options = DraftOptions::new().durable(durable).mapped(mapped).checksums(checksums);
-        options.create(&path, &layout).and_then(Draft::new)
-    });
-    Ok(made?)
+    Ok(builder.build()?)
 }
 
 /// `("F32", (2, 3))`, `{"dtype": …, "shape": …}`, or an array to be like.

@@ -10,6 +10,7 @@
 mod arrays;
 mod buffer;
 mod changes;
+mod checkpoint;
 mod delta;
 mod dlpack;
 mod draft;
@@ -27,13 +28,15 @@ mod native {
     #[pymodule_export]
     use crate::python::changes::Changes;
     #[pymodule_export]
+    use crate::python::checkpoint::{Checkpoints, Saving};
+    #[pymodule_export]
     use crate::python::delta::{apply_delta, diff, materialize, save_delta, save_diff, verify};
     #[pymodule_export]
     use crate::python::draft::{Draft, create};
     #[pymodule_export]
     use crate::python::model::{Model, load_bytes, open};
     #[pymodule_export]
-    use crate::python::save::{save, save_bytes};
+    use crate::python::save::{planned_size, save, save_bytes};
     #[pymodule_export]
     use crate::python::tensor::Tensor;
 

@@ -9,17 +9,17 @@ use crate::error::Error;
 use crate::format::safetensors;
 use crate::layout::Layout;
 use crate::map::Source;
-use crate::save::{DraftOptions, Target, checksum, fill, place, sharded};
+use crate::save::{Commit, Create, DraftOptions, Target, checksum, fill, place, sharded};
 use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyString};
 use std::collections::BTreeMap;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 
-type Metadata = Option<BTreeMap<String, String>>;
+pub(super) type Metadata = Option<BTreeMap<String, String>>;
 
 /// Names and arrays, from a mapping or an iterable of pairs.
-fn collect(tensors: &Bound<'_, PyAny>) -> PyResult<Vec<(String, Given)>> {
+pub(super) fn collect(tensors: &Bound<'_, PyAny>) -> PyResult<Vec<(String, Given)>> {
     let py = tensors.py();
     let pairs = if tensors.is_instance_of::<Model>() || tensors.hasattr("items")? {
         tensors.call_method0("items")?
@@ -79,19 +79,27 @@ pub(super) fn save(
         return Ok(false);
     }
     let options = DraftOptions::new().durable(durable).mapped(mapped).checksums(checksums);
-    let write = |part: Range<usize>, path: &Path| save_one(py, &tensors[part], path, &metadata, &options);
+    let write = |part: Range<usize>, path: &Path| -> PyResult<()> {
+        let create = |path: &Path, layout: &Layout| options.create(path, layout);
+        let commit = stage_one(py, &tensors[part], path, &metadata, &create)?;
+        py.detach(commit)?;
+        Ok(())
+    };
     match max_shard_size {
         None => write(0..tensors.len(), &path)?,
         Some(limit) => {
-            let sizes: Vec<(&str, u64)> =
-                tensors.iter().map(|(name, given)| (name.as_str(), given.nbytes())).collect();
             // Checksums are those of each file.
             let mut shared = metadata.clone();
             shared.iter_mut().for_each(|metadata| drop(metadata.remove(CHECKSUMS)));
-            sharded::save(&sizes, &path, limit, shared.as_ref(), durable, write)?;
+            sharded::save(&sizes(&tensors), &path, limit, shared.as_ref(), durable, write)?;
         }
     }
     Ok(true)
+}
+
+/// Names and bytes.
+pub(super) fn sizes(tensors: &[(String, Given)]) -> Vec<(&str, u64)> {
+    tensors.iter().map(|(name, given)| (name.as_str(), given.nbytes())).collect()
 }
 
 /// Whether every tensor lies in one piece of CPU memory that no other has a part in.
@@ -108,16 +116,17 @@ fn are_distinct(tensors: &[(String, Given)]) -> bool {
     spans.windows(2).all(|pair| pair[0].1 <= pair[1].0)
 }
 
-fn save_one(
+/// Makes a file, up to its commit.
+pub(super) fn stage_one(
     py: Python<'_>,
     tensors: &[(String, Given)],
     path: &Path,
     metadata: &Metadata,
-    options: &DraftOptions,
-) -> PyResult<()> {
+    create: Create<'_>,
+) -> PyResult<Commit> {
     let strided = tensors.iter().any(|(_, given)| given.data.source().is_none());
     let draft = py.detach(|| -> Result<_, Error> {
-        let mut draft = options.create(path, &plan(tensors, metadata)?)?;
+        let mut draft = create(path, &plan(tensors, metadata)?)?;
         if strided {
             draft.materialize()?;
         }
@@ -128,7 +137,7 @@ fn save_one(
     // Ctrl-C while the data was copied: nothing is visible yet, and the draft cleans up.
     py.check_signals()?;
     if !strided {
-        return Ok(py.detach(|| draft.commit())?);
+        return Ok(Box::new(move || draft.commit_mapped()));
     }
     // The rest is written by its own framework, straight into the file's pages.
     let draft = Draft::new(draft)?;
@@ -138,7 +147,15 @@ fn save_one(
             py.check_signals()?;
         }
     }
-    Ok(py.detach(|| draft.finish())?)
+    Ok(Box::new(move || draft.finish().map(|()| None)))
+}
+
+/// The length of the file that tensors, or a spec of them as for `create`, would make.
+#[pyfunction]
+#[pyo3(signature = (spec, *, metadata = None))]
+pub(super) fn planned_size(spec: &Bound<'_, PyAny>, metadata: Metadata) -> PyResult<u64> {
+    let layout = super::draft::planned(spec, metadata)?;
+    Ok(safetensors::encode(&layout, Path::new(""))?.1.file_len())
 }
 
 /// The bytes of a file.
@@ -177,7 +194,7 @@ pub(super) fn save_bytes<'py>(
     PyBytes::new_with(py, layout.data_range().end, |bytes| {
         bytes[..header.len()].copy_from_slice(&header);
         let placed = place(&layout, jobs(&layout, &tensors), Path::new(""))?;
-        py.detach(|| fill(Target::Memory(bytes), placed))
+        py.detach(|| fill(Target::Memory(bytes), placed, &|_| ()))
             .map_err(Error::io(Path::new(""), "copying tensor data"))?;
         if layout.metadata().contains_key(CHECKSUMS) {
             let written = Source::from(&*bytes);

@@ -46,9 +46,16 @@ pub(crate) fn header(
         read(start + part.start..start + part.end, to)
     });
     let sums = sums.map_err(Error::io(path, "reading back what was written"))?;
-    let header = safetensors::encode_placed(&stated(layout, &sums), path)?;
-    // As long as the one with zeros, which did fit.
-    header.ok_or_else(|| Error::Argument("the header does not fit".into()))
+    if let Some(header) = safetensors::encode_placed(&stated(layout, &sums), path)? {
+        return Ok(header);
+    }
+    // Room was made for the checksums of other tensors: then there are none.
+    let mut layout = layout.clone();
+    let mut metadata = layout.metadata().clone();
+    metadata.remove(CHECKSUMS);
+    layout.set_metadata(Some(metadata));
+    safetensors::encode_placed(&layout, path)?
+        .ok_or_else(|| Error::Argument("the header does not fit".into()))
 }
 
 /// Writes the checksums of what `file` holds into its header, if they were declared.

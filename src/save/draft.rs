@@ -8,6 +8,8 @@ use crate::map::{Mapping, Source};
 use crate::model::split;
 use crate::tensor::TensorViewMut;
 use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 /// How to make a [`Draft`]; [`Draft::create`] is the defaults.
 ///
@@ -25,11 +27,12 @@ pub struct DraftOptions {
     durable: bool,
     mapped: bool,
     checksums: bool,
+    progress: Progress,
 }
 
 impl Default for DraftOptions {
     fn default() -> Self {
-        Self { durable: true, mapped: true, checksums: false }
+        Self { durable: true, mapped: true, checksums: false, progress: Progress::default() }
     }
 }
 
@@ -77,6 +80,19 @@ impl DraftOptions {
         self.checksums
     }
 
+    /// Calls `told(done, total)`, in bytes of tensor data, as whole tensors are copied in: from several
+    /// threads, and once for each piece of at most 2 MiB.
+    #[must_use]
+    pub fn progress(mut self, told: impl Fn(u64, u64) + Send + Sync + 'static) -> Self {
+        self.progress = Progress::new(told);
+        self
+    }
+
+    /// These, for a save of so many bytes in all.
+    pub(crate) fn over(&self, total: u64) -> Self {
+        Self { progress: self.progress.over(total), ..self.clone() }
+    }
+
     pub(super) fn is_durable(&self) -> bool {
         self.durable
     }
@@ -113,6 +129,7 @@ pub struct Draft {
     memory: Option<Mapping>,
     mapped: bool,
     durable: bool,
+    progress: Progress,
     // Declared last: the mapping goes before the file does.
     pending: Pending,
 }
@@ -134,14 +151,32 @@ impl Draft {
         let mapped = pending.allocate(layout.file_len())? && options.mapped;
         if !mapped {
             pending.file().write_all_at(&header, 0).map_err(Error::io(path, "writing the header"))?;
-            return Ok(Self { layout, memory: None, mapped, durable: options.durable, pending });
+            return Ok(Self::new(layout, None, options, pending));
         }
-        let mapping = |source| Error::io(path, "mapping the new file")(source);
-        let len = usize::try_from(layout.file_len())
-            .map_err(|_| mapping(std::io::ErrorKind::OutOfMemory.into()))?;
-        let mut memory = pending.file().map(len).map_err(mapping)?;
+        let mut memory = map_output(&pending, layout.file_len())?;
         memory.as_bytes_mut()[..header.len()].copy_from_slice(&header);
-        Ok(Self { layout, memory: Some(memory), mapped, durable: options.durable, pending })
+        Ok(Self::new(layout, Some(memory), options, pending))
+    }
+
+    /// In a file that has its size and is mapped already. What is not filled keeps what the file held.
+    pub(super) fn within(
+        header: &[u8],
+        layout: Layout,
+        mut memory: Mapping,
+        options: &DraftOptions,
+        pending: Pending,
+    ) -> Self {
+        memory.as_bytes_mut()[..header.len()].copy_from_slice(header);
+        Self::new(layout, Some(memory), options, pending)
+    }
+
+    fn new(layout: Layout, memory: Option<Mapping>, options: &DraftOptions, pending: Pending) -> Self {
+        let progress = match options.progress.total {
+            Some(_) => options.progress.clone(),
+            None => options.progress.over(layout.data_len()),
+        };
+        let mapped = memory.is_some();
+        Self { layout, memory, mapped, durable: options.durable, progress, pending }
     }
 
     /// The layout of the file being made.
@@ -227,7 +262,8 @@ impl Draft {
             Some(memory) => Target::Memory(memory.as_bytes_mut()),
             None => Target::File(self.pending.file()),
         };
-        fill(target, placed).map_err(Error::io(self.pending.path(), "writing tensor data"))
+        let copied = |bytes: usize| self.progress.add(bytes as u64);
+        fill(target, placed, &copied).map_err(Error::io(self.pending.path(), "writing tensor data"))
     }
 
     /// Makes the file visible under its path, replacing what is there; durable when this returns, unless
@@ -236,25 +272,75 @@ impl Draft {
     /// # Errors
     /// [`Error::Io`]: nothing is left behind and the old file is as it was. [`Error::NotDurable`].
     pub fn commit(mut self) -> Result<()> {
+        // Unmapped before the sync: nothing can dirty a page after it.
+        self.write_out()?;
+        drop(self.memory.take());
+        self.pending.publish(self.durable)
+    }
+
+    /// As [`Draft::commit`]; unmapping, which takes its time, is left to the caller.
+    pub(crate) fn commit_mapped(mut self) -> Result<Option<Mapping>> {
+        self.write_out()?;
+        self.pending.publish(self.durable)?;
+        Ok(self.memory)
+    }
+
+    /// Writes what was filled in memory, where that is not the file's.
+    fn write_out(&mut self) -> Result<()> {
         if let (Some(memory), false) = (&self.memory, self.mapped) {
             let data = self.layout.data_range();
             let source = Source::from(&memory.as_bytes()[data.clone()]);
-            fill(Target::File(self.pending.file()), vec![(data.start, source)])
+            fill(Target::File(self.pending.file()), vec![(data.start, source)], &|_| ())
                 .map_err(Error::io(self.pending.path(), "writing tensor data"))?;
         }
-        // Unmapped before the sync: nothing can dirty a page after it.
-        drop(self.memory.take());
-        checksum::seal(&self.layout, self.pending.file(), self.pending.path())?;
-        self.pending.publish(self.durable)
+        checksum::seal(&self.layout, self.pending.file(), self.pending.path())
     }
 
     /// The pieces, for a face that shares the memory with another language.
     #[cfg(feature = "python")]
     pub(crate) fn into_parts(mut self) -> Result<(Layout, Mapping, bool, bool, Pending)> {
         self.memory()?;
-        let Self { layout, memory, mapped, durable, pending } = self;
+        let Self { layout, memory, mapped, durable, pending, .. } = self;
         let memory = memory.ok_or_else(|| Error::Argument("no memory".into()))?;
         Ok((layout, memory, mapped, durable, pending))
+    }
+}
+
+/// Maps a new file, which has its size.
+pub(super) fn map_output(pending: &Pending, len: u64) -> Result<Mapping> {
+    let mapping = |source| Error::io(pending.path(), "mapping the new file")(source);
+    let len = usize::try_from(len).map_err(|_| mapping(std::io::ErrorKind::OutOfMemory.into()))?;
+    pending.file().map(len).map_err(mapping)
+}
+
+/// Who is told how far it is.
+#[derive(Clone, Default)]
+pub(super) struct Progress {
+    told: Option<Arc<dyn Fn(u64, u64) + Send + Sync>>,
+    done: Arc<AtomicU64>,
+    total: Option<u64>,
+}
+
+impl Progress {
+    fn new(told: impl Fn(u64, u64) + Send + Sync + 'static) -> Self {
+        Self { told: Some(Arc::new(told)), ..Self::default() }
+    }
+
+    /// The same, of something that begins: so many bytes, in however many files.
+    fn over(&self, total: u64) -> Self {
+        Self { told: self.told.clone(), done: Arc::default(), total: Some(total) }
+    }
+
+    fn add(&self, bytes: u64) {
+        if let (Some(told), Some(total)) = (&self.told, self.total) {
+            told(self.done.fetch_add(bytes, Ordering::Relaxed) + bytes, total);
+        }
+    }
+}
+
+impl std::fmt::Debug for Progress {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(if self.told.is_some() { "told" } else { "nobody" })
     }
 }
 

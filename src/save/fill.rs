@@ -14,8 +14,12 @@ pub(crate) enum Target<'a> {
 /// Copies each source to its offset, on several threads, cut at huge-page file offsets: a page-cache
 /// folio is then filled by one thread in one go, and later readers map it with one fault.
 ///
-/// `jobs` lie inside the file and do not overlap.
-pub(crate) fn fill(target: Target<'_>, mut jobs: Vec<(usize, Source<'_>)>) -> io::Result<()> {
+/// `jobs` lie inside the file and do not overlap. `copied` is told of bytes as they are.
+pub(crate) fn fill(
+    target: Target<'_>,
+    mut jobs: Vec<(usize, Source<'_>)>,
+    copied: &(dyn Fn(usize) + Sync),
+) -> io::Result<()> {
     jobs.retain(|(_, source)| source.len() > 0);
     jobs.sort_by_key(|(offset, _)| *offset);
     let (Some(first), Some(last)) = (jobs.first(), jobs.last()) else { return Ok(()) };
@@ -37,6 +41,7 @@ pub(crate) fn fill(target: Target<'_>, mut jobs: Vec<(usize, Source<'_>)>) -> io
                 for_each_part(jobs, start, end, |source, part, offset| {
                     let to = offset - start;
                     source.copy_to(part.clone(), &mut chunk[to..to + part.len()]);
+                    copied(part.len());
                     Ok(())
                 })
             })
@@ -45,7 +50,10 @@ pub(crate) fn fill(target: Target<'_>, mut jobs: Vec<(usize, Source<'_>)>) -> io
             let chunks = (span.start / CHUNK..span.end.div_ceil(CHUNK)).collect();
             map::each_in_parallel(chunks, |i: usize| {
                 for_each_part(jobs, i * CHUNK, (i + 1) * CHUNK, |source, part, offset| {
-                    source.write_to(part, file.file(), offset as u64)
+                    let len = part.len();
+                    source.write_to(part, file.file(), offset as u64)?;
+                    copied(len);
+                    Ok(())
                 })
             })
         }
@@ -92,13 +100,13 @@ mod tests {
             let jobs = || contents.iter().rev().map(|(at, bytes)| (*at, Source::from(&bytes[..]))).collect();
 
             let mut memory = Mapping::owned(end, 0).unwrap();
-            fill(Target::Memory(memory.as_bytes_mut()), jobs()).unwrap();
+            fill(Target::Memory(memory.as_bytes_mut()), jobs(), &|_| ()).unwrap();
             prop_assert!(memory.as_bytes() == expected);
 
             let dir = tempfile::tempdir().unwrap();
             let file = ExclusiveFile::create(&Dir::open(dir.path()).unwrap(), 0o600).unwrap();
             file.allocate(end as u64).unwrap();
-            fill(Target::File(&file), jobs()).unwrap();
+            fill(Target::File(&file), jobs(), &|_| ()).unwrap();
             prop_assert!(Mapping::read(file.file(), end, 0).unwrap().as_bytes() == expected);
         }
     }

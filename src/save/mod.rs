@@ -20,6 +20,7 @@
 
 #![forbid(unsafe_code)]
 
+mod checkpoint;
 pub(crate) mod checksum;
 mod delta;
 mod draft;
@@ -27,6 +28,9 @@ mod fill;
 mod pending;
 pub(crate) mod sharded;
 
+#[cfg(feature = "python")]
+pub(crate) use checkpoint::Create;
+pub use checkpoint::{CheckpointOptions, Checkpointer, Ready, Saved, Saving};
 pub use delta::{apply_delta, materialize, save_delta, save_diff};
 #[cfg(feature = "python")]
 pub(crate) use delta::{write_delta, write_diff};
@@ -35,6 +39,7 @@ pub(crate) use draft::place;
 pub use draft::{Draft, DraftOptions};
 pub(crate) use fill::{Target, fill};
 pub(crate) use pending::Pending;
+pub(crate) use sharded::Commit;
 
 use crate::dtype::DType;
 use crate::error::{Error, Result};
@@ -138,6 +143,13 @@ impl SaveOptions {
         self
     }
 
+    /// Calls `told(done, total)`, in bytes of tensor data, as they are copied: see [`DraftOptions::progress`].
+    #[must_use]
+    pub fn progress(mut self, told: impl Fn(u64, u64) + Send + Sync + 'static) -> Self {
+        self.draft = self.draft.progress(told);
+        self
+    }
+
     /// Splits the tensors over files of at most so many data bytes (a larger tensor gets a file of its
     /// own). Saving to `model.safetensors` then makes `model-00001-of-00002.safetensors`, … and
     /// `model.safetensors.index.json`, written last; what fits one file stays one file.
@@ -163,11 +175,16 @@ impl SaveOptions {
             tensors.into_iter().map(|(name, view)| Pair { name: name.into(), view }).collect();
         let path = path.as_ref();
         match self.max_shard_size {
-            None => self.save_one(&tensors, path),
+            None => {
+                let mut draft = self.draft.create(path, &self.plan(&tensors)?)?;
+                fill_draft(&mut draft, &tensors)?;
+                draft.commit()
+            }
             Some(limit) => {
-                let sizes: Vec<(&str, u64)> =
-                    tensors.iter().map(|t| (t.name.as_str(), t.view.data_len() as u64)).collect();
-                let write = |part: Range<usize>, path: &Path| self.save_one(&tensors[part], path);
+                let sizes = sizes(&tensors);
+                let options = Self { draft: self.draft.over(total(&sizes)), ..self.clone() };
+                let write =
+                    |part: Range<usize>, path: &Path| options.stage_one(&tensors[part], path)?().map(drop);
                 // Checksums are those of each file.
                 let mut metadata = self.metadata.clone();
                 metadata.iter_mut().for_each(|metadata| drop(metadata.remove(crate::digest::CHECKSUMS)));
@@ -176,22 +193,11 @@ impl SaveOptions {
         }
     }
 
-    /// One file.
-    fn save_one<V: View>(&self, tensors: &[Pair<V>], path: &Path) -> Result<()> {
+    /// One file, filled.
+    fn stage_one<V: View>(&self, tensors: &[Pair<V>], path: &Path) -> Result<Commit> {
         let mut draft = self.draft.create(path, &self.plan(tensors)?)?;
-        // What is borrowed is filled in one parallel go at the end; what has to be brought (from a device,
-        // by a gather) is filled at once, so that no two such copies exist together.
-        let mut borrowed = Vec::with_capacity(tensors.len());
-        for tensor in tensors {
-            // Planned just now, from these very names.
-            let index = draft.layout().position(&tensor.name).unwrap_or_default();
-            match tensor.view.data() {
-                Cow::Borrowed(data) => borrowed.push((index, Source::from(data))),
-                Cow::Owned(data) => draft.fill(vec![(index, Source::from(&*data))])?,
-            }
-        }
-        draft.fill(borrowed)?;
-        draft.commit()
+        fill_draft(&mut draft, tensors)?;
+        Ok(Box::new(move || draft.commit().map(|()| None)))
     }
 
     fn plan<V: View>(&self, tensors: &[Pair<V>]) -> Result<Layout> {
@@ -201,6 +207,31 @@ impl SaveOptions {
         }
         builder.build()
     }
+}
+
+/// Copies tensors into a draft planned from them.
+fn fill_draft<V: View>(draft: &mut Draft, tensors: &[Pair<V>]) -> Result<()> {
+    // What is borrowed is filled in one parallel go at the end; what has to be brought (from a device,
+    // by a gather) is filled at once, so that no two such copies exist together.
+    let mut borrowed = Vec::with_capacity(tensors.len());
+    for tensor in tensors {
+        // Planned just now, from these very names.
+        let index = draft.layout().position(&tensor.name).unwrap_or_default();
+        match tensor.view.data() {
+            Cow::Borrowed(data) => borrowed.push((index, Source::from(data))),
+            Cow::Owned(data) => draft.fill(vec![(index, Source::from(&*data))])?,
+        }
+    }
+    draft.fill(borrowed)
+}
+
+/// Names and bytes.
+fn sizes<V: View>(tensors: &[Pair<V>]) -> Vec<(&str, u64)> {
+    tensors.iter().map(|t| (t.name.as_str(), t.view.data_len() as u64)).collect()
+}
+
+fn total(sizes: &[(&str, u64)]) -> u64 {
+    sizes.iter().map(|(_, size)| size).sum()
 }
 
 /// A tensor to save.

@@ -25,26 +25,38 @@ pub(crate) struct Pending {
 impl Pending {
     /// Step 1: a temporary sibling of `path`.
     pub(crate) fn create(path: &Path) -> Result<Self> {
-        // `file_name` looks past a trailing slash, which says "a directory".
-        let whole = path.as_os_str().as_encoded_bytes();
-        let name = path.file_name().filter(|name| whole.ends_with(name.as_encoded_bytes()));
-        let name = name.ok_or_else(|| Error::Argument(format!("{} names no file", path.display())))?;
-        let dir = Dir::open(path.parent().unwrap_or(Path::new("")))
-            .map_err(Error::io(path, "opening its directory"))?;
+        let name = file_name(path)?;
+        let dir = open_dir(path)?;
         let mode = replaced_mode(&dir, path, name)?;
         ExclusiveFile::sweep(&dir);
         // A replacement is nobody else's to read until it has the old file's mode.
         let file = ExclusiveFile::create(&dir, if mode.is_some() { 0o600 } else { 0o666 })
             .map_err(Error::io(path, "creating a temporary file beside it"))?;
-        Ok(Self {
-            dir,
-            path: path.into(),
-            name: name.into(),
-            file,
-            mode,
-            published: false,
-            owner: std::process::id(),
-        })
+        Ok(Self::new(dir, file, path, name, mode))
+    }
+
+    /// As step 1, out of the [hidden](ExclusiveFile::hide) file at `path`, whose blocks and pages are used
+    /// again. `None`, with that file removed, where somebody still has it.
+    #[cfg(target_os = "linux")]
+    pub(crate) fn adopt(path: &Path) -> Result<Option<Self>> {
+        let name = file_name(path)?;
+        let dir = open_dir(path)?;
+        let file = ExclusiveFile::adopt(&dir, name);
+        let file = file.map_err(Error::io(path, "taking over its space"))?;
+        Ok(file.map(|file| Self::new(dir, file, path, name, None)))
+    }
+
+    fn new(dir: Dir, file: ExclusiveFile, path: &Path, name: &OsStr, mode: Option<u32>) -> Self {
+        let owner = std::process::id();
+        Self { dir, path: path.into(), name: name.into(), file, mode, published: false, owner }
+    }
+
+    /// Means the file for another path in the same directory.
+    pub(crate) fn aim(&mut self, path: &Path) -> Result<()> {
+        let name = file_name(path)?;
+        self.mode = replaced_mode(&self.dir, path, name)?;
+        (self.path, self.name) = (path.into(), name.into());
+        Ok(())
     }
 
     /// The path this file is meant for.
@@ -70,6 +82,7 @@ impl Pending {
         if durable {
             self.file.sync().map_err(Error::io(&path, "writing it to disk"))?;
         }
+        self.file.release().map_err(Error::io(&path, "giving up its lease"))?;
         self.dir
             .rename(self.file.name(), &self.name)
             .map_err(Error::io(&path, "renaming the finished file into place"))?;
@@ -87,6 +100,17 @@ impl Drop for Pending {
             self.dir.remove(self.file.name()).ok();
         }
     }
+}
+
+/// The last component, which names a file. (`Path::file_name` looks past a trailing slash.)
+fn file_name(path: &Path) -> Result<&OsStr> {
+    let whole = path.as_os_str().as_encoded_bytes();
+    let name = path.file_name().filter(|name| whole.ends_with(name.as_encoded_bytes()));
+    name.ok_or_else(|| Error::Argument(format!("{} names no file", path.display())))
+}
+
+fn open_dir(path: &Path) -> Result<Dir> {
+    Dir::open(path.parent().unwrap_or(Path::new(""))).map_err(Error::io(path, "opening its directory"))
 }
 
 /// The mode of the file at `path`, if there is one; refuses what a rename would wrongly replace.

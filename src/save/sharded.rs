@@ -3,20 +3,22 @@
 use super::Pending;
 use crate::error::{Error, Result};
 use crate::format::index::{self, Index};
-use crate::map;
 use crate::map::disk::Dir;
+use crate::map::{self, Mapping};
 use std::collections::BTreeMap;
 use std::ffi::OsStr;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 
+/// What makes one file visible. What it returns is the file's memory, to be unmapped when there is time.
+pub(crate) type Commit = Box<dyn FnOnce() -> Result<Option<Mapping>> + Send>;
+
 /// Saves tensors, given by name and size, over files of at most `limit` data bytes; `write` saves a part
-/// of them as one file. All or nothing: no existing shard is overwritten, so until the index is renamed
-/// into place the old set is whole; after it, the new one is.
+/// of them as one file. All or nothing: no existing shard is overwritten, so until the index
+/// is renamed into place the old set is whole; after it, the new one is.
 ///
 /// # Errors
-/// Those of `write`; [`Error::Argument`] for a path that shards cannot be named after,
-/// [`Error::Duplicate`]; of the index [`Error::Io`], [`Error::NotDurable`].
+/// As [`stage`] and [`Set::commit`].
 pub(crate) fn save<E: From<Error>>(
     tensors: &[(&str, u64)],
     path: &Path,
@@ -25,70 +27,149 @@ pub(crate) fn save<E: From<Error>>(
     durable: bool,
     write: impl Fn(Range<usize>, &Path) -> Result<(), E>,
 ) -> Result<(), E> {
+    // Each file is committed once it is filled, so that no two need memory together.
+    let mut set = stage(tensors, path, limit, metadata, durable, |_, _| Ok(Box::new(|| Ok(None))))?;
+    for shard in &mut set.shards {
+        write(shard.tensors.clone(), &shard.path)?;
+        set.written.push(shard.path.clone());
+    }
+    Ok(set.commit()?)
+}
+
+/// Makes all files of a set, up to their commits.
+///
+/// # Errors
+/// Those of `write`; [`Error::Argument`] for a path that shards cannot be named after; [`Error::Io`]
+/// for its directory; [`Error::Duplicate`].
+pub(crate) fn stage<E: From<Error>>(
+    tensors: &[(&str, u64)],
+    path: &Path,
+    limit: u64,
+    metadata: Option<&BTreeMap<String, String>>,
+    durable: bool,
+    write: impl Fn(Range<usize>, &Path) -> Result<Commit, E>,
+) -> Result<Set, E> {
     let target = Target::of(path)?;
     // One set at a time: names are chosen, and old shards removed, by what is there. Released when dropped,
     // or by the process' death. File systems without locks lose only this.
     target.dir.lock().ok();
     let mut old = target.old_shards();
     let groups = group(tensors, limit);
-    if let [all] = groups.as_slice() {
-        write(all.clone(), path)?;
-        // Some readers prefer an index: a stale one would hide the new file.
-        if target.dir.remove(target.index_name()).is_ok() && durable {
-            target.dir.sync().map_err(|source| Error::NotDurable { path: path.into(), source })?;
-        }
+    let mut set = Set {
+        target,
+        path: path.into(),
+        durable,
+        index: None,
+        old: Vec::new(),
+        shards: Vec::new(),
+        written: Vec::new(),
+    };
+    let paths: Vec<PathBuf> = if groups.len() == 1 {
         old.retain(|shard| Some(OsStr::new(shard)) != path.file_name());
-        target.remove_all(&old);
-        return Ok(());
+        vec![path.to_owned()]
+    } else {
+        let names = set.target.free_names(groups.len());
+        // An old index may name files that are gone, and whose names are free again.
+        old.retain(|shard| !names.contains(shard));
+        set.index = Some(encode_index(tensors, &groups, &names, metadata, path)?);
+        names.iter().map(|name| set.target.parent.join(name)).collect()
+    };
+    set.old = old;
+    for (tensors, path) in groups.into_iter().zip(paths) {
+        let commit = write(tensors.clone(), &path)?;
+        set.shards.push(Shard { tensors, path, commit });
     }
-    let names = target.free_names(groups.len());
-    // An old index may name files that are gone, and whose names are free again.
-    old.retain(|shard| !names.contains(shard));
+    Ok(set)
+}
+
+/// The index that says which tensor is in which file.
+fn encode_index(
+    tensors: &[(&str, u64)],
+    groups: &[Range<usize>],
+    names: &[String],
+    metadata: Option<&BTreeMap<String, String>>,
+    path: &Path,
+) -> Result<String> {
     let mut weight_map = BTreeMap::new();
-    for (group, file) in groups.iter().zip(&names) {
+    for (group, file) in groups.iter().zip(names) {
         for (name, _) in &tensors[group.clone()] {
             if weight_map.insert(*name, file.as_str()).is_some() {
-                return Err(
-                    Error::Duplicate { path: path.into(), what: "tensor", name: (*name).into() }.into()
-                );
+                return Err(Error::Duplicate { path: path.into(), what: "tensor", name: (*name).into() });
             }
         }
     }
-    let mut undo = Undo { target: &target, written: Vec::new() };
-    for (group, file) in groups.iter().zip(&names) {
-        write(group.clone(), &target.parent.join(file))?;
-        undo.written.push(file.clone());
-    }
     let total_size = tensors.iter().map(|(_, size)| size).sum();
-    let text = index::encode(&weight_map, metadata.unwrap_or(&BTreeMap::new()), total_size);
-    let pending = Pending::create(&target.index)?;
-    pending.allocate(text.len() as u64)?;
-    let written = pending.file().write_all_at(text.as_bytes(), 0);
-    written.map_err(Error::io(&target.index, "writing the index"))?;
-    let published = pending.publish(durable);
-    if !matches!(published, Err(Error::Io { .. })) {
-        // The index is in place: the new set is the model, whatever happens now.
-        undo.written.clear();
-        target.remove_all(&old);
-        // A single file of that name is not the model any more, and readers would take it for one: that it
-        // is gone must be as durable as the index.
-        let single = path.file_name().unwrap_or_default();
-        if target.dir.remove(single).is_ok() && durable && published.is_ok() {
-            target.dir.sync().map_err(|source| Error::NotDurable { path: path.into(), source })?;
+    Ok(index::encode(&weight_map, metadata.unwrap_or(&BTreeMap::new()), total_size))
+}
+
+/// A model over several files, filled and not yet visible; one file, if all fits.
+pub(crate) struct Set {
+    target: Target,
+    path: PathBuf,
+    durable: bool,
+    /// `None` for one file.
+    index: Option<String>,
+    /// The files of the set that is replaced.
+    old: Vec<String>,
+    shards: Vec<Shard>,
+    /// Shards already in place, removed again unless the index follows.
+    written: Vec<PathBuf>,
+}
+
+struct Shard {
+    tensors: Range<usize>,
+    path: PathBuf,
+    commit: Commit,
+}
+
+impl Set {
+    /// Makes it visible: every shard, then the index, then the old set's files go.
+    ///
+    /// # Errors
+    /// Those of the shards' commits; of the index [`Error::Io`], [`Error::NotDurable`].
+    pub(crate) fn commit(mut self) -> Result<()> {
+        for shard in std::mem::take(&mut self.shards) {
+            (shard.commit)()?;
+            self.written.push(shard.path);
         }
+        let Some(text) = self.index.take() else {
+            self.written.clear();
+            // Some readers prefer an index: a stale one would hide the new file.
+            self.remove_durably(self.target.index_name())?;
+            self.target.remove_all(&self.old);
+            return Ok(());
+        };
+        let pending = Pending::create(&self.target.index)?;
+        pending.allocate(text.len() as u64)?;
+        let written = pending.file().write_all_at(text.as_bytes(), 0);
+        written.map_err(Error::io(&self.target.index, "writing the index"))?;
+        let published = pending.publish(self.durable);
+        if matches!(published, Err(Error::Io { .. })) {
+            return published;
+        }
+        // The index is in place: the new set is the model, whatever happens now.
+        self.written.clear();
+        // A single file of that name is not the model any more, and readers would take it for one.
+        let gone = self.remove_durably(self.path.file_name().unwrap_or_default());
+        self.target.remove_all(&self.old);
+        published.and(gone)
     }
-    Ok(published?)
+
+    /// What must not come back by a power loss once this is done.
+    fn remove_durably(&self, name: &OsStr) -> Result<()> {
+        if self.target.dir.remove(name).is_ok() && self.durable {
+            let not_durable = |source| Error::NotDurable { path: self.path.clone(), source };
+            self.target.dir.sync().map_err(not_durable)?;
+        }
+        Ok(())
+    }
 }
 
-/// Shards already in place, removed again unless the index follows.
-struct Undo<'a> {
-    target: &'a Target,
-    written: Vec<String>,
-}
-
-impl Drop for Undo<'_> {
+impl Drop for Set {
     fn drop(&mut self) {
-        self.target.remove_all(&self.written);
+        for path in &self.written {
+            self.target.dir.remove(path.file_name().unwrap_or_default()).ok();
+        }
     }
 }
 

@@ -476,3 +476,47 @@ def test_a_raw_file_of_the_support_module_is_what_it_says(out: Path) -> None:
     out.write_bytes(raw({"a": {"dtype": "U8", "shape": [1], "data_offsets": [0, 1]}}, b"x"))
     assert reference(out) == {"a": Read("U8", (1,), b"x")}
     assert run_python("raise SystemExit(3)").returncode == 3
+
+
+def test_a_generator_fills_a_draft_holding_one_tensor_at_a_time(out: Path) -> None:
+    report = succeed(
+        """
+import resource, sys
+import numpy as np, maptensors as mt
+
+def tensors():
+    for i in range(32):
+        yield f"w{i}", np.full(2 << 20, i, np.float32)
+
+def anonymous():
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) for line in status if line.startswith("RssAnon"))
+
+before, most, told = anonymous(), 0, []
+def progress(done, total):
+    global most
+    most = max(most, anonymous())
+    told.append(done / total)
+
+with mt.create(sys.argv[1], {f"w{i}": ("F32", (2 << 20,)) for i in range(32)}) as draft:
+    draft.fill(tensors(), progress=progress)
+assert told[-1] == 1.0 and len(told) == 32
+print((most - before) // 1024)
+""",
+        out,
+    )
+    # Of 256 MiB in tensors of 8.
+    assert int(report) <= 8 + 64
+    with mt.open(out) as model:
+        assert all((model[f"w{i}"].numpy() == i).all() for i in range(32))
+
+
+def test_a_fill_that_forgets_or_makes_up_a_tensor_is_refused(out: Path) -> None:
+    with (
+        pytest.raises(ValueError, match='tensor "b" of the draft was not given'),
+        mt.create(out, SPEC) as draft,
+    ):
+        draft.fill([("w", VALUES)])
+    with pytest.raises(KeyError, match="made up"), mt.create(out, SPEC) as draft:
+        draft.fill({"made up": VALUES})
+    assert not out.exists()

@@ -124,7 +124,7 @@ fn rebuilt(model: &Model, delta: &Delta<'_>) -> Result<ModelMut> {
     let kept = layout.iter().filter(|info| !wholes.contains_key(info.name()));
     let jobs =
         kept.filter_map(|info| Some((info.bytes().start, Source::from(model.get(info.name())?.as_bytes()))));
-    fill(Target::Memory(memory.as_bytes_mut()), jobs.collect())
+    fill(Target::Memory(memory.as_bytes_mut()), jobs.collect(), &|_| ())
         .map_err(Error::io(&path, "copying tensor data"))?;
     let catalog = Catalog::new(vec![Shard { path, layout }])?;
     Ok(ModelMut::new(Model::new(catalog, vec![memory]), false))

@@ -1,0 +1,245 @@
+"""Checkpoints: saved again and again, into outputs made ready ahead of time."""
+
+import asyncio
+import os
+from collections.abc import Callable, Generator, Mapping
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Self
+
+from maptensors import _native
+from maptensors._api import parse_size
+from maptensors._state import flatten, unflatten
+
+_FRAMEWORKS = (None, "maptensors", "numpy", "torch", "jax")
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A checkpoint that has been saved, and how long that took."""
+
+    step: int
+    #: Its file; in shards, what its files are named after.
+    path: str
+    #: Bytes of tensor data.
+    nbytes: int
+    #: What it was written into: "new", "prepared" ahead of time, or "recycled" from an old checkpoint.
+    output: str
+    #: Seconds from the call until the state was copied.
+    staged: float
+    #: Seconds from the call until it was visible and, if it is to be, durable.
+    finished: float
+    #: Whether it survives a power loss.
+    durable: bool
+
+
+class Saving:
+    """A checkpoint on its way: :meth:`wait`, ``with``, or ``await`` it. Dropped, it is saved all the same."""
+
+    def __init__(self, saving: _native.Saving) -> None:
+        self._saving = saving
+
+    @property
+    def staged(self) -> float:
+        """Seconds that staging took."""
+        return self._saving.staged
+
+    def wait_staged(self) -> None:
+        """Return once the state is copied: it is, as soon as ``save_async`` has returned."""
+
+    def wait(self, timeout: float | None = None) -> Saved:
+        """Wait until it is saved; after ``timeout`` seconds raise TimeoutError. An error is told once."""
+        saved = self._saving.wait(timeout)
+        if saved is None:
+            raise TimeoutError(f"the checkpoint was not saved within {timeout} seconds; it still will be")
+        return Saved(**saved)
+
+    result = wait
+
+    def done(self) -> bool:
+        """Whether it is saved, or has failed."""
+        return self._saving.done()
+
+    def __await__(self) -> Generator[Any, None, Saved]:
+        return asyncio.get_running_loop().run_in_executor(None, self.wait).__await__()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.wait()
+
+
+class Checkpointer:
+    """The checkpoints of a directory, and the way to save more.
+
+    >>> import maptensors as mt, numpy as np, tempfile
+    >>> directory = tempfile.TemporaryDirectory()
+    >>> state = {"model": {"w": np.zeros(4)}, "step": 0, "lr": 0.1, "names": ["w"]}
+    >>> with mt.Checkpointer(directory.name, keep=2) as checkpoints:
+    ...     for step in (100, 200, 300):
+    ...         state["model"]["w"] += 1
+    ...         saving = checkpoints.save_async(state | {"step": step}, step)  # copied when this returns
+    ...     checkpoints.wait()
+    ...     checkpoints.steps()
+    [200, 300]
+    >>> mt.Checkpointer(directory.name).load()
+    {'model': {'w': array([3., 3., 3., 3.])}, 'step': 300, 'lr': 0.1, 'names': ['w']}
+
+    A checkpoint is a complete, standard safetensors file called after its step
+    (``step-0000000300.safetensors``). A state is a dict of tensors (torch, numpy, JAX), numbers, strings,
+    booleans, None, and nested dicts, lists and tuples of them, as ``optimizer.state_dict()`` is; what is no
+    tensor travels as JSON in the file's metadata. Anything else is refused by name.
+
+    Saving is a copy into a file that was allocated and brought into memory ahead of time: a new one, or the
+    oldest that falls out of ``keep`` and that nobody has open or mapped any more. On disk there are ``keep``
+    checkpoints and one output made ready; ``prepare=False`` goes without.
+
+    ``keep`` keeps the last so many, ``keep_every`` also each multiple of so many steps. With
+    ``max_shard_size`` larger states are saved in shards, all of them or none. ``durable=False`` syncs
+    nothing. ``example``, a state or a spec as for :func:`maptensors.create`, has the first output made
+    ready at once. ``progress`` is called with the bytes staged and their total; True shows a ``tqdm`` bar
+    where it is installed. One Checkpointer at a time saves into a directory.
+    """
+
+    def __init__(
+        self,
+        directory: str | os.PathLike[str],
+        example: Mapping[str, Any] | None = None,
+        *,
+        keep: int | None = None,
+        keep_every: int | None = None,
+        durable: bool = True,
+        prepare: bool = True,
+        max_shard_size: int | str | None = None,
+        progress: Callable[[int, int], object] | bool = False,
+    ) -> None:
+        for name, value in (("keep", keep), ("keep_every", keep_every)):
+            if value is not None and value < 1:
+                raise ValueError(f"{name} is at least 1, not {value}")
+        self.directory = os.fspath(directory)
+        self._checkpoints = _native.Checkpoints(
+            directory,
+            keep=keep,
+            keep_every=keep_every,
+            durable=durable,
+            prepare=prepare,
+            max_shard_size=None if max_shard_size is None else parse_size(max_shard_size),
+            progress=_Bar() if progress is True else progress or None,
+        )
+        if example is not None and prepare:
+            self._checkpoints.prepare(_planned_size(example))
+
+    def save(
+        self, state: Mapping[str, Any], step: int, *, metadata: Mapping[str, str] | None = None
+    ) -> Saved:
+        """Save a state; it is durable when this returns."""
+        return Saved(**self._checkpoints.save(*self._prepared(state, step, metadata)))
+
+    def save_async(
+        self, state: Mapping[str, Any], step: int, *, metadata: Mapping[str, str] | None = None
+    ) -> Saving:
+        """Copy a state and return; it is synced and becomes visible in the background.
+
+        What happens to the state from now on does not reach the file. One more save may be queued behind one
+        under way; the next call then waits. An error is raised by the :class:`Saving` returned, or else by
+        the next save, :meth:`wait` or :meth:`close`.
+        """
+        return Saving(self._checkpoints.save_async(*self._prepared(state, step, metadata)))
+
+    def _prepared(
+        self, state: Mapping[str, Any], step: int, metadata: Mapping[str, str] | None
+    ) -> tuple[dict[str, Any], int, dict[str, str]]:
+        if step < 0:
+            raise ValueError(f"a step is not negative: {step}")
+        tensors, structure = flatten(state)
+        return tensors, step, structure | dict(metadata or {}) | {"maptensors.step": str(step)}
+
+    def steps(self) -> list[int]:
+        """Return the steps there are, in order. An unfinished checkpoint is never among them."""
+        return self._checkpoints.steps()
+
+    def latest(self) -> int | None:
+        """Return the last step there is."""
+        return max(self.steps(), default=None)
+
+    def path(self, step: int | None = None) -> str:
+        """Return what to open for a step, or for the latest: a file, or the index of a sharded set."""
+        return self._checkpoints.find(step)
+
+    def open(self, step: int | None = None, mode: str = "c", **options: Any) -> _native.Model:
+        """Map a checkpoint, or the latest: its tensors by name. ``options`` are those of ``open``."""
+        while True:
+            path = self.path(step)
+            try:
+                return _native.open(path, mode, **options)
+            except FileNotFoundError:
+                # The latest may have been replaced between finding and opening it.
+                if step is not None or os.path.exists(path):
+                    raise
+
+    def load(self, step: int | None = None, mode: str = "c", *, framework: str | None = None) -> Any:
+        """Return the state that was saved at a step, or last: as it was, its tensors mapped from the file.
+
+        Tensors are of the framework they were saved from; ``framework`` ("torch", "numpy", "jax", or
+        "maptensors" for what reads nothing until it is used) has all of them in one. A mapped checkpoint
+        stays on disk, even removed, until its arrays are gone. A safetensors file that was not written
+        by a Checkpointer is a flat dict of :class:`maptensors.Tensor`.
+        """
+        if framework not in _FRAMEWORKS:
+            raise ValueError(f"framework is one of {', '.join(map(repr, _FRAMEWORKS))}, not {framework!r}")
+        return unflatten(self.open(step, mode), framework)
+
+    def wait(self) -> None:
+        """Wait for saves under way, and for the next output. An error nobody was told of is raised here."""
+        self._checkpoints.wait()
+
+    def close(self) -> None:
+        """As :meth:`wait`, and end the background thread."""
+        self._checkpoints.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"Checkpointer({self.directory!r})"
+
+
+def _planned_size(example: Mapping[str, Any]) -> int:
+    is_spec = all(isinstance(what, tuple | dict) and _is_declared(what) for what in example.values())
+    tensors, structure = (dict(example), {}) if is_spec and example else flatten(example)
+    return _native.planned_size(tensors, metadata=structure | {"maptensors.step": "0"})
+
+
+def _is_declared(what: Any) -> bool:
+    """Whether this is ``(dtype, shape)`` or a dict of both, as in a spec."""
+    if isinstance(what, dict):
+        return set(what) == {"dtype", "shape"}
+    return len(what) == 2 and isinstance(what[1], tuple | list)
+
+
+class _Bar:
+    """A progress bar for each save, where tqdm is installed."""
+
+    def __init__(self) -> None:
+        self._bar: Any = None
+
+    def __call__(self, done: int, total: int) -> None:
+        if self._bar is None:
+            try:
+                from tqdm.auto import tqdm
+            except ImportError:
+                return
+            self._bar = tqdm(total=total, unit="B", unit_scale=True, unit_divisor=1024, desc="staging")
+        # Pieces may be told of out of order.
+        self._bar.update(max(0, done - self._bar.n))
+        if done >= total:
+            self._bar.close()
+            self._bar = None

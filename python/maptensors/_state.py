@@ -1,0 +1,158 @@
+"""A training state — tensors, numbers, strings, nested dicts and lists — as tensors and one line of JSON."""
+
+import json
+import math
+import sys
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from maptensors._native import Model, Tensor
+
+#: Where the structure is kept in a file's metadata.
+STATE = "maptensors.state"
+
+# What other loaders look for in "format".
+_FORMATS = {"torch": "pt", "numpy": "np", "jax": "flax"}
+
+# How a structure is written. Strings, integers, booleans, null and finite floats stand for themselves;
+# everything else is an object with one key that says what it is:
+#   {"tensor": name, "as": framework}    {"dict": {…}}    {"ordered": [[key, value], …]}
+#   {"items": [[key, value], …]} (keys that are not all strings)    {"list": […]}    {"tuple": […]}
+#   {"float": "nan" | "inf" | "-inf"}
+
+
+def framework_of(value: object) -> str | None:
+    """Whose array a value is: "torch", "numpy", "jax", "maptensors", "scalar" (numpy's); None if no array."""
+    if isinstance(value, Tensor):
+        return "maptensors"
+    numpy = sys.modules.get("numpy")
+    if numpy is not None:
+        if isinstance(value, numpy.ndarray):
+            return "numpy"
+        if isinstance(value, numpy.generic):
+            return "scalar"
+    torch = sys.modules.get("torch")
+    if torch is not None and isinstance(value, torch.Tensor):
+        return "torch"
+    jax = sys.modules.get("jax")
+    if jax is not None and isinstance(value, jax.Array):
+        return "jax"
+    return None
+
+
+def flatten(state: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
+    """Return the tensors of a state by name, and the metadata that says how it was made of them."""
+    if isinstance(state, Model):
+        return dict(state.items()), dict(state.metadata)
+    if not isinstance(state, Mapping):
+        raise TypeError(
+            f"a state is a dict of tensors, numbers and nested dicts, not a {type(state).__name__}"
+        )
+    tensors: dict[str, Any] = {}
+    node = _encode(state, "", tensors, {})
+    metadata = {STATE: json.dumps(node, allow_nan=False, separators=(",", ":"))}
+    frameworks = {framework_of(tensor) or "" for tensor in tensors.values()}
+    if len(frameworks) == 1 and (known := _FORMATS.get(*frameworks)):
+        metadata["format"] = known
+    return tensors, metadata
+
+
+def _encode(value: Any, path: str, tensors: dict[str, Any], known: dict[object, str]) -> Any:
+    framework = framework_of(value)
+    if framework is not None:
+        return {"tensor": _name(value, framework, path, tensors, known), "as": framework}
+    kind = type(value)
+    if value is None or kind in (str, bool, int):
+        return value
+    if kind is float:
+        return value if math.isfinite(value) else {"float": str(value)}
+    if kind in (list, tuple):
+        parts = [_encode(part, _join(path, i), tensors, known) for i, part in enumerate(value)]
+        return {kind.__name__: parts}
+    if kind in (dict, OrderedDict) or (not path and isinstance(value, Mapping)):
+        pairs = []
+        for key, part in value.items():
+            if key is not None and type(key) not in (str, int, bool):
+                where = path or "the state"
+                raise TypeError(
+                    f"{where} has a key of type {type(key).__name__}: only str and int can be saved"
+                )
+            pairs.append([key, _encode(part, _join(path, key), tensors, known)])
+        if kind is OrderedDict:
+            return {"ordered": pairs}
+        if all(type(key) is str for key, _ in pairs):
+            return {"dict": dict(pairs)}
+        return {"items": pairs}
+    raise TypeError(
+        f"{path} is a {kind.__module__}.{kind.__qualname__}, which a checkpoint cannot hold: tensors, "
+        "numbers, strings, booleans, None, and dicts, lists and tuples of them can be saved"
+    )
+
+
+def _join(path: str, key: object) -> str:
+    return f"{path}.{key}" if path else str(key)
+
+
+def _name(value: Any, framework: str, path: str, tensors: dict[str, Any], known: dict[object, str]) -> str:
+    """Return the name of a tensor in the file: one that is there twice (tied weights) is saved once."""
+    identity: object = id(value)
+    if framework == "torch" and value.device.type == "cpu" and value.layout is sys.modules["torch"].strided:
+        identity = (value.data_ptr(), value.dtype, tuple(value.shape), tuple(value.stride()))
+        if not value.numel():
+            identity = id(value)
+    if identity in known:
+        return known[identity]
+    name, n = path, 1
+    while name in tensors:
+        n += 1
+        name = f"{path}~{n}"
+    tensors[name] = value
+    known[identity] = name
+    return name
+
+
+def unflatten(model: Model, framework: str | None) -> Any:
+    """Return the state that a checkpoint holds, its tensors as they were given or in one framework."""
+    metadata = model.metadata
+    taken: dict[str, Any] = {}
+
+    def tensor(name: str, given: str) -> Any:
+        wanted = given if framework is None or given == "scalar" else framework
+        if name not in taken:
+            taken[name] = _TAKE[wanted](model[name])
+        return taken[name]
+
+    if STATE in metadata:
+        return _decode(json.loads(metadata[STATE]), tensor)
+    return {name: tensor(name, "maptensors") for name in model}
+
+
+_TAKE: dict[str, Callable[[Tensor], Any]] = {
+    "maptensors": lambda tensor: tensor,
+    "numpy": lambda tensor: tensor.numpy(),
+    "scalar": lambda tensor: tensor.numpy()[()],
+    "torch": lambda tensor: tensor.torch(),
+    "jax": lambda tensor: tensor.jax(),
+}
+
+
+def _decode(node: Any, tensor: Callable[[str, str], Any]) -> Any:
+    if not isinstance(node, dict):
+        return node
+    match node:
+        case {"tensor": str(name), "as": str(given)} if given in _TAKE:
+            return tensor(name, given)
+        case {"float": str(text)}:
+            return float(text)
+        case {"list": list(parts)}:
+            return [_decode(part, tensor) for part in parts]
+        case {"tuple": list(parts)}:
+            return tuple(_decode(part, tensor) for part in parts)
+        case {"dict": dict(parts)}:
+            return {key: _decode(part, tensor) for key, part in parts.items()}
+        case {"items": list(pairs)}:
+            return {key: _decode(part, tensor) for key, part in pairs}
+        case {"ordered": list(pairs)}:
+            return OrderedDict((key, _decode(part, tensor)) for key, part in pairs)
+    raise ValueError(f"the checkpoint's {STATE!r} metadata is not what maptensors writes: {str(node)[:100]}")

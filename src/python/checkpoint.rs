@@ -1,0 +1,199 @@
+//! `maptensors._native.Checkpoints`: what `maptensors.Checkpointer` stands on.
+
+use super::save::{Metadata, collect, sizes, stage_one};
+use crate::error::Error;
+use crate::save::{self, CheckpointOptions, Checkpointer, Ready};
+use pyo3::prelude::*;
+use pyo3::types::PyDict;
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+/// The checkpoints of a directory.
+#[pyclass(frozen, module = "maptensors._native")]
+pub(super) struct Checkpoints {
+    open: Mutex<Option<Arc<Checkpointer>>>,
+}
+
+impl Checkpoints {
+    fn checkpointer(&self) -> PyResult<Arc<Checkpointer>> {
+        let open = self.open.lock().unwrap_or_else(PoisonError::into_inner);
+        open.clone().ok_or_else(|| Error::Argument("the checkpointer is closed".into()).into())
+    }
+
+    fn start(
+        &self,
+        py: Python<'_>,
+        tensors: &Bound<'_, PyAny>,
+        step: u64,
+        metadata: Metadata,
+        inline: bool,
+    ) -> PyResult<save::Saving> {
+        let checkpointer = self.checkpointer()?;
+        let tensors = collect(tensors)?;
+        let given = metadata.as_ref();
+        py.detach(|| {
+            checkpointer.run(&sizes(&tensors), given, step, inline, |part, path, create| {
+                Python::attach(|py| stage_one(py, &tensors[part], path, &metadata, create))
+            })
+        })
+    }
+}
+
+#[pymethods]
+impl Checkpoints {
+    #[new]
+    #[pyo3(signature = (directory, *, keep = None, keep_every = None, durable = true, prepare = true, max_shard_size = None, progress = None))]
+    #[allow(clippy::too_many_arguments)] // Python's keyword arguments
+    fn new(
+        py: Python<'_>,
+        directory: PathBuf,
+        keep: Option<usize>,
+        keep_every: Option<u64>,
+        durable: bool,
+        prepare: bool,
+        max_shard_size: Option<u64>,
+        progress: Option<Py<PyAny>>,
+    ) -> PyResult<Self> {
+        let mut options = CheckpointOptions::new().durable(durable).prepare(prepare);
+        if let Some(keep) = keep {
+            options = options.keep(keep);
+        }
+        if let Some(steps) = keep_every {
+            options = options.keep_every(steps);
+        }
+        if let Some(bytes) = max_shard_size {
+            options = options.max_shard_size(bytes);
+        }
+        if let Some(told) = progress {
+            options = options.progress(move |done, total| {
+                Python::attach(|py| {
+                    if let Err(error) = told.call1(py, (done, total)) {
+                        error.write_unraisable(py, Some(told.bind(py)));
+                    }
+                });
+            });
+        }
+        let checkpointer = py.detach(|| options.open(directory))?;
+        Ok(Self { open: Mutex::new(Some(Arc::new(checkpointer))) })
+    }
+
+    /// Saves, and returns what was saved, as a dict.
+    fn save<'py>(
+        &self,
+        py: Python<'py>,
+        tensors: &Bound<'py, PyAny>,
+        step: u64,
+        metadata: Metadata,
+    ) -> PyResult<Bound<'py, PyDict>> {
+        let saving = self.start(py, tensors, step, metadata, true)?;
+        saved(py, &py.detach(|| saving.wait())?)
+    }
+
+    /// Stages, and returns what waits for the rest.
+    fn save_async(
+        &self,
+        py: Python<'_>,
+        tensors: &Bound<'_, PyAny>,
+        step: u64,
+        metadata: Metadata,
+    ) -> PyResult<Saving> {
+        Ok(Saving { saving: self.start(py, tensors, step, metadata, false)? })
+    }
+
+    /// Makes an output of so many bytes ready.
+    fn prepare(&self, py: Python<'_>, bytes: u64) -> PyResult<()> {
+        let checkpointer = self.checkpointer()?;
+        py.detach(|| checkpointer.prepare(bytes));
+        Ok(())
+    }
+
+    /// The steps there are, in order.
+    fn steps(&self, py: Python<'_>) -> PyResult<Vec<u64>> {
+        let checkpointer = self.checkpointer()?;
+        Ok(py.detach(|| checkpointer.steps())?)
+    }
+
+    /// What to open for a step, or for the latest.
+    #[pyo3(signature = (step = None))]
+    fn find(&self, py: Python<'_>, step: Option<u64>) -> PyResult<std::ffi::OsString> {
+        let checkpointer = self.checkpointer()?;
+        Ok(py.detach(|| checkpointer.find(step))?.into_os_string())
+    }
+
+    /// Waits for saves under way; an error nobody was told of comes here.
+    fn wait(&self, py: Python<'_>) -> PyResult<()> {
+        let checkpointer = self.checkpointer()?;
+        Ok(py.detach(|| checkpointer.wait())?)
+    }
+
+    /// Waits for saves under way, and ends the background thread.
+    fn close(&self, py: Python<'_>) -> PyResult<()> {
+        let open = self.open.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let Some(checkpointer) = open else { return Ok(()) };
+        Ok(py.detach(|| {
+            let done = checkpointer.wait();
+            drop(checkpointer);
+            done
+        })?)
+    }
+}
+
+/// A checkpoint on its way.
+#[pyclass(frozen, module = "maptensors._native")]
+pub(super) struct Saving {
+    saving: save::Saving,
+}
+
+#[pymethods]
+impl Saving {
+    /// Waits at most so many seconds; what was saved, as a dict, or None if it is not yet.
+    #[pyo3(signature = (timeout = None))]
+    fn wait<'py>(&self, py: Python<'py>, timeout: Option<f64>) -> PyResult<Option<Bound<'py, PyDict>>> {
+        // In turns, so that Ctrl-C is seen.
+        const TURN: Duration = Duration::from_millis(100);
+        let mut left =
+            timeout.map(|seconds| Duration::try_from_secs_f64(seconds.max(0.0)).unwrap_or(Duration::MAX));
+        loop {
+            let turn = left.map_or(TURN, |left| left.min(TURN));
+            if let Some(outcome) = py.detach(|| self.saving.wait_for(turn)) {
+                return saved(py, &outcome?).map(Some);
+            }
+            py.check_signals()?;
+            if let Some(left) = &mut left {
+                *left = left.saturating_sub(turn);
+                if left.is_zero() {
+                    return Ok(None);
+                }
+            }
+        }
+    }
+
+    /// Whether it is saved, or has failed.
+    fn done(&self) -> bool {
+        self.saving.is_done()
+    }
+
+    /// Seconds that staging took.
+    #[getter]
+    fn staged(&self) -> f64 {
+        self.saving.staged.as_secs_f64()
+    }
+}
+
+fn saved<'py>(py: Python<'py>, saved: &save::Saved) -> PyResult<Bound<'py, PyDict>> {
+    let dict = PyDict::new(py);
+    dict.set_item("step", saved.step)?;
+    dict.set_item("path", saved.path.as_os_str())?;
+    dict.set_item("nbytes", saved.bytes)?;
+    let output = match saved.ready {
+        Ready::No => "new",
+        Ready::Prepared => "prepared",
+        Ready::Recycled => "recycled",
+    };
+    dict.set_item("output", output)?;
+    dict.set_item("staged", saved.staged.as_secs_f64())?;
+    dict.set_item("finished", saved.finished.as_secs_f64())?;
+    dict.set_item("durable", saved.durable)?;
+    Ok(dict)
+}

@@ -1,0 +1,80 @@
+//! An output made ready before it is needed.
+
+use super::super::draft::map_output;
+use super::super::{Draft, DraftOptions, Pending};
+use crate::error::{Error, Result};
+use crate::format::safetensors;
+use crate::layout::Layout;
+use crate::map::Mapping;
+use std::path::Path;
+
+/// A file without a name yet, its blocks allocated and its pages in memory, so that saving into it is
+/// copying and nothing else: new, or a checkpoint that nobody has any more.
+pub(super) struct Slot {
+    memory: Mapping,
+    recycled: bool,
+    // Declared last: the mapping goes before the file does.
+    pending: Pending,
+}
+
+impl Slot {
+    /// A new file of `len` bytes beside `path`. `None` where the file system cannot allocate ahead.
+    pub(super) fn fresh(path: &Path, len: u64) -> Result<Option<Self>> {
+        let Some(slot) = Self::new(Pending::create(path)?, len, false)? else { return Ok(None) };
+        // Blocks are given zeroed pages now, which is most of what writing a new file costs.
+        let populated = slot.memory.populate_write();
+        populated.map_err(Error::io(slot.pending.path(), "bringing its pages into memory"))?;
+        Ok(Some(slot))
+    }
+
+    /// Out of the file at `path`, which is gone afterwards. `None` where somebody still has it, or its pages
+    /// have left memory: writing a part of a page that is not there would read it first.
+    #[cfg(target_os = "linux")]
+    pub(super) fn recycle(path: &Path, len: u64) -> Result<Option<Self>> {
+        let Some(pending) = Pending::adopt(path)? else { return Ok(None) };
+        let slot = Self::new(pending, len, true)?;
+        // Its pages are not touched here: that would make them dirty, and have old content written out.
+        Ok(slot.filter(|slot| {
+            let pages = slot.memory.residency(0..slot.memory.len());
+            pages.is_ok_and(|pages| pages.resident >= pages.pages - pages.pages / 16)
+        }))
+    }
+
+    fn new(pending: Pending, len: u64, recycled: bool) -> Result<Option<Self>> {
+        let io = |action| Error::io(pending.path(), action);
+        if !pending.file().resize(len).map_err(io("allocating space for it"))? {
+            return Ok(None);
+        }
+        let memory = map_output(&pending, len)?;
+        Ok(Some(Self { memory, recycled, pending }))
+    }
+
+    pub(super) fn is_recycled(&self) -> bool {
+        self.recycled
+    }
+
+    /// A draft in it, of a file at `path` in the same directory. `None` where somebody waits for the file
+    /// that this was.
+    pub(super) fn draft(
+        mut self,
+        path: &Path,
+        layout: &Layout,
+        options: &DraftOptions,
+    ) -> Result<Option<Draft>> {
+        #[cfg(target_os = "linux")]
+        if self.recycled && !self.pending.file().is_undisputed() {
+            return Ok(None);
+        }
+        let (header, layout) = safetensors::encode(layout, path)?;
+        self.pending.aim(path)?;
+        let len = layout.file_len();
+        if self.memory.len() as u64 != len {
+            // Its pages stay in memory; only the table of them is made anew.
+            drop(self.memory);
+            let resized = self.pending.file().resize(len);
+            resized.map_err(Error::io(path, "allocating space for it"))?;
+            self.memory = map_output(&self.pending, len)?;
+        }
+        Ok(Some(Draft::within(&header, layout, self.memory, options, self.pending)))
+    }
+}

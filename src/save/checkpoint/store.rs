@@ -1,0 +1,157 @@
+//! A directory of checkpoints, by step.
+
+use crate::error::{Error, Result};
+use crate::format::index;
+use crate::map::disk::Dir;
+use crate::map::{ExclusiveFile, open_regular, read_exact_at};
+use std::collections::BTreeSet;
+use std::ffi::{OsStr, OsString};
+use std::path::{Path, PathBuf};
+
+const PREFIX: &str = "step-";
+const FILE: &str = ".safetensors";
+const INDEX: &str = ".safetensors.index.json";
+
+/// Checkpoints are `step-0000000100.safetensors`, or an index of that stem and its shards.
+pub(super) struct Store {
+    dir: Dir,
+    path: PathBuf,
+}
+
+impl Store {
+    /// Opens a directory, which is made where it is not there.
+    pub(super) fn open(path: &Path) -> Result<Self> {
+        std::fs::create_dir_all(path).map_err(Error::io(path, "making the directory of checkpoints"))?;
+        let dir = Dir::open(path).map_err(Error::io(path, "opening the directory of checkpoints"))?;
+        Ok(Self { dir, path: path.into() })
+    }
+
+    pub(super) fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Where the checkpoint of a step is written; sharded, what its files are named after.
+    pub(super) fn target(&self, step: u64) -> PathBuf {
+        self.path.join(file_name(step, FILE))
+    }
+
+    /// What to open for a step: its file, or its index.
+    pub(super) fn find(&self, step: u64) -> Option<PathBuf> {
+        let names = [file_name(step, FILE), file_name(step, INDEX)];
+        names.iter().find(|name| self.is_complete(name.as_ref())).map(|name| self.path.join(name))
+    }
+
+    /// The steps whose checkpoints are complete, in order.
+    pub(super) fn steps(&self) -> Result<BTreeSet<u64>> {
+        let names = self.dir.names().map_err(Error::io(&self.path, "listing the checkpoints"))?;
+        Ok(names.iter().filter(|name| self.is_complete(name)).filter_map(|name| step_of(name)).collect())
+    }
+
+    /// Whether a name is a whole checkpoint: a file gets its name last, an index may have lost shards to
+    /// someone who removes files.
+    fn is_complete(&self, name: &OsStr) -> bool {
+        if step_of(name).is_none() || !self.dir.contains(name) {
+            return false;
+        }
+        let is_index = name.to_str().is_some_and(|name| name.ends_with(INDEX));
+        !is_index
+            || self
+                .shards(name)
+                .is_ok_and(|shards| shards.iter().all(|shard| self.dir.contains(shard.as_ref())))
+    }
+
+    /// The files that an index names.
+    fn shards(&self, index: &OsStr) -> Result<Vec<String>> {
+        let path = self.path.join(index);
+        let (file, len) = open_regular(&path)?;
+        let len = usize::try_from(len.min(index::MAX_INDEX_LEN)).unwrap_or_default();
+        Ok(index::parse(&read_exact_at(&file, &path, 0, len)?, &path)?.shards)
+    }
+
+    /// Takes a checkpoint away. What is returned is a single file, by the hidden name that it has now: to be
+    /// used again or removed.
+    pub(super) fn take_away(&self, step: u64) -> Option<PathBuf> {
+        let index = OsString::from(file_name(step, INDEX));
+        let shards = self.shards(&index).unwrap_or_default();
+        if self.dir.remove(&index).is_ok() {
+            // Once durably without its index it is no checkpoint: now shards may go in any order.
+            self.dir.sync().ok();
+            let prefix = file_name(step, "-");
+            for shard in shards.iter().filter(|shard| shard.starts_with(&prefix)) {
+                self.dir.remove(shard.as_ref()).ok();
+            }
+        }
+        let file = OsString::from(file_name(step, FILE));
+        ExclusiveFile::hide(&self.dir, &file).ok().map(|hidden| self.path.join(hidden))
+    }
+
+    /// Which steps `keep` and `keep_every` let go, once `saved` is there: oldest first.
+    pub(super) fn surplus(
+        &self,
+        keep: Option<usize>,
+        keep_every: Option<u64>,
+        saved: u64,
+    ) -> Result<Vec<u64>> {
+        let Some(keep) = keep else { return Ok(Vec::new()) };
+        let for_ever = |step: &u64| keep_every.is_some_and(|every| step.is_multiple_of(every));
+        let mut others: Vec<u64> =
+            self.steps()?.into_iter().filter(|step| *step != saved && !for_ever(step)).collect();
+        let kept = keep.saturating_sub(usize::from(!for_ever(&saved)));
+        others.truncate(others.len().saturating_sub(kept));
+        Ok(others)
+    }
+}
+
+fn file_name(step: u64, suffix: &str) -> String {
+    format!("{PREFIX}{step:010}{suffix}")
+}
+
+/// The step that a file or an index belongs to; `None` for any other name.
+fn step_of(name: &OsStr) -> Option<u64> {
+    let name = name.to_str()?;
+    let digits = name.strip_prefix(PREFIX)?;
+    let digits = digits.strip_suffix(INDEX).or_else(|| digits.strip_suffix(FILE))?;
+    let step = digits.bytes().all(|b| b.is_ascii_digit()).then(|| digits.parse().ok())??;
+    // One name for each step.
+    (file_name(step, "") == format!("{PREFIX}{digits}")).then_some(step)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_names_that_are_written_here_are_checkpoints() {
+        for (name, expected) in [
+            ("step-0000000100.safetensors", Some(100)),
+            ("step-0000000100.safetensors.index.json", Some(100)),
+            ("step-12345678901.safetensors", Some(12_345_678_901)),
+            ("step-18446744073709551615.safetensors", Some(u64::MAX)),
+            ("step-18446744073709551616.safetensors", None),
+            ("step-100.safetensors", None),
+            ("step-0000000100-00001-of-00002.safetensors", None),
+            ("step-+000000100.safetensors", None),
+            ("step-.safetensors", None),
+            ("step-0000000100.safetensors.tmp", None),
+            ("model.safetensors", None),
+        ] {
+            assert_eq!(step_of(name.as_ref()), expected, "{name}");
+        }
+    }
+
+    #[test]
+    fn the_oldest_fall_out_and_milestones_stay() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = Store::open(dir.path()).unwrap();
+        for step in [100, 150, 200, 250, 300] {
+            std::fs::write(store.target(step), []).unwrap();
+        }
+        let surplus = |keep, every, saved| store.surplus(keep, every, saved).unwrap();
+        assert_eq!(surplus(None, None, 300), [0; 0]);
+        assert_eq!(surplus(Some(2), None, 300), [100, 150, 200]);
+        assert_eq!(surplus(Some(1), Some(100), 300), [150]);
+        assert_eq!(surplus(Some(1), Some(100), 250), [150]);
+        assert_eq!(surplus(Some(1), None, 100), [150, 200, 250, 300], "what was just saved stays");
+        assert_eq!(surplus(Some(9), None, 300), [0; 0]);
+    }
+}
