@@ -108,10 +108,13 @@ fn scanned(pagemap: &File, span: Range<usize>) -> io::Result<Vec<Range<usize>>> 
         for region in &regions[..n] {
             push(&mut found, address(region.start)..address(region.end));
         }
-        if arg.walk_end <= start {
+        // Where an answer took more than one of the kernel's own buffers of 512 ranges, `walk_end` is where
+        // the last but one was full (Linux 6.18): what is behind it has been told already.
+        let told = regions[..n].last().map_or(0, |last| last.end).max(arg.walk_end);
+        if told <= start {
             return Err(io::Error::other("PAGEMAP_SCAN does not advance"));
         }
-        start = arg.walk_end;
+        start = told;
     }
     Ok(found)
 }
