@@ -17,8 +17,8 @@ pub(crate) fn clone_or_copy(from: &File, to: &File, len: u64) -> io::Result<bool
     if rustix::fs::ioctl_ficlone(to, from).is_ok() {
         // A clone is the whole file, of whatever length.
         to.set_len(len)?;
-        // Blocks of this file are about to be written here and there. xfs would give each such write an
-        // extent of its own of 128 KiB, for a while.
+        #[cfg(target_os = "linux")]
+        break_sharing_by_the_block(to);
         return Ok(true);
     }
     let (mut read, mut written) = (0, 0);
@@ -35,6 +35,43 @@ pub(crate) fn clone_or_copy(from: &File, to: &File, len: u64) -> io::Result<bool
         }
     }
     Ok(false)
+}
+
+/// `struct fsxattr` of linux/fs.h.
+#[cfg(target_os = "linux")]
+#[repr(C)]
+#[derive(Default)]
+struct Attributes {
+    xflags: u32,
+    extent_size: u32,
+    extents: u32,
+    project: u32,
+    copy_on_write_extent_size: u32,
+    padding: [u8; 8],
+}
+
+/// Has xfs give each block that is written in a clone its own block, and not one of 32 around it, which
+/// would take a third of a model's space (for minutes) for one block in a hundred. A hint, and best effort.
+#[cfg(target_os = "linux")]
+fn break_sharing_by_the_block(file: &File) {
+    use std::os::fd::AsRawFd as _;
+    /// `_IOR('X', 31, struct fsxattr)` and `_IOW('X', 32, struct fsxattr)`.
+    const GET: u64 = 0x801c_581f;
+    const SET: u64 = 0x401c_5820;
+    const HAS_COPY_ON_WRITE_EXTENT_SIZE: u32 = 0x0001_0000;
+    let Ok(block) = rustix::fs::fstatvfs(file).map(|stat| u32::try_from(stat.f_bsize).unwrap_or_default())
+    else {
+        return;
+    };
+    let mut attributes = Attributes::default();
+    // SAFETY: the request writes one `struct fsxattr`, which `attributes` is.
+    if unsafe { libc::ioctl(file.as_raw_fd(), GET, &raw mut attributes) } != 0 {
+        return;
+    }
+    attributes.xflags |= HAS_COPY_ON_WRITE_EXTENT_SIZE;
+    attributes.copy_on_write_extent_size = block;
+    // SAFETY: the request reads one `struct fsxattr`, which `attributes` is.
+    unsafe { libc::ioctl(file.as_raw_fd(), SET, &raw const attributes) };
 }
 
 fn through_memory(from: &File, to: &File, start: u64, len: u64) -> io::Result<()> {
