@@ -46,8 +46,8 @@ def save(
     ``durable=False`` nothing is synced, and a power loss may lose it. ``mapped=False`` writes with
     ``pwrite`` instead of through a mapping, as is done anyway where the file system cannot allocate space.
 
-    With ``checksums`` the file carries one for each tensor in its metadata, for :func:`maptensors.verify` and to
-    make deltas against it cheap. A model that carries some is saved with new ones.
+    With ``checksums`` the file carries one for each tensor in its metadata, for :func:`maptensors.verify` and
+    to make deltas against it cheap. A model that carries some is saved with new ones.
 
     An iterable of pairs is collected first, arrays and all: to make a file tensor by tensor in little memory,
     use :func:`maptensors.create`.

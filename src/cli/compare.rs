@@ -197,13 +197,13 @@ impl Check {
             let answer = open(path).and_then(|model| {
                 let carries = model.metadata().contains_key(crate::digest::CHECKSUMS);
                 if carries || !self.missing_ok {
-                    model.verify()?
+                    model.verify()?;
                 }
                 Ok((model.len(), carries))
             });
             match answer {
                 Ok((tensors, true)) => {
-                    writeln!(out, "{shown}: {} as saved", text::plural(tensors, "tensor"))?
+                    writeln!(out, "{shown}: {} as saved", text::plural(tensors, "tensor"))?;
                 }
                 Ok((_, false)) => writeln!(out, "{shown}: no checksums")?,
                 Err(Error::Checksum { tensor, others, .. }) => {

@@ -4,7 +4,7 @@ use rustix::io::Errno;
 use std::fs::File;
 use std::io;
 
-/// Bytes asked to be copied at once: copy_file_range(2) stops at 2 GiB in any case.
+/// Bytes asked to be copied at once: `copy_file_range(2)` stops at 2 GiB in any case.
 const BLOCK: usize = 1 << 30;
 
 /// Makes `to`, which is empty, hold the first `len` bytes of `from`: sharing its blocks where the file

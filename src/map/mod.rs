@@ -21,6 +21,7 @@ mod exclusive;
 mod file;
 #[cfg(target_os = "linux")]
 mod lease;
+mod memory;
 #[cfg(target_os = "linux")]
 mod private;
 #[cfg(target_os = "linux")]
@@ -34,6 +35,7 @@ pub use advice::Advice;
 pub(crate) use copy::clone_or_copy;
 pub(crate) use exclusive::ExclusiveFile;
 pub(crate) use file::{open_regular, read_exact_at};
+pub(crate) use memory::Memory;
 pub use residency::Residency;
 #[cfg(feature = "python")]
 pub(crate) use shared::SharedMemory;
@@ -96,55 +98,6 @@ pub struct Mapping {
     base: Option<Box<Mapping>>,
     /// Of a copy-on-write mapping's file: device and inode. Nobody else gets them while it is mapped.
     identity: Option<(u64, u64)>,
-}
-
-/// Bytes as they are now, and what the kernel remembers of how they were: of Rust's memory and of
-/// Python's.
-pub(crate) trait Memory: Sync {
-    /// All bytes, as they are now.
-    fn now(&self) -> Source<'_>;
-
-    /// The file's own bytes, where there is a file and they are still reachable.
-    fn base(&self) -> Option<Source<'_>>;
-
-    /// Whether the bytes can differ from the file's.
-    fn backing(&self) -> Backing;
-
-    /// The pages of a part that became this process's own, as ranges of bytes.
-    fn private(&self, part: Range<usize>) -> io::Result<Vec<Range<usize>>>;
-}
-
-impl Memory for Mapping {
-    fn now(&self) -> Source<'_> {
-        Source::from(self.as_bytes())
-    }
-
-    fn base(&self) -> Option<Source<'_>> {
-        match self.backing {
-            Backing::ReadOnly => Some(self.now()),
-            _ => self.base.as_ref().map(|base| base.now()),
-        }
-    }
-
-    fn backing(&self) -> Backing {
-        self.backing
-    }
-
-    fn private(&self, part: Range<usize>) -> io::Result<Vec<Range<usize>>> {
-        self.check(&part)?;
-        if self.backing != Backing::CopyOnWrite {
-            return Ok(Vec::new());
-        }
-        #[cfg(target_os = "linux")]
-        {
-            let start = self.ptr().addr();
-            let pages = private::pages(self.ptr().wrapping_add(part.start), part.len())?;
-            // A file's mapping starts on a page, and its last page may reach beyond its bytes.
-            Ok(pages.into_iter().map(|p| p.start - start..(p.end - start).min(self.len)).collect())
-        }
-        #[cfg(not(target_os = "linux"))]
-        Ok(vec![part])
-    }
 }
 
 impl Mapping {

@@ -95,16 +95,14 @@ fn scanned(pagemap: &File, span: Range<usize>) -> io::Result<Vec<Range<usize>>> 
         // SAFETY: the request reads and writes `arg`, whose layout is the kernel's, and writes at most
         // `vec_len` regions to `vec`, which has room for them. No page is changed: `flags` is 0.
         let answer = unsafe { libc::ioctl(pagemap.as_raw_fd(), PAGEMAP_SCAN, &raw mut arg) };
-        let n = match usize::try_from(answer) {
-            Ok(n) => n.min(regions.len()),
-            Err(_) => {
-                let error = io::Error::last_os_error();
-                if error.kind() == io::ErrorKind::Interrupted {
-                    continue;
-                }
-                return Err(error);
+        let Ok(n) = usize::try_from(answer) else {
+            let error = io::Error::last_os_error();
+            if error.kind() == io::ErrorKind::Interrupted {
+                continue;
             }
+            return Err(error);
         };
+        let n = n.min(regions.len());
         for region in &regions[..n] {
             push(&mut found, address(region.start)..address(region.end));
         }

@@ -38,10 +38,7 @@ pub struct Change {
 /// model.tensor_mut("fc2.bias")?.as_mut_slice::<f32>()?[0] += 1.0;
 /// let changes = model.changed()?;
 /// assert!(changes.contains("fc2.bias") && !changes.contains("fc1.weight"));
-/// model.tensor_mut("fc2.bias")?.as_mut_slice::<f32>()?[0] -= 1.0;
-/// # let bits = maptensors::Model::read("models/digits.safetensors")?;
-/// # model.tensor_mut("fc2.bias")?.as_mut_slice::<f32>()?[0] = bits.tensor("fc2.bias")?.as_slice::<f32>()?[0];
-/// assert!(model.changed()?.is_empty()); // written, with the same value
+/// assert_eq!(changes.elements(), 1);
 /// # Ok::<(), maptensors::Error>(())
 /// ```
 #[derive(Debug, Clone, PartialEq, Eq)]

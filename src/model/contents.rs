@@ -142,7 +142,7 @@ impl<'a> Contents<'a> {
     /// What changed since the last mark, or opening.
     pub(crate) fn changes(&self) -> Result<Changes> {
         let (found, private) = self.differences(Span::SinceMark, false)?;
-        let changes = found.iter().map(|found| found.change()).collect();
+        let changes = found.iter().map(Found::change).collect();
         Ok(Changes::new(changes, private))
     }
 

@@ -1,12 +1,12 @@
 //! Deltas, differences and checksums, of models and of files.
 
 use super::changes::numbers;
-use super::model::{Files, Model, Parts};
+use super::model::{Model, Parts};
+use super::open::{self, Files};
 use crate::error::Error;
-use crate::model::{self, Contents, ModelMut, OpenOptions, Place, compare_contents};
+use crate::model::{Contents, ModelMut, OpenOptions, Place, compare_contents};
 use crate::save::{SaveOptions, apply_delta as apply, write_delta, write_diff};
 use crate::{map::Backing, model::Model as Opened};
-use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
 use std::collections::BTreeMap;
@@ -24,7 +24,7 @@ fn options(metadata: Metadata, durable: bool, checksums: bool) -> SaveOptions {
 }
 
 /// Maps a model.
-fn open(place: &Place, backing: Backing) -> Result<Opened, Error> {
+fn map(place: &Place, backing: Backing) -> Result<Opened, Error> {
     // SAFETY: the stable-file contract, which Python's documentation puts to the caller. These mappings live
     // no longer than the call, or become a model's like any other.
     unsafe { OpenOptions::new().open_place(place, backing) }
@@ -47,7 +47,7 @@ impl Given {
     fn with<T>(&self, work: impl FnOnce(&Contents<'_>) -> Result<T, Error>) -> Result<T, Error> {
         match self {
             Self::Open(parts) => parts.with_contents(work),
-            Self::Files(files) => work(&open(&files.place()?, Backing::ReadOnly)?.contents()),
+            Self::Files(files) => work(&map(&files.place()?, Backing::ReadOnly)?.contents()),
         }
     }
 }
@@ -129,7 +129,7 @@ fn deltas(given: &Bound<'_, PyAny>) -> PyResult<Vec<PathBuf>> {
 }
 
 fn opened(deltas: &[PathBuf]) -> Result<Vec<Opened>, Error> {
-    deltas.iter().map(|path| open(&Place::files(&[path]), Backing::ReadOnly)).collect()
+    deltas.iter().map(|path| map(&Place::files(&[path]), Backing::ReadOnly)).collect()
 }
 
 /// Opens `base` and applies a delta, or a list of them in order, in memory. The files do not change.
@@ -145,12 +145,12 @@ pub(super) fn apply_delta(
     mode: &str,
     backend: &str,
 ) -> PyResult<Model> {
-    let (mode, mapped) = (super::model::mode(mode)?, super::model::is_mapped(backend)?);
+    let (mode, mapped) = (open::mode(mode)?, open::is_mapped(backend)?);
     let (base, deltas) = (Files::of(base)?, deltas(delta)?);
     let model = py.detach(|| -> Result<_, Error> {
         let place = base.place()?;
         let base = if mapped {
-            open(&place, Backing::CopyOnWrite)?
+            map(&place, Backing::CopyOnWrite)?
         } else {
             OpenOptions::new().read_place(&place)?
         };
@@ -174,7 +174,7 @@ pub(super) fn materialize(
 ) -> PyResult<bool> {
     let (base, deltas) = (Files::of(base)?, self::deltas(deltas)?);
     Ok(py.detach(|| -> Result<_, Error> {
-        let base = ModelMut::new(open(&base.place()?, Backing::CopyOnWrite)?, false);
+        let base = ModelMut::new(map(&base.place()?, Backing::CopyOnWrite)?, false);
         let model = apply(base, &opened(&deltas)?)?;
         SaveOptions::new().durable(durable).materialize(&model, &out)
     })?)
@@ -186,13 +186,4 @@ pub(super) fn materialize(
 pub(super) fn verify(py: Python<'_>, model: &Bound<'_, PyAny>) -> PyResult<()> {
     let given = Given::of(model)?;
     Ok(py.detach(|| given.with(|contents| contents.verify()))?)
-}
-
-/// "never" or "all".
-pub(super) fn what_to_verify(verify: &str) -> PyResult<model::Verify> {
-    match verify {
-        "never" => Ok(model::Verify::Never),
-        "all" => Ok(model::Verify::All),
-        other => Err(PyValueError::new_err(format!("verify is \"never\" or \"all\", not {other:?}"))),
-    }
 }

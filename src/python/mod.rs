@@ -6,6 +6,8 @@
 #![allow(unsafe_code)]
 // pyo3's extraction and protocols dictate these signatures.
 #![allow(clippy::needless_pass_by_value, clippy::unnecessary_wraps)]
+// A method's path is not general enough over the lifetime that a closure's argument has.
+#![allow(clippy::redundant_closure_for_method_calls)]
 
 mod arrays;
 mod buffer;
@@ -17,6 +19,7 @@ mod draft;
 mod error;
 mod given;
 mod model;
+mod open;
 mod save;
 mod tensor;
 
@@ -34,7 +37,9 @@ mod native {
     #[pymodule_export]
     use crate::python::draft::{Draft, create};
     #[pymodule_export]
-    use crate::python::model::{Model, load_bytes, open};
+    use crate::python::model::Model;
+    #[pymodule_export]
+    use crate::python::open::{load_bytes, open};
     #[pymodule_export]
     use crate::python::save::{planned_size, save, save_bytes};
     #[pymodule_export]

@@ -62,7 +62,7 @@ fn jobs<'a>(layout: &Layout, tensors: &'a [(String, Given)]) -> Vec<(usize, Sour
 /// One file, or with `max_shard_size` as many as needed and an index.
 #[pyfunction]
 #[pyo3(signature = (tensors, path, *, metadata = None, durable = true, mapped = true, max_shard_size = None, checksums = false, distinct = false))]
-#[allow(clippy::too_many_arguments)] // Python's keyword arguments
+#[allow(clippy::too_many_arguments, clippy::fn_params_excessive_bools)] // Python's keyword arguments
 pub(super) fn save(
     py: Python<'_>,
     tensors: &Bound<'_, PyAny>,
@@ -90,7 +90,9 @@ pub(super) fn save(
         Some(limit) => {
             // Checksums are those of each file.
             let mut shared = metadata.clone();
-            shared.iter_mut().for_each(|metadata| drop(metadata.remove(CHECKSUMS)));
+            if let Some(shared) = &mut shared {
+                shared.remove(CHECKSUMS);
+            }
             sharded::save(&sizes(&tensors), &path, limit, shared.as_ref(), durable, write)?;
         }
     }

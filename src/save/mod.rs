@@ -187,7 +187,9 @@ impl SaveOptions {
                     |part: Range<usize>, path: &Path| options.stage_one(&tensors[part], path)?().map(drop);
                 // Checksums are those of each file.
                 let mut metadata = self.metadata.clone();
-                metadata.iter_mut().for_each(|metadata| drop(metadata.remove(crate::digest::CHECKSUMS)));
+                if let Some(metadata) = &mut metadata {
+                    metadata.remove(crate::digest::CHECKSUMS);
+                }
                 sharded::save(&sizes, path, limit, metadata.as_ref(), self.draft.is_durable(), write)
             }
         }

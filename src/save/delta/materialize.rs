@@ -14,7 +14,7 @@ pub(super) fn materialize(model: &ModelMut, path: &Path, options: &SaveOptions) 
     if let Some(file) = origin(model).filter(|_| options.max_shard_size.is_none())
         && let Some(header) = header(model, options, path)?
     {
-        return from_copy(model, &file, header, path, options);
+        return from_copy(model, &file, &header, path, options);
     }
     let mut options = options.clone();
     options.metadata = model.has_metadata().then(|| model.metadata().clone());
@@ -43,7 +43,7 @@ fn header(model: &ModelMut, options: &SaveOptions, path: &Path) -> Result<Option
 fn from_copy(
     model: &ModelMut,
     file: &File,
-    header: Vec<u8>,
+    header: &[u8],
     path: &Path,
     options: &SaveOptions,
 ) -> Result<bool> {
@@ -53,8 +53,8 @@ fn from_copy(
     let shared = copied.map_err(Error::io(path, "copying the file it was opened from"))?;
     let page = rustix::param::page_size();
     let (found, _) = model.contents().differences(Span::SinceFile, false)?;
-    let mut jobs: Vec<(usize, Source<'_>)> = vec![(0, Source::from(&header[..]))];
-    if mapping.base().is_some_and(|base| holds(&base, &header)) {
+    let mut jobs: Vec<(usize, Source<'_>)> = vec![(0, Source::from(header))];
+    if mapping.base().is_some_and(|base| holds(&base, header)) {
         jobs.clear();
     }
     for found in &found {
