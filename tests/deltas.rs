@@ -340,6 +340,9 @@ fn every_lie_of_a_delta_is_an_error_with_a_name() {
         lie(&at("lie"), &honest, tensors);
         let error = apply_delta(open(at("base")), &[Model::read(at("lie")).unwrap()]).unwrap_err();
         assert!(matches!(error, Error::Delta { .. }), "{what}: {error}");
+        // Found where it lies, and not only by what comes of it.
+        let by_result = ["another result", "a tensor too many"].contains(what);
+        assert_eq!(error.to_string().contains("what comes out"), by_result, "{what}: {error}");
         assert!(
             materialize(open(at("base")), &[Model::read(at("lie")).unwrap()], at("out")).is_err(),
             "{what}"
