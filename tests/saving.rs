@@ -5,7 +5,7 @@ use maptensors::{DType, Draft, DraftOptions, Error, Layout, Model, SaveOptions};
 use rustix::process::{Resource, Rlimit, setrlimit};
 use std::fs::Permissions;
 use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _, symlink};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::Stdio;
 use std::time::Duration;
 
