@@ -264,8 +264,11 @@ fn a_wrong_base_is_refused_and_nothing_is_written() {
     }
 }
 
+/// Name, dtype, shape and bytes.
+type Given = (&'static str, DType, Vec<usize>, Vec<u8>);
+
 /// A delta file with these tensors (name, dtype, length, bytes), over this base and result.
-fn lie(path: &Path, header: &str, tensors: &[(&str, DType, Vec<usize>, Vec<u8>)]) {
+fn lie(path: &Path, header: &str, tensors: &[Given]) {
     let mut builder = Layout::builder().metadata("maptensors.delta", header);
     for (name, dtype, shape, _) in tensors {
         builder = builder.tensor(*name, *dtype, shape);
@@ -295,7 +298,7 @@ fn every_lie_of_a_delta_is_an_error_with_a_name() {
     let u8s = |name, bytes: &[u8]| list(name, DType::U8, bytes);
     let u16s = |name, bytes: &[u8]| list(name, DType::U16, bytes);
     let huge = u64::MAX.to_le_bytes();
-    let lies: Vec<(&str, Vec<(&str, DType, Vec<usize>, Vec<u8>)>)> = vec![
+    let lies: Vec<(&str, Vec<Given>)> = vec![
         ("no gaps", vec![u16s(values, &[1, 1])]),
         ("no values", vec![u8s(gaps, &[1])]),
         ("lengths alone", vec![u8s(lengths, &[1])]),
