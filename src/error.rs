@@ -204,6 +204,54 @@ pub enum Error {
     #[error("{0}")]
     Argument(String),
 
+    /// Content is not what its checksum says.
+    #[error(
+        "{}tensor {} is damaged: its checksum is {found}, expected {expected}{}",
+        at(path),
+        quote(tensor),
+        and_others(others)
+    )]
+    Checksum {
+        /// The file concerned.
+        path: PathBuf,
+        /// The first tensor that differs.
+        tensor: String,
+        /// The checksum its bytes have.
+        found: String,
+        /// The checksum the file states.
+        expected: String,
+        /// The other tensors that differ.
+        others: Vec<String>,
+    },
+
+    /// A delta is applied to a model that it was not made against.
+    #[error(
+        "{}the delta was made against content {expected}, but is applied to {found}{}",
+        at(path),
+        of_file(base)
+    )]
+    Base {
+        /// The delta.
+        path: PathBuf,
+        /// What it was to be applied to.
+        base: PathBuf,
+        /// The identity of that.
+        found: String,
+        /// The identity that the delta states.
+        expected: String,
+    },
+
+    /// A file is no delta, or one that contradicts itself.
+    #[error("{}not a valid delta: {what}{}", at(path), of(tensor))]
+    Delta {
+        /// The file concerned.
+        path: PathBuf,
+        /// The tensor concerned; empty where it is the whole.
+        tensor: String,
+        /// What is wrong.
+        what: String,
+    },
+
     /// The new file is in place and visible, but the directory could not be synced:
     /// after a power loss the old file may be back.
     #[error("{}saved and visible, but perhaps not durable: syncing its directory failed: {source}", at(path))]
@@ -235,6 +283,9 @@ impl Error {
             Self::Path { .. } => "Path",
             Self::Missing { .. } => "Missing",
             Self::Argument(_) => "Argument",
+            Self::Checksum { .. } => "Checksum",
+            Self::Base { .. } => "Base",
+            Self::Delta { .. } => "Delta",
             Self::NotDurable { .. } => "NotDurable",
         }
     }
@@ -289,6 +340,16 @@ fn of_file(path: &Path) -> String {
 
 fn of(tensor: &str) -> String {
     if tensor.is_empty() { String::new() } else { format!(" (tensor {})", quote(tensor)) }
+}
+
+fn and_others(names: &[String]) -> String {
+    const MOST: usize = 5;
+    let listed: Vec<String> = names.iter().take(MOST).map(|name| quote(name)).collect();
+    match names.len() {
+        0 => String::new(),
+        n if n > MOST => format!("; so are {} and {} more", listed.join(", "), n - MOST),
+        _ => format!("; so are {}", listed.join(", ")),
+    }
 }
 
 fn shape_text(shape: &[usize]) -> String {

@@ -218,6 +218,11 @@ impl Layout {
         }
     }
 
+    /// Other metadata, in place of what there is.
+    pub(crate) fn set_metadata(&mut self, metadata: Option<BTreeMap<String, String>>) {
+        self.metadata = metadata;
+    }
+
     /// This layout with its data moved to start at `data_start`.
     pub(crate) fn placed_at(mut self, data_start: u64) -> Self {
         self.data_start = data_start;

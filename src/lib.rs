@@ -48,6 +48,23 @@
 //!
 //! [`save`] does the same for tensors that exist already, anything that is a `safetensors::View`.
 //!
+//! # What changed
+//!
+//! ```
+//! use maptensors::{Model, ModelMut, apply_delta, save_delta};
+//!
+//! # let out = std::env::temp_dir().join("maptensors-doc-lib-delta.safetensors");
+//! // SAFETY: as above.
+//! let mut tuned = unsafe { ModelMut::open("models/digits.safetensors")? };
+//! tuned.tensor_mut("fc1.bias")?.as_mut_slice::<f32>()?[0] = 0.5;
+//! assert_eq!(tuned.changed()?.elements(), 1); // the kernel knows which pages were written
+//! save_delta(&tuned, &out)?; // that element, and which model it is for
+//! let again = apply_delta(ModelMut::read("models/digits.safetensors")?, &[Model::read(&out)?])?;
+//! assert_eq!(again.tensor("fc1.bias")?.as_slice::<f32>()?[0], 0.5);
+//! # std::fs::remove_file(out).unwrap();
+//! # Ok::<(), maptensors::Error>(())
+//! ```
+//!
 //! # What you may rely on
 //!
 //! - **Zero-copy.** [`Model::open`] reads headers; [`TensorView::as_slice`] is a pointer into the mapping. A
@@ -69,6 +86,7 @@
 #[cfg(feature = "cli")]
 extern crate self as maptensors;
 
+mod digest;
 mod dtype;
 mod error;
 mod format;
@@ -90,10 +108,10 @@ pub use error::{Error, Result};
 pub use half::{bf16, f16};
 pub use layout::{Layout, LayoutBuilder, MAX_RANK, TensorInfo};
 pub use map::{Advice, Backing, Mapping, Residency};
-pub use model::{Model, ModelMut, OpenOptions};
+pub use model::{Change, Changes, Differences, Model, ModelMut, OpenOptions, Reshaped, Verify, diff};
 pub use num_complex::Complex32;
 pub use save::{
     CheckpointOptions, Checkpointer, Draft, DraftOptions, Edited, HeaderEdit, Ready, SaveOptions, Saved,
-    Saving, save,
+    Saving, apply_delta, materialize, save, save_delta, save_diff,
 };
 pub use tensor::{Index, TensorSlice, TensorView, TensorViewMut};

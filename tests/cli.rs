@@ -51,6 +51,11 @@ fn help_teaches_by_example_and_goes_to_standard_output() {
         (&["inspect", "--help"], &["--filter", "--json", "--summary", "--no-tensors", "jq"]),
         (&["edit", "--help"], &["--set", "--unset", "--rename", "Examples:", "in place"]),
         (&["demo", "--help"], &["--dir", "Examples:"]),
+        (&["diff", "--help"], &["--json", "Examples:", "Exit codes: 0 the same, 1 different, 2 trouble"]),
+        (&["changed", "--help"], &["--frozen", "--filter", "Examples:", "Exit codes:"]),
+        (&["verify", "--help"], &["--missing-ok", "Examples:", "Exit codes:"]),
+        (&["delta", "--help"], &["BASE", "NEW", "OUT", "Examples:"]),
+        (&["apply", "--help"], &["<BASE> <DELTA>... <OUT>", "Examples:", "xfs"]),
     ] {
         let help = printed(args);
         for word in words {
@@ -58,6 +63,54 @@ fn help_teaches_by_example_and_goes_to_standard_output() {
         }
         assert!(help.lines().all(|line| line.chars().count() <= 80), "{help}");
     }
+}
+
+#[test]
+fn differences_deltas_and_damage_are_told_by_text_and_by_exit_code() {
+    let dir = tempfile::tempdir().unwrap();
+    let at = |name: &str| dir.path().join(name).to_str().unwrap().to_owned();
+    let base = "models/digits.safetensors";
+    let mut model = maptensors::ModelMut::read(base).unwrap();
+    model.tensor_mut("fc1.bias").unwrap().as_mut_slice::<f32>().unwrap()[..16].fill(3.0);
+    let tensors = model.tensors().map(|tensor| (tensor.name(), tensor));
+    let metadata = model.metadata().clone();
+    maptensors::SaveOptions::new().all_metadata(metadata).checksums(true).save(tensors, at("tuned")).unwrap();
+    let tuned = at("tuned");
+
+    assert!(printed(&["diff", base, base]).starts_with("the same, bit for bit: 4 tensors"));
+    let differs = run(&["diff", base, &tuned]);
+    assert_eq!(differs.status.code(), Some(1), "{differs:?}");
+    let text = String::from_utf8(differs.stdout).unwrap();
+    assert!(text.starts_with("1 of 4 tensors changed: 16 elements, 64 B\n"), "{text}");
+    assert!(text.contains("fc1.bias        16   64 B  25.0%      1"), "{text}");
+    let json = run(&["diff", base, &tuned, "--json"]);
+    let json: Value = serde_json::from_slice(&json.stdout).unwrap();
+    assert_eq!((&json["equal"], &json["changed"][0]["elements"]), (&false.into(), &16.into()));
+    assert!(complaint(&["diff", base, "nowhere"], 2).contains("nowhere"));
+
+    assert!(printed(&["changed", base, &tuned, "--filter", "fc2.*"]).starts_with("0 of 4"));
+    printed(&["changed", base, &tuned, "--frozen", "fc2.*"]);
+    let complained = complaint(&["changed", base, &tuned, "--frozen", "*.bias"], 1);
+    assert_eq!(complained, "maptensors: fc1.bias was to stay frozen, and changed\n");
+    complaint(&["changed", base, "nowhere"], 2);
+
+    printed(&["delta", base, &tuned, &at("delta")]);
+    assert!(fs::metadata(at("delta")).unwrap().len() < 2048);
+    printed(&["apply", base, &at("delta"), &at("again")]);
+    printed(&["diff", &tuned, &at("again")]);
+    assert!(complaint(&["apply", &tuned, &at("delta"), &at("never")], 1).contains("made against content"));
+    assert!(!Path::new(&at("never")).exists());
+    complaint(&["apply", base, &at("delta")], 2);
+
+    assert!(printed(&["verify", &tuned, &at("again")]).contains("4 tensors as saved"));
+    assert!(complaint(&["verify", base], 2).contains("nothing to verify"));
+    assert!(printed(&["verify", "--missing-ok", base]).contains("no checksums"));
+    let mut bytes = fs::read(&tuned).unwrap();
+    *bytes.last_mut().unwrap() ^= 1;
+    fs::write(&tuned, bytes).unwrap();
+    let damaged = run(&["verify", &tuned]);
+    assert_eq!(damaged.status.code(), Some(1));
+    assert!(String::from_utf8(damaged.stdout).unwrap().contains("damaged: fc2.bias"));
 }
 
 #[test]

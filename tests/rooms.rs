@@ -9,6 +9,7 @@ const ROOMS: &[&[&str]] = &[
     &["error"],
     &["dtype"],
     &["layout"],
+    &["digest"],
     &["format"],
     &["map"],
     &["tensor"],

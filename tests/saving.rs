@@ -6,11 +6,12 @@ use maptensors::{DType, Draft, DraftOptions, Error, Layout, Model, SaveOptions};
 use rustix::process::{Resource, Rlimit, setrlimit};
 use std::fs::Permissions;
 use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _, symlink};
-use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::path::Path;
+use std::process::Stdio;
 use std::time::Duration;
 
 mod common;
+use common::mount::Mount;
 use common::{bytes_tensor, listing, sha256_of};
 
 const MIB: usize = 1 << 20;
@@ -262,56 +263,6 @@ fn with_and_without_a_map_a_draft_makes_the_same_bytes() {
     assert_eq!(make(true, true), make(false, true));
     assert_eq!(make(true, false), make(false, false), "zeros where nothing was filled");
     assert_ne!(make(true, true), make(true, false));
-}
-
-/// A file system of its own in a loop-mounted file; gone when dropped.
-struct Mount {
-    root: tempfile::TempDir,
-}
-
-impl Mount {
-    /// `None`, loudly, where this machine cannot make one.
-    fn new(test: &str, mkfs: &[&str], size: u64) -> Option<Self> {
-        if !common::is_root() {
-            common::skip(test, "mounting a file system needs root");
-            return None;
-        }
-        let root = common::disk_dir();
-        let image = root.path().join("image");
-        std::fs::File::create(&image).unwrap().set_len(size).unwrap();
-        std::fs::create_dir(root.path().join("mnt")).unwrap();
-        let run = |command: &mut Command| {
-            let output = command.stdin(Stdio::null()).output();
-            output.map_err(|e| e.to_string()).and_then(|out| {
-                if out.status.success() {
-                    Ok(())
-                } else {
-                    Err(String::from_utf8_lossy(&out.stderr).into_owned())
-                }
-            })
-        };
-        let made = run(Command::new(mkfs[0]).args(&mkfs[1..]).arg(&image)).and_then(|()| {
-            run(Command::new("mount").args(["-o", "loop"]).arg(&image).arg(root.path().join("mnt")))
-        });
-        if let Err(why) = made {
-            common::skip(test, &format!("{mkfs:?}: {why}"));
-            return None;
-        }
-        Some(Self { root })
-    }
-
-    fn path(&self) -> PathBuf {
-        self.root.path().join("mnt")
-    }
-}
-
-impl Drop for Mount {
-    fn drop(&mut self) {
-        let unmount = |flags: &[&str]| {
-            Command::new("umount").args(flags).arg(self.path()).status().is_ok_and(|status| status.success())
-        };
-        assert!(unmount(&[]) || unmount(&["-l"]) || std::thread::panicking(), "umount");
-    }
 }
 
 /// A full disk under a save of any kind: an error, the old file, and nothing else.

@@ -23,7 +23,21 @@ from collections.abc import Mapping as _Mapping
 
 from maptensors._api import edit, save, save_bytes
 from maptensors._checkpoint import Checkpointer, Saved, Saving
-from maptensors._native import Draft, Model, Tensor, __version__, create, open
+from maptensors._native import (
+    Changes,
+    Draft,
+    Model,
+    Tensor,
+    __version__,
+    apply_delta,
+    create,
+    diff,
+    materialize,
+    open,
+    save_delta,
+    save_diff,
+    verify,
+)
 from maptensors._native import load_bytes as load
 from maptensors._safe_open import safe_open
 from maptensors.errors import MapTensorsError
@@ -32,8 +46,10 @@ from maptensors.errors import MapTensorsError
 SafetensorError = MapTensorsError
 
 _Mapping.register(Model)
+_Mapping.register(Changes)
 
 __all__ = [
+    "Changes",
     "Checkpointer",
     "Draft",
     "MapTensorsError",
@@ -43,11 +59,17 @@ __all__ = [
     "Saving",
     "Tensor",
     "__version__",
+    "apply_delta",
     "create",
+    "diff",
     "edit",
     "load",
+    "materialize",
     "open",
     "safe_open",
     "save",
     "save_bytes",
+    "save_delta",
+    "save_diff",
+    "verify",
 ]

@@ -33,6 +33,7 @@ def save(
     durable: bool = True,
     mapped: bool = True,
     max_shard_size: int | str | None = None,
+    checksums: bool = False,
 ) -> None:
     """Write tensors to a safetensors file: one copy, from where they lie into the mapped output.
 
@@ -45,6 +46,9 @@ def save(
     ``durable=False`` nothing is synced, and a power loss may lose it. ``mapped=False`` writes with
     ``pwrite`` instead of through a mapping, as is done anyway where the file system cannot allocate space.
 
+    With ``checksums`` the file carries one for each tensor in its metadata, for :func:`maptensors.verify` and
+    to make deltas against it cheap. A model that carries some is saved with new ones.
+
     An iterable of pairs is collected first, arrays and all: to make a file tensor by tensor in little memory,
     use :func:`maptensors.create`.
 
@@ -53,7 +57,15 @@ def save(
     """
     limit = None if max_shard_size is None else parse_size(max_shard_size)
     given = _metadata(tensors, metadata)
-    _native.save(tensors, path, metadata=given, durable=durable, mapped=mapped, max_shard_size=limit)
+    _native.save(
+        tensors,
+        path,
+        metadata=given,
+        durable=durable,
+        mapped=mapped,
+        max_shard_size=limit,
+        checksums=checksums,
+    )
 
 
 def edit(
@@ -89,9 +101,10 @@ def save_bytes(
     tensors: Mapping[str, Any] | Iterable[tuple[str, Any]],
     *,
     metadata: Mapping[str, str] | None = None,
+    checksums: bool = False,
 ) -> bytes:
     """Return the bytes of the file that :func:`save` would write."""
-    return _native.save_bytes(tensors, metadata=_metadata(tensors, metadata))
+    return _native.save_bytes(tensors, metadata=_metadata(tensors, metadata), checksums=checksums)
 
 
 def _metadata(tensors: object, metadata: Mapping[str, str] | None) -> dict[str, str] | None:

@@ -6,19 +6,26 @@ from typing import Any, Literal, Self, final
 import numpy as np
 
 __all__ = [
+    "Changes",
     "Checkpoints",
     "Draft",
     "Model",
     "Saving",
     "Tensor",
     "__version__",
+    "apply_delta",
     "cli",
     "create",
+    "diff",
     "load_bytes",
+    "materialize",
     "open",
     "planned_size",
     "save",
     "save_bytes",
+    "save_delta",
+    "save_diff",
+    "verify",
 ]
 
 __version__: str
@@ -84,6 +91,8 @@ class Model:
     def items(self) -> ItemsView[str, Tensor]: ...
     def info(self, name: str) -> dict[str, Any]: ...
     def residency(self) -> dict[str, int]: ...
+    def changed(self) -> Changes: ...
+    def mark(self) -> None: ...
     def promote(self, names: list[str] | None = None) -> None: ...
     def numpy(self) -> dict[str, np.ndarray[Any, Any]]: ...
     def torch(self, device: Any = None) -> dict[str, Any]: ...
@@ -96,6 +105,7 @@ class Model:
         durable: bool = True,
         mapped: bool = True,
         max_shard_size: int | str | None = None,
+        checksums: bool = False,
     ) -> None: ...
     def close(self) -> None: ...
     def __getitem__(self, key: str, /) -> Tensor: ...
@@ -104,6 +114,23 @@ class Model:
     def __iter__(self) -> Iterator[str]: ...
     def __enter__(self) -> Self: ...
     def __exit__(self, *_exc: object) -> None: ...
+
+@final
+class Changes:
+    @property
+    def elements(self) -> int: ...
+    @property
+    def bytes(self) -> int: ...
+    @property
+    def private_pages(self) -> int: ...
+    def get(self, name: str, default: Any = None) -> Any: ...
+    def keys(self) -> KeysView[str]: ...
+    def values(self) -> ValuesView[dict[str, int]]: ...
+    def items(self) -> ItemsView[str, dict[str, int]]: ...
+    def __getitem__(self, key: str, /) -> dict[str, int]: ...
+    def __contains__(self, key: object, /) -> bool: ...
+    def __len__(self) -> int: ...
+    def __iter__(self) -> Iterator[str]: ...
 
 @final
 class Draft:
@@ -142,6 +169,7 @@ def open(
     backend: str = "mmap",
     populate: bool = False,
     dense_edits: bool = False,
+    verify: str = "never",
 ) -> Model: ...
 def create(
     path: str | os.PathLike[str],
@@ -150,6 +178,7 @@ def create(
     metadata: dict[str, str] | None = None,
     durable: bool = True,
     mapped: bool = True,
+    checksums: bool = False,
 ) -> Draft: ...
 def load_bytes(data: bytes) -> Model: ...
 def save(
@@ -160,6 +189,7 @@ def save(
     durable: bool = True,
     mapped: bool = True,
     max_shard_size: int | None = None,
+    checksums: bool = False,
     distinct: bool = False,
 ) -> bool: ...
 def edit(
@@ -174,7 +204,41 @@ def save_bytes(
     tensors: Mapping[str, Any] | Iterable[tuple[str, Any]],
     *,
     metadata: dict[str, str] | None = None,
+    checksums: bool = False,
 ) -> bytes: ...
+def save_delta(
+    model: Model,
+    path: str | os.PathLike[str],
+    *,
+    metadata: dict[str, str] | None = None,
+    durable: bool = True,
+    checksums: bool = False,
+) -> None: ...
+def save_diff(
+    a: Model | _Path | Iterable[_Path],
+    b: Model | _Path | Iterable[_Path],
+    path: str | os.PathLike[str],
+    *,
+    metadata: dict[str, str] | None = None,
+    durable: bool = True,
+    checksums: bool = False,
+) -> None: ...
+def diff(a: Model | _Path | Iterable[_Path], b: Model | _Path | Iterable[_Path]) -> dict[str, Any]: ...
+def apply_delta(
+    base: _Path | Iterable[_Path],
+    delta: _Path | Iterable[_Path],
+    mode: str = "c",
+    *,
+    backend: str = "mmap",
+) -> Model: ...
+def materialize(
+    base: _Path | Iterable[_Path],
+    deltas: _Path | Iterable[_Path],
+    out: str | os.PathLike[str],
+    *,
+    durable: bool = True,
+) -> bool: ...
+def verify(model: Model | _Path | Iterable[_Path]) -> None: ...
 def planned_size(spec: Mapping[str, Any], *, metadata: dict[str, str] | None = None) -> int: ...
 
 @final

@@ -102,6 +102,25 @@ class NotRegularError(MapTensorsError, OSError):
     kind = "NotRegular"
 
 
+class ChecksumError(MapTensorsError):
+    """Content is not what its checksum says; ``tensors`` names what differs."""
+
+    kind = "Checksum"
+    tensors: list[str]
+
+
+class BaseMismatchError(MapTensorsError):
+    """A delta is applied to a model that it was not made against."""
+
+    kind = "Base"
+
+
+class DeltaError(MapTensorsError):
+    """A file is no delta, or one that contradicts itself."""
+
+    kind = "Delta"
+
+
 class NotDurableError(MapTensorsError, OSError):
     """The new file is in place and visible, but may be gone after a power loss."""
 
@@ -127,6 +146,9 @@ BY_KIND: dict[str, type[MapTensorsError]] = {
         ShardPathError,
         MissingError,
         NotRegularError,
+        ChecksumError,
+        BaseMismatchError,
+        DeltaError,
         NotDurableError,
     )
 }

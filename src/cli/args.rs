@@ -1,6 +1,8 @@
 //! What was typed.
 
 use super::Job;
+use super::compare::{Check, Compare};
+use super::delta::{Apply, Make};
 use super::edit::Edit;
 use super::inspect::{Format, Inspect};
 use crate::HeaderEdit;
@@ -16,9 +18,60 @@ Examples:
   maptensors inspect checkpoint/         the same for a sharded set, or a directory
   maptensors edit model.safetensors --set license=MIT
                                          change metadata, not the data behind it
+  maptensors diff a.safetensors b.safetensors
+  maptensors verify checkpoint/          hold it against its own checksums
   maptensors demo                        open, use, edit and save a small model
 
-Exit codes: 0 done, 1 failed, 2 the command line is not understood.";
+Exit codes: 0 done, 1 failed, 2 the command line is not understood; diff, changed
+and verify have their own.";
+
+const DIFF_EXAMPLES: &str = "\
+Examples:
+  maptensors diff model.safetensors tuned.safetensors
+  maptensors diff a/ b/ --json | jq '.changed[].name'
+  maptensors diff a.safetensors b.safetensors > /dev/null && echo the same
+
+Tensors are compared bit by bit, whatever their order and the files they are in.
+Nobody may write to the files meanwhile; renaming over them is fine.
+
+Exit codes: 0 the same, 1 different, 2 trouble.";
+
+const CHANGED_EXAMPLES: &str = "\
+Examples:
+  maptensors changed model.safetensors tuned.safetensors
+  maptensors changed base/ tuned/ --filter '*.bias'
+  maptensors changed base/ tuned/ --frozen 'embed.*' --frozen 'layers.0.*'
+
+Only what changed is listed, the largest share first.
+
+Exit codes: 0 done, 1 a frozen tensor changed, 2 trouble.";
+
+const VERIFY_EXAMPLES: &str = "\
+Examples:
+  maptensors verify model.safetensors
+  maptensors verify --missing-ok *.safetensors
+
+Files carry checksums when they were saved so: SaveOptions::checksums in Rust,
+checksums=True in Python. They find damage, not deceit.
+
+Exit codes: 0 as saved, 1 damaged (the tensors are named), 2 trouble, such as
+a file without checksums.";
+
+const DELTA_EXAMPLES: &str = "\
+Examples:
+  maptensors delta model.safetensors tuned.safetensors tuned.delta.safetensors
+  maptensors apply model.safetensors tuned.delta.safetensors again.safetensors
+
+A delta holds the elements that differ, bit for bit, and knows which model it
+is for. Where BASE carries checksums, applying it does not read all of BASE.";
+
+const APPLY_EXAMPLES: &str = "\
+Examples:
+  maptensors apply model.safetensors one.delta.safetensors tuned.safetensors
+  maptensors apply model.safetensors 1.delta 2.delta 3.delta tuned.safetensors
+
+Each delta must have been made against what the ones before it make; another
+model is refused. On xfs and btrfs the result shares unchanged blocks with BASE.";
 
 const INSPECT_EXAMPLES: &str = "\
 Examples:
@@ -71,6 +124,11 @@ pub(super) struct Typed {
 enum Command {
     Inspect(InspectArgs),
     Edit(EditArgs),
+    Diff(DiffArgs),
+    Changed(ChangedArgs),
+    Verify(VerifyArgs),
+    Delta(DeltaArgs),
+    Apply(ApplyArgs),
     Demo(DemoArgs),
 }
 
@@ -131,6 +189,87 @@ struct ChangeArgs {
     rename: Vec<(String, String)>,
 }
 
+/// Show how two models differ: elements, tensors, shapes, metadata.
+#[derive(Args)]
+#[command(after_help = DIFF_EXAMPLES)]
+struct DiffArgs {
+    /// A .safetensors file, a .safetensors.index.json, or a directory with either
+    #[arg(value_name = "A")]
+    a: PathBuf,
+
+    /// What to compare with it
+    #[arg(value_name = "B")]
+    b: PathBuf,
+
+    /// One JSON document, with exact numbers
+    #[arg(long)]
+    json: bool,
+}
+
+/// Show which tensors a fine-tune changed, and how much of each.
+#[derive(Args)]
+#[command(after_help = CHANGED_EXAMPLES)]
+struct ChangedArgs {
+    /// The model before
+    #[arg(value_name = "BASE")]
+    base: PathBuf,
+
+    /// The model after
+    #[arg(value_name = "TUNED")]
+    tuned: PathBuf,
+
+    /// Only tensors whose name matches; may be given several times
+    #[arg(short, long = "filter", value_name = "GLOB", value_parser = Glob::new)]
+    filters: Vec<Glob>,
+
+    /// Fail if a tensor whose name matches changed; may be given several times
+    #[arg(long = "frozen", value_name = "GLOB", value_parser = Glob::new)]
+    frozen: Vec<Glob>,
+
+    /// A JSON list, with exact numbers
+    #[arg(long)]
+    json: bool,
+}
+
+/// Hold models against the checksums they carry; reads everything.
+#[derive(Args)]
+#[command(after_help = VERIFY_EXAMPLES)]
+struct VerifyArgs {
+    /// A .safetensors file, a .safetensors.index.json, or a directory with either
+    #[arg(required = true, value_name = "PATH")]
+    paths: Vec<PathBuf>,
+
+    /// A file without checksums is not an error
+    #[arg(long)]
+    missing_ok: bool,
+}
+
+/// Write what turns one model into another to a small file.
+#[derive(Args)]
+#[command(after_help = DELTA_EXAMPLES)]
+struct DeltaArgs {
+    /// The model that is there already where the delta goes
+    #[arg(value_name = "BASE")]
+    base: PathBuf,
+
+    /// The model that it is to become
+    #[arg(value_name = "NEW")]
+    new: PathBuf,
+
+    /// The delta
+    #[arg(value_name = "OUT")]
+    out: PathBuf,
+}
+
+/// Write the model that a base and deltas make to one file.
+#[derive(Args)]
+#[command(after_help = APPLY_EXAMPLES, override_usage = "maptensors apply <BASE> <DELTA>... <OUT>")]
+struct ApplyArgs {
+    /// The base, deltas in order, and the file to write
+    #[arg(required = true, num_args = 3.., value_name = "PATH")]
+    paths: Vec<PathBuf>,
+}
+
 /// Open, use, fine-tune and save a small model, measuring each step.
 #[derive(Args)]
 #[command(after_help = DEMO_EXAMPLES)]
@@ -159,6 +298,25 @@ impl Typed {
                 changes: typed.changes.meaning().durable(!typed.no_sync),
                 paths: typed.paths,
             }),
+            Command::Diff(DiffArgs { a, b, json }) => {
+                Job::Diff(Compare { a, b, filter: None, frozen: None, json, width })
+            }
+            Command::Changed(typed) => Job::Changed(Compare {
+                a: typed.base,
+                b: typed.tuned,
+                filter: filter(&typed.filters)?,
+                frozen: filter(&typed.frozen)?,
+                json: typed.json,
+                width,
+            }),
+            Command::Verify(VerifyArgs { paths, missing_ok }) => Job::Verify(Check { paths, missing_ok }),
+            Command::Delta(DeltaArgs { base, new, out }) => Job::Delta(Make { base, new, out }),
+            Command::Apply(ApplyArgs { paths }) => {
+                // Three at least: the parser sees to it.
+                let mut paths = paths.into_iter();
+                let (base, out) = (paths.next().unwrap_or_default(), paths.next_back().unwrap_or_default());
+                Job::Apply(Apply { base, deltas: paths.collect(), out })
+            }
             Command::Demo(typed) => Job::Demo { dir: typed.dir },
         })
     }

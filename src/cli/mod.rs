@@ -1,6 +1,8 @@
 //! The command line: what was typed (`args`), what it means (`Job`), doing it.
 
 mod args;
+mod compare;
+mod delta;
 mod demo;
 mod edit;
 mod inspect;
@@ -17,11 +19,19 @@ use std::path::PathBuf;
 const DONE: u8 = 0;
 const FAILED: u8 = 1;
 const USAGE: u8 = 2;
+/// Of `diff`, `changed` and `verify`, as diff(1) has them.
+const DIFFERENT: u8 = 1;
+const TROUBLE: u8 = 2;
 
 /// What was asked for.
 enum Job {
     Inspect(inspect::Inspect),
     Edit(edit::Edit),
+    Diff(compare::Compare),
+    Changed(compare::Compare),
+    Verify(compare::Check),
+    Delta(delta::Make),
+    Apply(delta::Apply),
     Demo {
         /// Where the demo's files stay; `None`: nowhere.
         dir: Option<PathBuf>,
@@ -29,7 +39,7 @@ enum Job {
 }
 
 /// Runs the command line `args`, of which the first is the program's name, and returns its exit code:
-/// 0 done, 1 failed, 2 not understood. Writes to the process's standard output and error; never exits.
+/// 0 done, 1 failed (or, of `diff`, `changed` and `verify`, different), 2 not understood. Writes to the process's standard output and error; never exits.
 ///
 /// ```
 /// let args = ["maptensors", "inspect", "models/digits.safetensors"];
@@ -70,8 +80,24 @@ impl Job {
         match self {
             Self::Inspect(inspect) => inspect.run(out),
             Self::Edit(edit) => edit.run(out).map(|()| DONE),
+            Self::Diff(compare) => trouble(compare.diff(out)),
+            Self::Changed(compare) => trouble(compare.changed(out)),
+            Self::Verify(check) => trouble(check.run(out)),
+            Self::Delta(make) => make.run(out),
+            Self::Apply(apply) => apply.run(out),
             Self::Demo { dir } => demo::run(out, dir.as_deref()).map(|()| DONE),
         }
+    }
+}
+
+/// For commands whose exit code 1 is an answer: what goes wrong is 2.
+fn trouble(done: Result<u8, Box<dyn Error>>) -> Result<u8, Box<dyn Error>> {
+    match done {
+        Err(error) if !is_broken_pipe(&*error) => {
+            complain(&*error);
+            Ok(TROUBLE)
+        }
+        done => done,
     }
 }
 

@@ -127,18 +127,18 @@ fn alignment(out: &mut impl Write, report: &Report) -> io::Result<()> {
 }
 
 /// Rows under a head; the first column gives way when the terminal is too narrow.
-struct Table {
+pub(super) struct Table {
     /// `<` or `>`, for the side the column leans to, and its title.
     columns: Vec<&'static str>,
-    rows: Vec<Vec<String>>,
+    pub(super) rows: Vec<Vec<String>>,
 }
 
 impl Table {
-    fn new(columns: &[&'static str]) -> Self {
+    pub(super) fn new(columns: &[&'static str]) -> Self {
         Self { columns: columns.to_vec(), rows: Vec::new() }
     }
 
-    fn print(&self, out: &mut impl Write, width: Option<usize>) -> io::Result<()> {
+    pub(super) fn print(&self, out: &mut impl Write, width: Option<usize>) -> io::Result<()> {
         const GAP: usize = 2;
         let terminal = width.is_some();
         let titles: Vec<String> = self.columns.iter().map(|column| column[1..].to_owned()).collect();

@@ -21,6 +21,9 @@ mod exclusive;
 mod file;
 #[cfg(target_os = "linux")]
 pub(crate) mod lease;
+mod memory;
+#[cfg(target_os = "linux")]
+mod private;
 #[cfg(target_os = "linux")]
 mod promote;
 mod residency;
@@ -30,9 +33,10 @@ mod source;
 mod text;
 
 pub use advice::Advice;
-pub(crate) use copy::{clone, copy_range};
+pub(crate) use copy::{clone, clone_or_copy, copy_range};
 pub(crate) use exclusive::ExclusiveFile;
 pub(crate) use file::{open_regular, read_exact_at};
+pub(crate) use memory::Memory;
 pub use residency::Residency;
 #[cfg(feature = "python")]
 pub(crate) use shared::SharedMemory;
@@ -58,7 +62,7 @@ use memmap2::{MmapOptions, MmapRaw};
 use std::fs::File;
 use std::io;
 use std::ops::Range;
-use std::os::unix::fs::FileExt as _;
+use std::os::unix::fs::{FileExt as _, MetadataExt as _};
 
 /// Work on files is cut at this file offset: a huge page, so that the page cache is filled with them.
 pub(crate) const CHUNK: usize = 2 << 20;
@@ -107,6 +111,10 @@ pub struct Mapping {
     start: usize,
     len: usize,
     backing: Backing,
+    /// Under a copy-on-write mapping: the same file, as it is, to compare with. Costs addresses only.
+    base: Option<Box<Mapping>>,
+    /// Of a copy-on-write mapping's file: device and inode. Nobody else gets them while it is mapped.
+    identity: Option<(u64, u64)>,
 }
 
 impl Mapping {
@@ -128,7 +136,17 @@ impl Mapping {
     pub(crate) unsafe fn open_copy_on_write(file: &File, len: usize) -> io::Result<Self> {
         // SAFETY: the caller vouches for the file; that is memmap2's whole requirement.
         let map = unsafe { MmapOptions::new().len(len).no_reserve_swap().map_copy(file) }?;
-        Ok(Self::huge(MmapRaw::from(map), len, Backing::CopyOnWrite))
+        let mut mapping = Self::huge(MmapRaw::from(map), len, Backing::CopyOnWrite);
+        // SAFETY: as above. Where there are no addresses for it, nothing is lost but being told changes.
+        mapping.base = unsafe { Self::open_read_only(file, len) }.ok().map(Box::new);
+        mapping.identity = file.metadata().ok().map(|metadata| (metadata.dev(), metadata.ino()));
+        Ok(mapping)
+    }
+
+    /// Whether this is a copy-on-write mapping of `file`.
+    pub(crate) fn is_of(&self, file: &File) -> bool {
+        let found = file.metadata().ok().map(|metadata| (metadata.dev(), metadata.ino()));
+        found.is_some() && self.identity == found
     }
 
     /// Owned zeroed memory of `len` bytes in which byte `data_start` lies on a 64-byte boundary, so that
@@ -137,7 +155,8 @@ impl Mapping {
         let start = data_start.next_multiple_of(64) - data_start;
         let size = len.checked_add(start).ok_or_else(|| io::Error::from(io::ErrorKind::OutOfMemory))?;
         let map = MmapOptions::new().len(size.max(1)).map_anon()?;
-        let mapping = Self { raw: MmapRaw::from(map), start, len, backing: Backing::Owned };
+        let mapping =
+            Self { raw: MmapRaw::from(map), start, len, backing: Backing::Owned, base: None, identity: None };
         mapping.advise(Advice::HugePage).ok();
         Ok(mapping)
     }
@@ -151,7 +170,7 @@ impl Mapping {
     }
 
     fn huge(raw: MmapRaw, len: usize, backing: Backing) -> Self {
-        let mapping = Self { raw, start: 0, len, backing };
+        let mapping = Self { raw, start: 0, len, backing, base: None, identity: None };
         // Before the first touch, or the page tables fill with 4 KiB entries. Only advice: a kernel
         // without huge pages for files says no, and nothing changes.
         mapping.advise(Advice::HugePage).ok();

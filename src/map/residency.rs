@@ -50,6 +50,11 @@ const FILE_OR_SHARED: u64 = 1 << 61;
 /// Pages asked about at once, so that asking about a terabyte does not allocate by its size.
 const BLOCK: usize = 1 << 16;
 
+/// Whether a page belongs to this process alone, by its word in the pagemap.
+pub(super) fn is_private(entry: u64) -> bool {
+    (entry & PRESENT != 0 && entry & FILE_OR_SHARED == 0) || entry & SWAPPED != 0
+}
+
 /// Asks about the pages that hold `len` bytes at `ptr`, which must be mapped.
 pub(super) fn of(ptr: *const u8, len: usize) -> io::Result<Residency> {
     let page_size = rustix::param::page_size();
@@ -78,7 +83,7 @@ pub(super) fn of(ptr: *const u8, len: usize) -> io::Result<Residency> {
         for &entry in &entries[..n] {
             let present = entry & PRESENT != 0;
             found.touched += usize::from(present);
-            found.private += usize::from((present && entry & FILE_OR_SHARED == 0) || entry & SWAPPED != 0);
+            found.private += usize::from(is_private(entry));
         }
     }
     Ok(found)

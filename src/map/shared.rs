@@ -1,6 +1,6 @@
 //! Memory that Python holds as well: raw pointers only, never a `&[u8]`.
 
-use super::{Backing, Mapping, Residency, Source};
+use super::{Backing, Mapping, Memory, Residency, Source};
 use std::fs::File;
 use std::io;
 use std::ops::Range;
@@ -34,6 +34,33 @@ unsafe impl Sync for SharedMemory {}
 impl From<Mapping> for SharedMemory {
     fn from(mapping: Mapping) -> Self {
         Self { ptr: mapping.ptr(), len: mapping.len, owner: Owner::Mapping(mapping) }
+    }
+}
+
+impl Memory for SharedMemory {
+    fn now(&self) -> Source<'_> {
+        self.source(&(0..self.len))
+    }
+
+    fn base(&self) -> Option<Source<'_>> {
+        match &self.owner {
+            Owner::Mapping(mapping) => mapping.base(),
+            Owner::Heap { .. } => None,
+        }
+    }
+
+    fn backing(&self) -> Backing {
+        match &self.owner {
+            Owner::Mapping(mapping) => mapping.backing,
+            Owner::Heap { .. } => Backing::Owned,
+        }
+    }
+
+    fn private(&self, part: Range<usize>) -> io::Result<Vec<Range<usize>>> {
+        match &self.owner {
+            Owner::Mapping(mapping) => mapping.private(part),
+            Owner::Heap { .. } => Ok(Vec::new()),
+        }
     }
 }
 

@@ -40,6 +40,15 @@ impl Source<'_> {
         self.len
     }
 
+    /// A part of the bytes.
+    ///
+    /// # Panics
+    /// If the part lies outside: a fault of this crate.
+    pub(crate) fn part(&self, part: Range<usize>) -> Self {
+        assert!(part.start <= part.end && part.end <= self.len);
+        Self { ptr: self.ptr.wrapping_add(part.start), len: part.len(), life: PhantomData }
+    }
+
     /// Copies a part to `to`, which has its length.
     ///
     /// # Panics

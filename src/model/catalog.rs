@@ -6,6 +6,7 @@ use hashbrown::{DefaultHashBuilder, HashTable, hash_table::Entry};
 use std::collections::BTreeMap;
 use std::hash::BuildHasher;
 use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
 
 /// One file of a model.
 pub(crate) struct Shard {
@@ -22,6 +23,8 @@ pub(crate) struct Catalog {
     hasher: DefaultHashBuilder,
     /// For several shards; one has its layout's own metadata.
     metadata: BTreeMap<String, String>,
+    /// The checksum of every tensor, in file order, as the files hold them: once somebody asked.
+    pub(super) sums: OnceLock<Vec<u128>>,
 }
 
 impl Catalog {
@@ -33,6 +36,7 @@ impl Catalog {
             lookup: HashTable::new(),
             hasher: DefaultHashBuilder::default(),
             metadata: BTreeMap::new(),
+            sums: OnceLock::new(),
         };
         if shards.len() != 1 {
             catalog.lookup.reserve(shards.iter().map(|s| s.layout.len()).sum(), |_| 0);
@@ -90,6 +94,15 @@ impl Catalog {
             [only] => only.layout.metadata(),
             _ => &self.metadata,
         }
+    }
+
+    /// Other metadata, in place of that of all files.
+    pub(crate) fn set_metadata(&mut self, metadata: Option<BTreeMap<String, String>>) {
+        let mut given = Some(metadata.clone());
+        for shard in &mut self.shards {
+            shard.layout.set_metadata(given.take().flatten());
+        }
+        self.metadata = metadata.unwrap_or_default();
     }
 
     /// The error for a name that is not there.

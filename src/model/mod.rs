@@ -1,21 +1,32 @@
 //! A model: one file or a sharded set, its tensors by name.
 
 mod catalog;
+mod changes;
+mod compare;
+mod contents;
+mod diff;
 mod model_mut;
 mod open;
+mod verify;
 
 pub(crate) use catalog::{Catalog, Shard};
+pub use changes::{Change, Changes};
+pub(crate) use compare::Difference;
+pub(crate) use contents::{Contents, Found, Marks, Span, Until, hash_all};
+pub(crate) use diff::compare_contents;
+pub use diff::{Differences, Reshaped, diff};
 pub use model_mut::ModelMut;
 pub(crate) use model_mut::split;
 pub use open::OpenOptions;
 #[cfg(feature = "python")]
-pub(crate) use open::{Place, locate, read_place};
+pub(crate) use open::{Place, locate};
+pub use verify::Verify;
 
 use crate::error::{Error, Result};
 use crate::layout::{Layout, TensorInfo};
-use crate::map::{Mapping, Residency};
+use crate::map::{Mapping, Memory, Residency};
 use crate::tensor::TensorView;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::path::Path;
 
 /// A model, to read. Opening costs the header; data pages are read when they are touched.
@@ -110,6 +121,16 @@ impl Model {
     #[cfg(feature = "python")]
     pub(crate) fn into_parts(self) -> (Catalog, Vec<Mapping>) {
         (self.catalog, self.mappings)
+    }
+
+    /// Its bytes, to compare and to hash.
+    pub(crate) fn contents(&self) -> Contents<'_> {
+        Contents {
+            catalog: &self.catalog,
+            memories: self.mappings.iter().map(|mapping| mapping as &dyn Memory).collect(),
+            copies: HashMap::new(),
+            marks: None,
+        }
     }
 
     /// Number of tensors.

@@ -1,6 +1,6 @@
 //! A model whose tensors can be written.
 
-use super::{Model, OpenOptions};
+use super::{Changes, Contents, Marks, Model, OpenOptions};
 use crate::error::{Error, Result};
 use crate::map::{CHUNK, Mapping};
 use crate::tensor::TensorViewMut;
@@ -30,6 +30,8 @@ pub struct ModelMut {
     model: Model,
     /// Under [`OpenOptions::dense_edits`]: which tensors have been promoted, by shard and place.
     promoted: Option<HashSet<(usize, usize)>>,
+    /// What [`ModelMut::changed`] compares with in place of the files.
+    marks: Option<Marks>,
 }
 
 impl ModelMut {
@@ -68,8 +70,8 @@ impl ModelMut {
     }
 
     /// `model`'s mappings are writable.
-    pub(super) fn new(model: Model, dense_edits: bool) -> Self {
-        Self { model, promoted: dense_edits.then(HashSet::new) }
+    pub(crate) fn new(model: Model, dense_edits: bool) -> Self {
+        Self { model, promoted: dense_edits.then(HashSet::new), marks: None }
     }
 
     /// The tensor called `name`, to write.
@@ -124,6 +126,61 @@ impl ModelMut {
         let (shard, info) = found.ok_or_else(|| catalog.missing(name))?;
         let promoted = mappings[shard].promote(info.bytes());
         promoted.map_err(Error::io(&catalog.shards()[shard].path, "copying its pages"))
+    }
+
+    /// Which tensors changed since opening, or the last [`ModelMut::mark`], and by how much: exact, bit by
+    /// bit. The kernel knows which pages were written; only those are compared with the file, so that a
+    /// write of the same value is no change.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] for a model that was read, not mapped: nothing is left to compare with.
+    /// [`Error::Io`] where the kernel does not tell.
+    ///
+    /// ```
+    /// # // SAFETY: nobody writes to the file while it is mapped.
+    /// # let mut model = unsafe { maptensors::ModelMut::open("models/digits.safetensors")? };
+    /// model.tensor_mut("fc2.weight")?.as_mut_slice::<f32>()?.fill(0.5);
+    /// let changed = model.changed()?;
+    /// assert!(changed.iter().all(|tensor| tensor.name.starts_with("fc2."))); // fc1 stayed frozen
+    /// assert_eq!(changed.elements(), 640);
+    /// # Ok::<(), maptensors::Error>(())
+    /// ```
+    pub fn changed(&self) -> Result<Changes> {
+        self.contents().changes()
+    }
+
+    /// From now on, [`ModelMut::changed`] and [`save_delta`](crate::save_delta) tell what changed since now.
+    /// Takes a copy of the pages that were written so far, as much memory as they take already.
+    ///
+    /// # Errors
+    /// As [`ModelMut::changed`].
+    ///
+    /// ```
+    /// # // SAFETY: nobody writes to the file while it is mapped.
+    /// # let mut model = unsafe { maptensors::ModelMut::open("models/digits.safetensors")? };
+    /// model.tensor_mut("fc1.bias")?.as_mut_slice::<f32>()?.fill(0.5);
+    /// model.mark()?;
+    /// assert!(model.changed()?.is_empty());
+    /// # Ok::<(), maptensors::Error>(())
+    /// ```
+    pub fn mark(&mut self) -> Result<()> {
+        self.marks = Some(self.contents().mark()?);
+        Ok(())
+    }
+
+    #[cfg(feature = "python")]
+    pub(crate) fn into_model(self) -> Model {
+        self.model
+    }
+
+    /// Its bytes and marks, to compare and to hash.
+    pub(crate) fn contents(&self) -> Contents<'_> {
+        Contents { marks: self.marks.as_ref(), ..self.model.contents() }
+    }
+
+    /// Other metadata, in place of that of all files.
+    pub(crate) fn set_metadata(&mut self, metadata: Option<std::collections::BTreeMap<String, String>>) {
+        self.model.catalog.set_metadata(metadata);
     }
 
     /// All tensors at once, to write, shard by shard, in file order.

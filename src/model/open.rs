@@ -1,6 +1,6 @@
 //! From a path to a model.
 
-use super::{Catalog, Model, ModelMut, Shard};
+use super::{Catalog, Model, ModelMut, Shard, Verify};
 use crate::error::{Error, Result};
 use crate::format::{index, safetensors};
 use crate::layout::{Layout, Text};
@@ -24,6 +24,7 @@ use std::sync::Arc;
 pub struct OpenOptions {
     populate: bool,
     dense_edits: bool,
+    verify: Verify,
 }
 
 impl OpenOptions {
@@ -59,6 +60,22 @@ impl OpenOptions {
     #[must_use]
     pub fn dense_edits(mut self, dense: bool) -> Self {
         self.dense_edits = dense;
+        self
+    }
+
+    /// What to check before the model is returned: nothing (default), or every tensor against the checksum
+    /// that the file carries, as [`Model::verify`] does.
+    ///
+    /// ```
+    /// use maptensors::{Error, OpenOptions, Verify};
+    ///
+    /// let options = OpenOptions::new().verify(Verify::All);
+    /// let refused = options.read("models/digits.safetensors"); // it carries no checksums
+    /// assert!(matches!(refused, Err(Error::Argument(_))));
+    /// ```
+    #[must_use]
+    pub fn verify(mut self, verify: Verify) -> Self {
+        self.verify = verify;
         self
     }
 
@@ -121,9 +138,7 @@ impl OpenOptions {
     /// # Errors
     /// As [`Model::read`].
     pub fn read(&self, path: impl AsRef<Path>) -> Result<Model> {
-        // Everything is read in any case: no option changes that.
-        let _ = self;
-        read_place(&locate(path.as_ref())?)
+        self.read_place(&locate(path.as_ref())?)
     }
 
     /// Maps files already located.
@@ -134,7 +149,7 @@ impl OpenOptions {
     pub(crate) unsafe fn open_place(&self, place: &Place, backing: Backing) -> Result<Model> {
         // SAFETY: the caller vouches for the files.
         let header = |file: &File, path: &Path, len| unsafe { map_header(file, path, len) };
-        assemble(place, header, |file, len, layout| {
+        let model = assemble(place, header, |file, len, layout| {
             let mapping = if backing == Backing::ReadOnly {
                 // SAFETY: the caller vouches for the files; `len` is this descriptor's length.
                 unsafe { Mapping::open_read_only(file, len) }
@@ -146,14 +161,23 @@ impl OpenOptions {
                 populate(&mapping, layout)?;
             }
             Ok(mapping)
-        })
+        })?;
+        self.checked(model)
     }
-}
 
-/// Reads files already located into owned memory.
-pub(crate) fn read_place(place: &Place) -> Result<Model> {
-    let header = |file: &File, path: &Path, len| read_header(file, path, len);
-    assemble(place, header, |file, len, layout| Mapping::read(file, len, layout.data_range().start))
+    /// Reads files already located into owned memory.
+    pub(crate) fn read_place(&self, place: &Place) -> Result<Model> {
+        let header = |file: &File, path: &Path, len| read_header(file, path, len);
+        let read = |file: &File, len, layout: &Layout| Mapping::read(file, len, layout.data_range().start);
+        self.checked(assemble(place, header, read)?)
+    }
+
+    fn checked(&self, model: Model) -> Result<Model> {
+        if self.verify == Verify::All {
+            model.verify()?;
+        }
+        Ok(model)
+    }
 }
 
 /// Reads the data's pages in, cut at huge pages so that the page cache stays made of them.

@@ -65,6 +65,7 @@ impl Draft {
             save::fill(Target::File(pending.file()), vec![(data.start, source)], &|_| ())
                 .map_err(io("writing tensor data"))?;
         }
+        save::checksum::seal(&self.layout, pending.file(), &self.path)?;
         pending.publish(self.durable)
     }
 }
@@ -185,9 +186,10 @@ impl Draft {
     }
 }
 
-/// Allocates and maps a new file for the tensors of `spec`.
+/// Allocates and maps a new file for the tensors of `spec`. With `checksums` the commit puts one for each
+/// tensor into the file's metadata.
 #[pyfunction]
-#[pyo3(signature = (path, spec, *, metadata = None, durable = true, mapped = true))]
+#[pyo3(signature = (path, spec, *, metadata = None, durable = true, mapped = true, checksums = false))]
 pub(super) fn create(
     py: Python<'_>,
     path: PathBuf,
@@ -195,10 +197,12 @@ pub(super) fn create(
     metadata: Option<BTreeMap<String, String>>,
     durable: bool,
     mapped: bool,
+    checksums: bool,
 ) -> PyResult<Draft> {
     let layout = planned(spec, metadata)?;
     let made = py.detach(|| {
-        DraftOptions::new().durable(durable).mapped(mapped).create(&path, &layout).and_then(Draft::new)
+        let options = DraftOptions::new().durable(durable).mapped(mapped).checksums(checksums);
+        options.create(&path, &layout).and_then(Draft::new)
     });
     Ok(made?)
 }

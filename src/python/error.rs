@@ -28,6 +28,10 @@ fn convert(py: Python<'_>, error: &Error) -> PyResult<PyErr> {
     if let Error::NotRegular { path, .. } | Error::NotDurable { path, .. } = error {
         exception.setattr("filename", path.as_os_str())?;
     }
+    if let Error::Checksum { tensor, others, .. } = error {
+        let tensors: Vec<&String> = std::iter::once(tensor).chain(others).collect();
+        exception.setattr("tensors", tensors)?;
+    }
     Ok(PyErr::from_value(exception))
 }
 

@@ -6,15 +6,20 @@
 #![allow(unsafe_code)]
 // pyo3's extraction and protocols dictate these signatures.
 #![allow(clippy::needless_pass_by_value, clippy::unnecessary_wraps)]
+// A method's path is not general enough over the lifetime that a closure's argument has.
+#![allow(clippy::redundant_closure_for_method_calls)]
 
 mod arrays;
 mod buffer;
+mod changes;
 mod checkpoint;
+mod delta;
 mod dlpack;
 mod draft;
 mod error;
 mod given;
 mod model;
+mod open;
 mod save;
 mod tensor;
 
@@ -24,11 +29,17 @@ use pyo3::prelude::*;
 #[pyo3(name = "_native")]
 mod native {
     #[pymodule_export]
+    use crate::python::changes::Changes;
+    #[pymodule_export]
     use crate::python::checkpoint::{Checkpoints, Saving};
+    #[pymodule_export]
+    use crate::python::delta::{apply_delta, diff, materialize, save_delta, save_diff, verify};
     #[pymodule_export]
     use crate::python::draft::{Draft, create};
     #[pymodule_export]
-    use crate::python::model::{Model, load_bytes, open};
+    use crate::python::model::Model;
+    #[pymodule_export]
+    use crate::python::open::{load_bytes, open};
     #[pymodule_export]
     use crate::python::save::{edit, planned_size, save, save_bytes};
     #[pymodule_export]

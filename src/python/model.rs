@@ -1,19 +1,18 @@
 //! `maptensors.Model`: a mapping of names to tensors.
 
 use super::arrays::Array;
+use super::changes::Changes;
 use super::tensor::Tensor;
 use crate::error::Error;
 use crate::layout::TensorInfo;
-use crate::map::{Backing, CHUNK, SharedMemory};
-use crate::model::{Catalog, Model as Opened, OpenOptions, Place, locate, read_place};
-use pyo3::exceptions::{PyTypeError, PyValueError};
+use crate::map::{CHUNK, Memory, SharedMemory};
+use crate::model::{Catalog, Contents, Marks, Model as Opened};
+use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
-use pyo3::sync::PyOnceLock;
-use pyo3::types::{PyDict, PyList, PyType};
+use pyo3::types::{PyDict, PyList};
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::ffi::OsString;
 use std::ops::Range;
-use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 
 /// A model's tensors by name, as a read-only mapping (`model["w"]`, `keys()`, `items()`, `len`, `in`).
@@ -36,6 +35,8 @@ pub(super) struct Parts {
     copies: Mutex<HashMap<(usize, usize), Arc<SharedMemory>>>,
     /// With `dense_edits`: which tensors have been promoted.
     promoted: Option<Mutex<HashSet<(usize, usize)>>>,
+    /// What `changed` compares with in place of the files.
+    marks: Mutex<Option<Arc<Marks>>>,
 }
 
 impl Parts {
@@ -57,6 +58,18 @@ impl Parts {
             .entry((shard, index))
             .or_insert_with(|| Arc::new(SharedMemory::copy_of(memory.source(&range))));
         (copy.clone(), 0)
+    }
+
+    /// Calls `work` with all bytes, to compare and to hash. Copies made meanwhile are not among them.
+    pub(super) fn with_contents<T>(&self, work: impl FnOnce(&Contents<'_>) -> T) -> T {
+        let copies = self.copies.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        let marks = self.marks.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        work(&Contents {
+            catalog: &self.catalog,
+            memories: self.memories.iter().map(|memory| memory.as_ref() as &dyn Memory).collect(),
+            copies: copies.iter().map(|(&place, copy)| (place, copy.now())).collect(),
+            marks: marks.as_deref(),
+        })
     }
 
     /// With `dense_edits`, makes a large tensor this process's own before it is first handed out.
@@ -85,11 +98,18 @@ impl Parts {
 }
 
 impl Model {
-    fn new(opened: Opened, mode: &'static str, dense_edits: bool) -> Self {
+    pub(super) fn new(opened: Opened, mode: &'static str, dense_edits: bool) -> Self {
         let (catalog, mappings) = opened.into_parts();
         let memories = mappings.into_iter().map(|mapping| Arc::new(SharedMemory::from(mapping))).collect();
         let promoted = (dense_edits && mode == "c").then(Mutex::default);
-        let parts = Parts { catalog, memories, read_only: mode == "r", copies: Mutex::default(), promoted };
+        let parts = Parts {
+            catalog,
+            memories,
+            read_only: mode == "r",
+            copies: Mutex::default(),
+            promoted,
+            marks: Mutex::default(),
+        };
         Self { open: RwLock::new(Some(Arc::new(parts))), mode }
     }
 
@@ -256,6 +276,22 @@ impl Model {
         Ok(dict)
     }
 
+    /// Which tensors changed since opening, or the last `mark()`: exact, bit by bit. Empty, and so false, if
+    /// none did; a write of the same value is no change.
+    fn changed(&self, py: Python<'_>) -> PyResult<Changes> {
+        let parts = self.parts()?;
+        Ok(py.detach(|| parts.with_contents(|contents| contents.changes()))?.into())
+    }
+
+    /// From now on, `changed()` and `save_delta` tell what changed since now. Takes a copy of the pages that
+    /// were written so far, as much memory as they take already.
+    fn mark(&self, py: Python<'_>) -> PyResult<()> {
+        let parts = self.parts()?;
+        let marks = py.detach(|| parts.with_contents(|contents| contents.mark()))?;
+        *parts.marks.lock().unwrap_or_else(PoisonError::into_inner) = Some(Arc::new(marks));
+        Ok(())
+    }
+
     /// Makes tensors this process's own in bulk (all, or those of `names`), before they are written all
     /// over: several times as fast as copying each page when it is first written. Takes their size in
     /// memory at once. Nobody may write to them meanwhile: a write could be lost.
@@ -313,7 +349,7 @@ impl Model {
 
     /// Writes all tensors and the metadata, edits included, as `maptensors.save` does; also onto the model's
     /// own file.
-    #[pyo3(signature = (path, *, metadata = None, durable = true, mapped = true, max_shard_size = None))]
+    #[pyo3(signature = (path, *, metadata = None, durable = true, mapped = true, max_shard_size = None, checksums = false))]
     fn save<'py>(
         slf: &Bound<'py, Self>,
         path: Bound<'py, PyAny>,
@@ -321,12 +357,14 @@ impl Model {
         durable: bool,
         mapped: bool,
         max_shard_size: Option<Bound<'py, PyAny>>,
+        checksums: bool,
     ) -> PyResult<()> {
         let options = PyDict::new(slf.py());
         options.set_item("metadata", metadata)?;
         options.set_item("durable", durable)?;
         options.set_item("mapped", mapped)?;
         options.set_item("max_shard_size", max_shard_size)?;
+        options.set_item("checksums", checksums)?;
         slf.py().import("maptensors")?.call_method("save", (slf, path), Some(&options))?;
         Ok(())
     }
@@ -360,75 +398,4 @@ impl Model {
             Err(_) => "Model(closed)".into(),
         }
     }
-}
-
-/// Opens a model: a file, a directory, an index, or a list of files.
-///
-/// `mode` is `"c"`, copy-on-write (arrays may be written, the file never changes), or `"r"`, read-only.
-/// `backend="pread"` reads everything into memory of its own instead of mapping it. `populate` reads all
-/// pages in at once, so that an I/O error shows here. `dense_edits` is for fine-tuning a whole model: each
-/// tensor of 2 MiB or more becomes this process's own in bulk when it is first taken, several times as fast
-/// as page by page when it is written.
-#[pyfunction]
-#[pyo3(signature = (path, mode = "c", *, backend = "mmap", populate = false, dense_edits = false))]
-pub(super) fn open(
-    py: Python<'_>,
-    path: &Bound<'_, PyAny>,
-    mode: &str,
-    backend: &str,
-    populate: bool,
-    dense_edits: bool,
-) -> PyResult<Model> {
-    static PATH_LIKE: PyOnceLock<Py<PyType>> = PyOnceLock::new();
-    let mode = match mode {
-        "r" => "r",
-        "c" => "c",
-        other => return Err(PyValueError::new_err(format!("mode is \"r\" or \"c\", not {other:?}"))),
-    };
-    let mapped = match backend {
-        "mmap" => true,
-        "pread" => false,
-        other => {
-            return Err(PyValueError::new_err(format!("backend is \"mmap\" or \"pread\", not {other:?}")));
-        }
-    };
-    let is_path = path.is_instance_of::<pyo3::types::PyString>()
-        || path.is_instance_of::<pyo3::types::PyBytes>()
-        || path.is_instance(PATH_LIKE.import(py, "os", "PathLike")?)?;
-    // Bytes too: a file's name need not be text.
-    let decode = |path: &Bound<'_, PyAny>| -> PyResult<PathBuf> {
-        path.py().import("os")?.call_method1("fsdecode", (path,))?.extract()
-    };
-    let many: Option<Vec<PathBuf>> = if is_path {
-        None
-    } else {
-        let paths: PyResult<Vec<_>> = path.try_iter().and_then(|paths| paths.map(|p| decode(&p?)).collect());
-        Some(
-            paths.map_err(|_| {
-                PyTypeError::new_err("path is a str, bytes, an os.PathLike, or a list of them")
-            })?,
-        )
-    };
-    let single = if is_path { decode(path)? } else { PathBuf::new() };
-    let opened = py.detach(|| -> Result<Opened, Error> {
-        let place = match &many {
-            Some(paths) => Place::files(paths),
-            None => locate(&single)?,
-        };
-        let options = OpenOptions::new().populate(populate);
-        if !mapped {
-            return read_place(&place);
-        }
-        let backing = if mode == "r" { Backing::ReadOnly } else { Backing::CopyOnWrite };
-        // SAFETY: the stable-file contract, which Python's documentation of `open` puts to the caller; no
-        // `&[u8]` of the mapping outlives this statement.
-        unsafe { options.open_place(&place, backing) }
-    })?;
-    Ok(Model::new(opened, mode, dense_edits))
-}
-
-/// A model from the bytes of a file, copied once into aligned memory.
-#[pyfunction]
-pub(super) fn load_bytes(py: Python<'_>, data: &[u8]) -> PyResult<Model> {
-    Ok(Model::new(py.detach(|| Opened::from_bytes(data))?, "c", false))
 }

@@ -4,11 +4,12 @@ use super::arrays;
 use super::draft::Draft;
 use super::given::{self, Data, Given};
 use super::model::Model;
+use crate::digest::CHECKSUMS;
 use crate::error::Error;
 use crate::format::safetensors;
 use crate::layout::Layout;
 use crate::map::Source;
-use crate::save::{Commit, Create, DraftOptions, Edited, HeaderEdit, Target, fill, place, sharded};
+use crate::save::{Commit, Create, DraftOptions, Edited, HeaderEdit, Target, checksum, fill, place, sharded};
 use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyString};
 use std::collections::BTreeMap;
@@ -60,8 +61,8 @@ fn jobs<'a>(layout: &Layout, tensors: &'a [(String, Given)]) -> Vec<(usize, Sour
 ///
 /// One file, or with `max_shard_size` as many as needed and an index.
 #[pyfunction]
-#[pyo3(signature = (tensors, path, *, metadata = None, durable = true, mapped = true, max_shard_size = None, distinct = false))]
-#[allow(clippy::too_many_arguments)] // Python's keyword arguments
+#[pyo3(signature = (tensors, path, *, metadata = None, durable = true, mapped = true, max_shard_size = None, checksums = false, distinct = false))]
+#[allow(clippy::too_many_arguments, clippy::fn_params_excessive_bools)] // Python's keyword arguments
 pub(super) fn save(
     py: Python<'_>,
     tensors: &Bound<'_, PyAny>,
@@ -70,13 +71,14 @@ pub(super) fn save(
     durable: bool,
     mapped: bool,
     max_shard_size: Option<u64>,
+    checksums: bool,
     distinct: bool,
 ) -> PyResult<bool> {
     let tensors = collect(tensors)?;
     if distinct && !are_distinct(&tensors) {
         return Ok(false);
     }
-    let options = DraftOptions::new().durable(durable).mapped(mapped);
+    let options = DraftOptions::new().durable(durable).mapped(mapped).checksums(checksums);
     let write = |part: Range<usize>, path: &Path| -> PyResult<()> {
         let create = |path: &Path, layout: &Layout| options.create(path, layout);
         let commit = stage_one(py, &tensors[part], path, &metadata, &create)?;
@@ -86,7 +88,12 @@ pub(super) fn save(
     match max_shard_size {
         None => write(0..tensors.len(), &path)?,
         Some(limit) => {
-            sharded::save(&sizes(&tensors), &path, limit, metadata.as_ref(), durable, write)?;
+            // Checksums are those of each file.
+            let mut shared = metadata.clone();
+            if let Some(shared) = &mut shared {
+                shared.remove(CHECKSUMS);
+            }
+            sharded::save(&sizes(&tensors), &path, limit, shared.as_ref(), durable, write)?;
         }
     }
     Ok(true)
@@ -183,11 +190,12 @@ pub(super) fn planned_size(spec: &Bound<'_, PyAny>, metadata: Metadata) -> PyRes
 
 /// The bytes of a file.
 #[pyfunction]
-#[pyo3(signature = (tensors, *, metadata = None))]
+#[pyo3(signature = (tensors, *, metadata = None, checksums = false))]
 pub(super) fn save_bytes<'py>(
     py: Python<'py>,
     tensors: &Bound<'py, PyAny>,
     metadata: Metadata,
+    checksums: bool,
 ) -> PyResult<Bound<'py, PyBytes>> {
     let mut tensors = collect(tensors)?;
     for (name, array) in &mut tensors {
@@ -208,12 +216,24 @@ pub(super) fn save_bytes<'py>(
             array.shape = shape;
         }
     }
-    let (header, layout) = py.detach(|| safetensors::encode(&plan(&tensors, &metadata)?, Path::new("")))?;
+    let (header, layout) = py.detach(|| {
+        let layout = plan(&tensors, &metadata)?;
+        let declared = checksum::declare(&layout, checksums);
+        safetensors::encode(declared.as_ref().unwrap_or(&layout), Path::new(""))
+    })?;
     PyBytes::new_with(py, layout.data_range().end, |bytes| {
         bytes[..header.len()].copy_from_slice(&header);
         let placed = place(&layout, jobs(&layout, &tensors), Path::new(""))?;
         py.detach(|| fill(Target::Memory(bytes), placed, &|_| ()))
             .map_err(Error::io(Path::new(""), "copying tensor data"))?;
+        if layout.metadata().contains_key(CHECKSUMS) {
+            let written = Source::from(&*bytes);
+            let header = checksum::header(&layout, Path::new(""), |range, to| {
+                written.copy_to(range, to);
+                Ok(())
+            })?;
+            bytes[..header.len()].copy_from_slice(&header);
+        }
         Ok(())
     })
 }

@@ -1,6 +1,6 @@
 //! A file being made in place.
 
-use super::{Pending, Target, fill};
+use super::{Pending, Target, checksum, fill};
 use crate::error::{Error, Result};
 use crate::format::safetensors;
 use crate::layout::Layout;
@@ -26,12 +26,13 @@ use std::sync::atomic::{AtomicU64, Ordering};
 pub struct DraftOptions {
     durable: bool,
     mapped: bool,
+    checksums: bool,
     progress: Progress,
 }
 
 impl Default for DraftOptions {
     fn default() -> Self {
-        Self { durable: true, mapped: true, progress: Progress::default() }
+        Self { durable: true, mapped: true, checksums: false, progress: Progress::default() }
     }
 }
 
@@ -54,6 +55,29 @@ impl DraftOptions {
     pub fn mapped(mut self, mapped: bool) -> Self {
         self.mapped = mapped;
         self
+    }
+
+    /// Whether the file carries a checksum of each tensor, for [`Model::verify`](crate::Model::verify) and to
+    /// make deltas against it cheap: in its metadata, as `maptensors.checksums`, computed by the commit. A
+    /// layout whose metadata has that entry asks for it too: it is never copied stale.
+    ///
+    /// ```
+    /// # use maptensors::{DType, DraftOptions, Layout, Model};
+    /// # let layout = Layout::builder().tensor("w", DType::U8, &[4]).build()?;
+    /// # let path = std::env::temp_dir().join("maptensors-doc-checksums.safetensors");
+    /// DraftOptions::new().checksums(true).create(&path, &layout)?.commit()?;
+    /// Model::read(&path)?.verify()?;
+    /// # std::fs::remove_file(path).unwrap();
+    /// # Ok::<(), maptensors::Error>(())
+    /// ```
+    #[must_use]
+    pub fn checksums(mut self, checksums: bool) -> Self {
+        self.checksums = checksums;
+        self
+    }
+
+    pub(super) fn wants_checksums(&self) -> bool {
+        self.checksums
     }
 
     /// Calls `told(done, total)`, in bytes of tensor data, as whole tensors are copied in: from several
@@ -121,7 +145,8 @@ impl Draft {
     }
 
     fn with(path: &Path, layout: &Layout, options: &DraftOptions) -> Result<Self> {
-        let (header, layout) = safetensors::encode(layout, path)?;
+        let declared = checksum::declare(layout, options.checksums);
+        let (header, layout) = safetensors::encode(declared.as_ref().unwrap_or(layout), path)?;
         let pending = Pending::create(path)?;
         let mapped = pending.allocate(layout.file_len())? && options.mapped;
         if !mapped {
@@ -268,7 +293,7 @@ impl Draft {
             fill(Target::File(self.pending.file()), vec![(data.start, source)], &|_| ())
                 .map_err(Error::io(self.pending.path(), "writing tensor data"))?;
         }
-        Ok(())
+        checksum::seal(&self.layout, self.pending.file(), self.pending.path())
     }
 
     /// The pieces, for a face that shares the memory with another language.

@@ -21,7 +21,9 @@
 #![forbid(unsafe_code)]
 
 mod checkpoint;
+pub(crate) mod checksum;
 mod crash;
+mod delta;
 mod draft;
 mod edit;
 mod fill;
@@ -31,6 +33,9 @@ pub(crate) mod sharded;
 #[cfg(feature = "python")]
 pub(crate) use checkpoint::Create;
 pub use checkpoint::{CheckpointOptions, Checkpointer, Ready, Saved, Saving};
+pub use delta::{apply_delta, materialize, save_delta, save_diff};
+#[cfg(feature = "python")]
+pub(crate) use delta::{write_delta, write_diff};
 #[cfg(feature = "python")]
 pub(crate) use draft::place;
 pub use draft::{Draft, DraftOptions};
@@ -134,6 +139,13 @@ impl SaveOptions {
         self
     }
 
+    /// Whether the file carries a checksum of each tensor: see [`DraftOptions::checksums`].
+    #[must_use]
+    pub fn checksums(mut self, checksums: bool) -> Self {
+        self.draft = self.draft.checksums(checksums);
+        self
+    }
+
     /// Calls `told(done, total)`, in bytes of tensor data, as they are copied: see [`DraftOptions::progress`].
     #[must_use]
     pub fn progress(mut self, told: impl Fn(u64, u64) + Send + Sync + 'static) -> Self {
@@ -176,7 +188,12 @@ impl SaveOptions {
                 let options = Self { draft: self.draft.over(total(&sizes)), ..self.clone() };
                 let write =
                     |part: Range<usize>, path: &Path| options.stage_one(&tensors[part], path)?().map(drop);
-                sharded::save(&sizes, path, limit, self.metadata.as_ref(), self.draft.is_durable(), write)
+                // Checksums are those of each file.
+                let mut metadata = self.metadata.clone();
+                if let Some(metadata) = &mut metadata {
+                    metadata.remove(crate::digest::CHECKSUMS);
+                }
+                sharded::save(&sizes, path, limit, metadata.as_ref(), self.draft.is_durable(), write)
             }
         }
     }

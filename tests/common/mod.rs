@@ -1,6 +1,8 @@
 //! What several of these test binaries share.
 #![allow(dead_code)] // each binary uses a part
 
+pub mod mount;
+
 use sha2::{Digest as _, Sha256};
 use std::fmt::Write as _;
 use std::io::Write as _;

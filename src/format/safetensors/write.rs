@@ -49,6 +49,20 @@ pub(crate) fn finish(header: &mut [u8], path: &Path) -> Result<()> {
     Ok(())
 }
 
+/// The header for a layout that is placed already, padded to end where the data starts; `None` if it would
+/// not fit.
+pub(crate) fn encode_placed(layout: &Layout, path: &Path) -> Result<Option<Vec<u8>>> {
+    let mut json = vec![0; PREFIX_LEN];
+    write_json(&mut json, layout).map_err(Error::io(path, "encoding the header"))?;
+    let room = usize::try_from(layout.data_start()).unwrap_or_default();
+    if json.len() > room {
+        return Ok(None);
+    }
+    json.resize(room, b' ');
+    json[..PREFIX_LEN].copy_from_slice(&((room - PREFIX_LEN) as u64).to_le_bytes());
+    Ok(Some(json))
+}
+
 fn write_json(out: &mut Vec<u8>, layout: &Layout) -> std::io::Result<()> {
     out.push(b'{');
     let mut separator = "";

@@ -1,0 +1,54 @@
+//! Memory as it is now, next to what it was.
+
+use super::{Backing, Mapping, Source};
+use std::io;
+use std::ops::Range;
+
+/// Bytes as they are now, and what the kernel remembers of how they were: of Rust's memory and of
+/// Python's.
+pub(crate) trait Memory: Sync {
+    /// All bytes, as they are now.
+    fn now(&self) -> Source<'_>;
+
+    /// The file's own bytes, where there is a file and they are still reachable.
+    fn base(&self) -> Option<Source<'_>>;
+
+    /// Whether the bytes can differ from the file's.
+    fn backing(&self) -> Backing;
+
+    /// The pages of a part that became this process's own, as ranges of bytes.
+    fn private(&self, part: Range<usize>) -> io::Result<Vec<Range<usize>>>;
+}
+
+impl Memory for Mapping {
+    fn now(&self) -> Source<'_> {
+        Source::from(self.as_bytes())
+    }
+
+    fn base(&self) -> Option<Source<'_>> {
+        match self.backing {
+            Backing::ReadOnly => Some(self.now()),
+            _ => self.base.as_ref().map(|base| base.now()),
+        }
+    }
+
+    fn backing(&self) -> Backing {
+        self.backing
+    }
+
+    fn private(&self, part: Range<usize>) -> io::Result<Vec<Range<usize>>> {
+        self.check(&part)?;
+        if self.backing != Backing::CopyOnWrite {
+            return Ok(Vec::new());
+        }
+        #[cfg(target_os = "linux")]
+        {
+            let start = self.ptr().addr();
+            let pages = super::private::pages(self.ptr().wrapping_add(part.start), part.len())?;
+            // A file's mapping starts on a page, and its last page may reach beyond its bytes.
+            Ok(pages.into_iter().map(|p| p.start - start..(p.end - start).min(self.len)).collect())
+        }
+        #[cfg(not(target_os = "linux"))]
+        Ok(vec![part])
+    }
+}

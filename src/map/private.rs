@@ -1,0 +1,201 @@
+//! Which pages of a copy-on-write mapping became this process's own.
+//!
+//! The kernel knows without having been told to watch: a page of the file that was written is anonymous from
+//! then on. `ioctl(PAGEMAP_SCAN)` (Linux 6.7) lists such pages as ranges; before it, `/proc/self/pagemap` has
+//! a word for each page.
+
+use rustix::io::Errno;
+use std::fs::File;
+use std::io;
+use std::ops::Range;
+use std::os::fd::AsRawFd as _;
+use std::os::unix::fs::FileExt as _;
+
+/// `struct pm_scan_arg` of linux/fs.h.
+#[repr(C)]
+#[derive(Default)]
+struct ScanArg {
+    size: u64,
+    flags: u64,
+    start: u64,
+    end: u64,
+    walk_end: u64,
+    vec: u64,
+    vec_len: u64,
+    max_pages: u64,
+    category_inverted: u64,
+    category_mask: u64,
+    category_anyof_mask: u64,
+    return_mask: u64,
+}
+
+/// `struct page_region` of linux/fs.h.
+#[repr(C)]
+#[derive(Clone, Copy, Default)]
+struct Region {
+    start: u64,
+    end: u64,
+    categories: u64,
+}
+
+/// `_IOWR('f', 16, struct pm_scan_arg)`.
+const PAGEMAP_SCAN: u64 = 0xc000_0000 | ((size_of::<ScanArg>() as u64) << 16) | ((b'f' as u64) << 8) | 16;
+const PAGE_IS_FILE: u64 = 1 << 2;
+const PAGE_IS_PRESENT: u64 = 1 << 3;
+const PAGE_IS_SWAPPED: u64 = 1 << 4;
+
+/// Ranges asked for at once, and pages where they are asked for one by one.
+const REGIONS: usize = 4096;
+const PAGES: usize = 1 << 16;
+
+/// The private pages among those that hold `len` bytes at `ptr`, as ranges of addresses, in order and apart.
+///
+/// # Errors
+/// What opening or reading `/proc/self/pagemap` answers.
+pub(super) fn pages(ptr: *const u8, len: usize) -> io::Result<Vec<Range<usize>>> {
+    if len == 0 {
+        return Ok(Vec::new());
+    }
+    let page = rustix::param::page_size();
+    let span = ptr.addr() / page * page..(ptr.addr() + len).next_multiple_of(page);
+    let pagemap = File::open("/proc/self/pagemap")?;
+    match scanned(&pagemap, span.clone()) {
+        // An older kernel, or a sandbox that knows no such request.
+        Err(error)
+            if [Errno::NOTTY, Errno::INVAL, Errno::NOSYS, Errno::PERM]
+                .map(Some)
+                .contains(&Errno::from_io_error(&error)) =>
+        {
+            one_by_one(&pagemap, span, page)
+        }
+        answer => answer,
+    }
+}
+
+/// By `ioctl(PAGEMAP_SCAN)`.
+fn scanned(pagemap: &File, span: Range<usize>) -> io::Result<Vec<Range<usize>>> {
+    let mut found = Vec::new();
+    let mut regions = vec![Region::default(); REGIONS];
+    let mut start = span.start as u64;
+    while start < span.end as u64 {
+        let mut arg = ScanArg {
+            size: size_of::<ScanArg>() as u64,
+            start,
+            end: span.end as u64,
+            vec: regions.as_mut_ptr().expose_provenance() as u64,
+            vec_len: regions.len() as u64,
+            // Not of a file, and either present or swapped out.
+            category_inverted: PAGE_IS_FILE,
+            category_mask: PAGE_IS_FILE,
+            category_anyof_mask: PAGE_IS_PRESENT | PAGE_IS_SWAPPED,
+            // Nothing is told about a range but that it matches, so neighbours come as one.
+            return_mask: 0,
+            ..ScanArg::default()
+        };
+        // SAFETY: the request reads and writes `arg`, whose layout is the kernel's, and writes at most
+        // `vec_len` regions to `vec`, which has room for them. No page is changed: `flags` is 0.
+        let answer = unsafe { libc::ioctl(pagemap.as_raw_fd(), PAGEMAP_SCAN, &raw mut arg) };
+        let Ok(n) = usize::try_from(answer) else {
+            let error = io::Error::last_os_error();
+            if error.kind() == io::ErrorKind::Interrupted {
+                continue;
+            }
+            return Err(error);
+        };
+        let n = n.min(regions.len());
+        for region in &regions[..n] {
+            push(&mut found, address(region.start)..address(region.end));
+        }
+        // Where an answer took more than one of the kernel's own buffers of 512 ranges, `walk_end` is where
+        // the last but one was full (Linux 6.18): what is behind it has been told already.
+        let told = regions[..n].last().map_or(0, |last| last.end).max(arg.walk_end);
+        if told <= start {
+            return Err(io::Error::other("PAGEMAP_SCAN does not advance"));
+        }
+        start = told;
+    }
+    Ok(found)
+}
+
+/// By the words of `/proc/self/pagemap`.
+fn one_by_one(pagemap: &File, span: Range<usize>, page: usize) -> io::Result<Vec<Range<usize>>> {
+    let mut found = Vec::new();
+    let (first, last) = (span.start / page, span.end / page);
+    let mut entries = vec![0u64; PAGES.min(last - first)];
+    for block in (first..last).step_by(PAGES) {
+        let n = PAGES.min(last - block);
+        pagemap.read_exact_at(bytemuck::cast_slice_mut(&mut entries[..n]), (block * 8) as u64)?;
+        for (i, &entry) in entries[..n].iter().enumerate() {
+            if super::residency::is_private(entry) {
+                let start = (block + i) * page;
+                push(&mut found, start..start + page);
+            }
+        }
+    }
+    Ok(found)
+}
+
+/// Adds a range, to the last one where they touch.
+fn push(found: &mut Vec<Range<usize>>, range: Range<usize>) {
+    match found.last_mut() {
+        Some(last) if last.end == range.start => last.end = range.end,
+        _ => found.push(range),
+    }
+}
+
+/// An address of this process, as the kernel writes it.
+#[allow(clippy::cast_possible_truncation)]
+fn address(kernel: u64) -> usize {
+    kernel as usize
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::map::{CHUNK, Mapping};
+
+    #[test]
+    fn both_ways_of_asking_find_exactly_the_pages_written_and_promoted() {
+        let page = rustix::param::page_size();
+        let len = 4 * CHUNK + 100;
+        let file = tempfile::tempfile().unwrap();
+        file.write_all_at(&vec![7; len], 0).unwrap();
+        // SAFETY: a file of our own, unlinked, not written any more.
+        let mut mapping = unsafe { Mapping::open_copy_on_write(&file, len) }.unwrap();
+        // Reading makes no page private.
+        assert!(mapping.as_bytes().iter().all(|&b| b == 7));
+        let base = mapping.as_bytes().as_ptr().addr();
+        let of = |mapping: &Mapping| -> Vec<Range<usize>> {
+            let ptr = mapping.as_bytes().as_ptr();
+            let by_word = one_by_one(
+                &File::open("/proc/self/pagemap").unwrap(),
+                base..(base + len).next_multiple_of(page),
+                page,
+            );
+            let by_word = by_word.unwrap();
+            let asked = pages(ptr, len).unwrap();
+            assert_eq!(asked, by_word);
+            match scanned(
+                &File::open("/proc/self/pagemap").unwrap(),
+                base..(base + len).next_multiple_of(page),
+            ) {
+                Ok(scanned) => assert_eq!(scanned, by_word),
+                Err(error) => eprintln!("!!! PAGEMAP_SCAN not tested: {error}"),
+            }
+            asked.into_iter().map(|run| run.start - base..run.end - base).collect()
+        };
+        assert!(of(&mapping).is_empty());
+        for at in [0, 3 * page, 4 * page + 5, CHUNK - 1, len - 1] {
+            mapping.as_bytes_mut()[at] = 8;
+        }
+        let last = len / page * page;
+        assert_eq!(of(&mapping), [0..page, 3 * page..5 * page, CHUNK - page..CHUNK, last..last + page]);
+        mapping.promote(2 * CHUNK..3 * CHUNK).unwrap();
+        assert_eq!(of(&mapping)[3], 2 * CHUNK..3 * CHUNK);
+        // More ranges than one request brings.
+        for at in (0..len).step_by(2 * page) {
+            mapping.as_bytes_mut()[at] = 9;
+        }
+        assert!(of(&mapping).len() > 500);
+    }
+}

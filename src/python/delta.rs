@@ -1,0 +1,189 @@
+//! Deltas, differences and checksums, of models and of files.
+
+use super::changes::numbers;
+use super::model::{Model, Parts};
+use super::open::{self, Files};
+use crate::error::Error;
+use crate::model::{Contents, ModelMut, OpenOptions, Place, compare_contents};
+use crate::save::{SaveOptions, apply_delta as apply, write_delta, write_diff};
+use crate::{map::Backing, model::Model as Opened};
+use pyo3::prelude::*;
+use pyo3::types::PyDict;
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+type Metadata = Option<BTreeMap<String, String>>;
+
+fn options(metadata: Metadata, durable: bool, checksums: bool) -> SaveOptions {
+    let options = SaveOptions::new().durable(durable).checksums(checksums);
+    match metadata {
+        Some(metadata) => options.all_metadata(metadata),
+        None => options,
+    }
+}
+
+/// Maps a model.
+fn map(place: &Place, backing: Backing) -> Result<Opened, Error> {
+    // SAFETY: the stable-file contract, which Python's documentation puts to the caller. These mappings live
+    // no longer than the call, or become a model's like any other.
+    unsafe { OpenOptions::new().open_place(place, backing) }
+}
+
+/// A model to look at: one that is open, or files.
+enum Given {
+    Open(Arc<Parts>),
+    Files(Files),
+}
+
+impl Given {
+    fn of(object: &Bound<'_, PyAny>) -> PyResult<Self> {
+        match object.cast::<Model>() {
+            Ok(model) => Ok(Self::Open(model.get().parts()?)),
+            Err(_) => Ok(Self::Files(Files::of(object)?)),
+        }
+    }
+
+    fn with<T>(&self, work: impl FnOnce(&Contents<'_>) -> Result<T, Error>) -> Result<T, Error> {
+        match self {
+            Self::Open(parts) => parts.with_contents(work),
+            Self::Files(files) => work(&map(&files.place()?, Backing::ReadOnly)?.contents()),
+        }
+    }
+}
+
+/// Writes what changed in `model` since it was opened (or `mark()`) to a delta file at `path`.
+///
+/// The file the model was opened from is not read, if it carries checksums; nobody may write to the model's
+/// arrays meanwhile.
+#[pyfunction]
+#[pyo3(signature = (model, path, *, metadata = None, durable = true, checksums = false))]
+pub(super) fn save_delta(
+    py: Python<'_>,
+    model: &Bound<'_, Model>,
+    path: PathBuf,
+    metadata: Metadata,
+    durable: bool,
+    checksums: bool,
+) -> PyResult<()> {
+    let parts = model.get().parts()?;
+    let options = options(metadata, durable, checksums);
+    Ok(py.detach(|| parts.with_contents(|contents| write_delta(contents, &path, &options)))?)
+}
+
+/// Writes what turns `a` into `b` (models or paths) to a delta file at `path`. Compares all of both.
+#[pyfunction]
+#[pyo3(signature = (a, b, path, *, metadata = None, durable = true, checksums = false))]
+pub(super) fn save_diff(
+    py: Python<'_>,
+    a: &Bound<'_, PyAny>,
+    b: &Bound<'_, PyAny>,
+    path: PathBuf,
+    metadata: Metadata,
+    durable: bool,
+    checksums: bool,
+) -> PyResult<()> {
+    let (a, b) = (Given::of(a)?, Given::of(b)?);
+    let options = options(metadata, durable, checksums);
+    Ok(py.detach(|| a.with(|a| b.with(|b| write_diff(a, b, &path, &options))))?)
+}
+
+/// How `b` differs from `a` (models or paths): a dict of `changed` (name to `elements`, `bytes`, `pages`,
+/// `nbytes`), `added` and `removed` (names), `reshaped` (name to dtype and shape in `a` and in `b`),
+/// `metadata` (keys) and `equal`.
+#[pyfunction]
+pub(super) fn diff<'py>(
+    py: Python<'py>,
+    a: &Bound<'py, PyAny>,
+    b: &Bound<'py, PyAny>,
+) -> PyResult<Bound<'py, PyDict>> {
+    let (a, b) = (Given::of(a)?, Given::of(b)?);
+    let found = py.detach(|| a.with(|a| b.with(|b| Ok(compare_contents(a, b, false).report()))))?;
+    let changed = PyDict::new(py);
+    for change in &found.changed {
+        changed.set_item(&change.name, numbers(py, change)?)?;
+    }
+    let reshaped = PyDict::new(py);
+    for tensor in &found.reshaped {
+        let side = |(dtype, shape): &(crate::dtype::DType, Vec<usize>)| -> PyResult<_> {
+            Ok((dtype.name(), pyo3::types::PyTuple::new(py, shape)?))
+        };
+        reshaped.set_item(&tensor.name, (side(&tensor.from)?, side(&tensor.to)?))?;
+    }
+    let dict = PyDict::new(py);
+    dict.set_item("equal", found.is_empty())?;
+    dict.set_item("changed", changed)?;
+    dict.set_item("added", &found.added)?;
+    dict.set_item("removed", &found.removed)?;
+    dict.set_item("reshaped", reshaped)?;
+    dict.set_item("metadata", &found.metadata)?;
+    Ok(dict)
+}
+
+/// The delta files of an argument: a path or a list of them, each one file.
+fn deltas(given: &Bound<'_, PyAny>) -> PyResult<Vec<PathBuf>> {
+    Ok(match Files::of(given)? {
+        Files::One(path) => vec![path],
+        Files::Many(paths) => paths,
+    })
+}
+
+fn opened(deltas: &[PathBuf]) -> Result<Vec<Opened>, Error> {
+    deltas.iter().map(|path| map(&Place::files(&[path]), Backing::ReadOnly)).collect()
+}
+
+/// Opens `base` and applies a delta, or a list of them in order, in memory. The files do not change.
+///
+/// `base` must be what the first delta was made against, and each further delta made against the result of the
+/// one before. `mode` and `backend` are those of `open`.
+#[pyfunction]
+#[pyo3(signature = (base, delta, mode = "c", *, backend = "mmap"))]
+pub(super) fn apply_delta(
+    py: Python<'_>,
+    base: &Bound<'_, PyAny>,
+    delta: &Bound<'_, PyAny>,
+    mode: &str,
+    backend: &str,
+) -> PyResult<Model> {
+    let (mode, mapped) = (open::mode(mode)?, open::is_mapped(backend)?);
+    let (base, deltas) = (Files::of(base)?, deltas(delta)?);
+    let model = py.detach(|| -> Result<_, Error> {
+        let place = base.place()?;
+        let base = if mapped {
+            map(&place, Backing::CopyOnWrite)?
+        } else {
+            OpenOptions::new().read_place(&place)?
+        };
+        Ok(apply(ModelMut::new(base, false), &opened(&deltas)?)?.into_model())
+    })?;
+    Ok(Model::new(model, mode, false))
+}
+
+/// Writes the model that `base` and `deltas` (a path or a list, in order) make to one file at `out`.
+///
+/// Starts from a copy of the base that shares its blocks where the file system can, so that only what changed
+/// takes space and time. Returns whether blocks are shared.
+#[pyfunction]
+#[pyo3(signature = (base, deltas, out, *, durable = true))]
+pub(super) fn materialize(
+    py: Python<'_>,
+    base: &Bound<'_, PyAny>,
+    deltas: &Bound<'_, PyAny>,
+    out: PathBuf,
+    durable: bool,
+) -> PyResult<bool> {
+    let (base, deltas) = (Files::of(base)?, self::deltas(deltas)?);
+    Ok(py.detach(|| -> Result<_, Error> {
+        let base = ModelMut::new(map(&base.place()?, Backing::CopyOnWrite)?, false);
+        let model = apply(base, &opened(&deltas)?)?;
+        SaveOptions::new().durable(durable).materialize(&model, &out)
+    })?)
+}
+
+/// Holds every tensor of a model (or path) against the checksum that its file carries. Raises
+/// `ChecksumError`, whose `tensors` names those that differ; a file without checksums is an error too.
+#[pyfunction]
+pub(super) fn verify(py: Python<'_>, model: &Bound<'_, PyAny>) -> PyResult<()> {
+    let given = Given::of(model)?;
+    Ok(py.detach(|| given.with(|contents| contents.verify()))?)
+}

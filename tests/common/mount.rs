@@ -1,0 +1,54 @@
+//! File systems of a test's own.
+
+use std::path::PathBuf;
+use std::process::{Command, Stdio};
+
+/// A file system of its own in a loop-mounted file; gone when dropped.
+pub struct Mount {
+    root: tempfile::TempDir,
+}
+
+impl Mount {
+    /// `None`, loudly, where this machine cannot make one.
+    pub fn new(test: &str, mkfs: &[&str], size: u64) -> Option<Self> {
+        if !super::is_root() {
+            super::skip(test, "mounting a file system needs root");
+            return None;
+        }
+        let root = super::disk_dir();
+        let image = root.path().join("image");
+        std::fs::File::create(&image).unwrap().set_len(size).unwrap();
+        std::fs::create_dir(root.path().join("mnt")).unwrap();
+        let run = |command: &mut Command| {
+            let output = command.stdin(Stdio::null()).output();
+            output.map_err(|e| e.to_string()).and_then(|out| {
+                if out.status.success() {
+                    Ok(())
+                } else {
+                    Err(String::from_utf8_lossy(&out.stderr).into_owned())
+                }
+            })
+        };
+        let made = run(Command::new(mkfs[0]).args(&mkfs[1..]).arg(&image)).and_then(|()| {
+            run(Command::new("mount").args(["-o", "loop"]).arg(&image).arg(root.path().join("mnt")))
+        });
+        if let Err(why) = made {
+            super::skip(test, &format!("{mkfs:?}: {why}"));
+            return None;
+        }
+        Some(Self { root })
+    }
+
+    pub fn path(&self) -> PathBuf {
+        self.root.path().join("mnt")
+    }
+}
+
+impl Drop for Mount {
+    fn drop(&mut self) {
+        let unmount = |flags: &[&str]| {
+            Command::new("umount").args(flags).arg(self.path()).status().is_ok_and(|status| status.success())
+        };
+        assert!(unmount(&[]) || unmount(&["-l"]) || std::thread::panicking(), "umount");
+    }
+}
