@@ -17,6 +17,7 @@ __all__ = [
     "cli",
     "create",
     "diff",
+    "edit",
     "load_bytes",
     "materialize",
     "open",

@@ -1,6 +1,7 @@
 //! A header edited without rewriting the data behind it.
 
 use super::Pending;
+use crate::digest::{self, CHECKSUMS};
 use crate::error::{Error, Result};
 use crate::format::safetensors::{self, Changes, PREFIX_LEN, Pieces};
 use crate::layout::Layout;
@@ -193,6 +194,7 @@ impl Plan {
         let old = read_header(file, *file_len, path)?;
         let layout = safetensors::parse(old[PREFIX_LEN..].to_vec(), *file_len, path)?;
         check(&layout, changes, path)?;
+        let changes = &with_checksums(&layout, changes, path)?;
         let data_len = layout.data_len();
         // Parsed just now: it is UTF-8, and an object.
         let text = str::from_utf8(&old[PREFIX_LEN..]).unwrap_or_default();
@@ -226,6 +228,20 @@ fn read_header(file: &File, file_len: u64, path: &Path) -> Result<Vec<u8>> {
     let prefix = map::read_exact_at(file, path, 0, prefix_len)?;
     let len = safetensors::header_len(&prefix, file_len, path)?;
     map::read_exact_at(file, path, 0, PREFIX_LEN + len)
+}
+
+/// The changes, and those that checksums by the old names ask for.
+fn with_checksums(layout: &Layout, changes: &Changes, path: &Path) -> Result<Changes> {
+    let mut changes = changes.clone();
+    let text = layout.metadata().get(CHECKSUMS);
+    if let (Some(text), false) = (text, changes.names.is_empty() || changes.metadata.contains_key(CHECKSUMS))
+    {
+        let sums = digest::decode(text, path)?;
+        let renamed = sums.iter().map(|(name, sum)| (changes.names.get(name).unwrap_or(name).as_str(), *sum));
+        let renamed = digest::encode(renamed);
+        changes.metadata.insert(CHECKSUMS.into(), Some(renamed));
+    }
+    Ok(changes)
 }
 
 /// Whether what is to be changed is there.
@@ -279,6 +295,7 @@ mod tests {
     use crate::dtype::DType;
     use crate::model::Model;
     use crate::save::Draft;
+    use crate::save::SaveOptions;
 
     /// Two tensors and this metadata, in a file with or without room in its header.
     fn file(dir: &Path, metadata: &[(&str, &str)], tensors: usize) -> std::path::PathBuf {
@@ -393,5 +410,18 @@ mod tests {
         let edit = HeaderEdit::new().set("a", "2");
         assert_eq!(edit.apply(dir.path()).unwrap_err().kind(), "NotRegular");
         assert_eq!(edit.apply(dir.path().join("gone")).unwrap_err().kind(), "Io");
+    }
+
+    #[test]
+    fn checksums_go_with_the_tensors_that_are_renamed() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("m.safetensors");
+        let model = Model::read("models/digits.safetensors").unwrap();
+        let options = SaveOptions::new().checksums(true);
+        options.save(model.tensors().map(|t| (t.name(), t)), &path).unwrap();
+        HeaderEdit::new().rename("fc1.weight", "fc1.bias").rename("fc1.bias", "a").apply(&path).unwrap();
+        let edited = Model::read(&path).unwrap();
+        edited.verify().unwrap();
+        assert_eq!(edited.tensor("a").unwrap().as_bytes(), model.tensor("fc1.bias").unwrap().as_bytes());
     }
 }

@@ -72,14 +72,14 @@ def limited() -> Iterator[Path]:
 def run(how: str, out: Path) -> subprocess.CompletedProcess[str]:
     """Save a state in a process that has the state's memory and 64 MiB, and not a byte more."""
     with limited() as group:
+        command = (sys.executable, "-c", CODE, how, str(out))
         child = subprocess.Popen(
-            [sys.executable, "-c", CODE, how, str(out)],
+            # Memory is charged to the group in which it is first touched.
+            ["sh", "-c", f'echo $$ > "{group}/cgroup.procs" && exec "$0" "$@"', *command],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
-            # Memory is charged to the group in which it is first touched.
-            preexec_fn=lambda: (group / "cgroup.procs").write_text(str(os.getpid())),
         )
         assert child.stdout is not None
         anonymous = int(child.stdout.readline())
