@@ -7,6 +7,7 @@ import time
 from typing import Any
 
 import arms_checkpoint  # noqa: F401 - for the bodies they add
+import arms_delta  # noqa: F401
 import arms_load  # noqa: F401
 import arms_roof  # noqa: F401
 import arms_save  # noqa: F401

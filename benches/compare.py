@@ -40,13 +40,14 @@ class Runner:
     def __init__(self, data: Path, tiny: Shape) -> None:
         self.data = data
         self.tiny = tiny
+        self.out = str(data / "out" / "saved.safetensors")
 
     def command(self, body: str, shape: Shape, **more: Any) -> list[str]:
         request = {
             "body": body,
             "shape": asdict(shape),
             "tiny": asdict(self.tiny),
-            "out": str(self.data / "out" / "saved.safetensors"),
+            "out": self.out,
             "threads": THREADS,
             "cold": False,
             "until": None,
@@ -201,6 +202,12 @@ def run_holders(runner: Runner, shape: Shape) -> dict[str, Any]:
     }
 
 
+def run_delta_sizes(runner: Runner, shape: Shape) -> dict[str, float]:
+    """How large deltas are."""
+    request = {"shape": asdict(shape), "out": runner.out, "threads": THREADS}
+    return json.loads(output(sys.executable, str(HERE / "delta_sizes.py"), json.dumps(request)))
+
+
 def hold(runner: Runner, shape: Shape, body: str) -> dict[str, float]:
     fill(shape, "written")
     command = runner.command(body, shape, hold=True)
@@ -325,6 +332,7 @@ def measure(data: Path, effort: Effort, only: list[str] | None) -> dict[str, Any
             run_ladder(runner, by_tensors, "tensors", effort),
         ],
         "holders": run_holders(runner, big),
+        "delta_sizes": run_delta_sizes(runner, big),
         "rust": rust,
     }
     return found | {"minutes": (time.monotonic() - started) / 60}

@@ -91,6 +91,9 @@ LABELS = {
     "checkpoint_recycled": "maptensors Checkpointer, output used again",
     "checkpoint_recycled_durable": "maptensors Checkpointer, used again, durable=True",
     "checkpoint_async": "maptensors Checkpointer, save_async",
+    "delta_changed": "maptensors changed()",
+    "delta_save": "maptensors save_delta, durable=False",
+    "delta_save_durable": "maptensors save_delta, durable=True",
     "loop_alone": "a Python loop, nothing beside it",
     "loop_beside": "the same loop beside save_async",
     "ours_edit": "maptensors, promote()",
@@ -132,6 +135,7 @@ CHECKPOINT = (
     "st_torch_save",
     "roof_memcpy",
 )
+DELTA = ("delta_changed", "delta_save", "delta_save_durable", "st_torch_save")
 COLD = ("roof_direct", "roof_direct_few", "roof_buffered", "roof_buffered_one")
 
 
@@ -195,7 +199,8 @@ def benches(make: Shapes, effort: Effort) -> list[Bench]:
         *_savers("big-save", size, big, (5, 4)),
         *_savers("many-save", small_ones, many, some),
         Bench("checkpoint", f"{size}, saved again", big, arms(*CHECKPOINT), 5, 4, bytes_moved=big.nbytes),
-        Bench("checkpoint-loop", "A loop beside a save", big, arms("loop_alone", "loop_beside"), *some),
+        Bench("delta", f"{size}, one page in a hundred edited", big, arms(*DELTA), 5, 4),
+        Bench("checkpoint-loop", "A Python loop beside a save", big, arms("loop_alone", "loop_beside"), *some),
     ]
     jobs += _cold(big, many, deepseek)
     jobs += _real(make, *small)
