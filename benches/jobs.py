@@ -200,7 +200,9 @@ def benches(make: Shapes, effort: Effort) -> list[Bench]:
         *_savers("many-save", small_ones, many, some),
         Bench("checkpoint", f"{size}, saved again", big, arms(*CHECKPOINT), 5, 4, bytes_moved=big.nbytes),
         Bench("delta", f"{size}, one page in a hundred edited", big, arms(*DELTA), 5, 4),
-        Bench("checkpoint-loop", "A Python loop beside a save", big, arms("loop_alone", "loop_beside"), *some),
+        Bench(
+            "checkpoint-loop", "A Python loop beside a save", big, arms("loop_alone", "loop_beside"), *some
+        ),
     ]
     jobs += _cold(big, many, deepseek)
     jobs += _real(make, *small)

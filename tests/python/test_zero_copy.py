@@ -489,3 +489,24 @@ def test_jax_arrays_outlive_the_model(path: Path) -> None:
     path.unlink()
     assert np.asarray(arrays["weight"]).tobytes() == expected
     assert float(jax.numpy.sum(arrays["weight"] * 0)) == 0.0
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_taking_all_tensors_leaves_the_cycle_collector_as_it_was(tmp_path: Path, enabled: bool) -> None:
+    import gc
+
+    import numpy as np
+
+    path = tmp_path / "m.safetensors"
+    mt.save({"w": np.ones(3)}, path)
+    was = gc.isenabled()
+    (gc.enable if enabled else gc.disable)()
+    try:
+        with mt.open(path) as model:
+            assert len(model.torch()) == len(model.numpy()) == 1
+            assert gc.isenabled() is enabled
+            with pytest.raises(RuntimeError):
+                model.torch("no such device")
+            assert gc.isenabled() is enabled
+    finally:
+        (gc.enable if was else gc.disable)()
