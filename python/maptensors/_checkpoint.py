@@ -99,9 +99,10 @@ class Checkpointer:
 
     ``keep`` keeps the last so many, ``keep_every`` also each multiple of so many steps. With
     ``max_shard_size`` larger states are saved in shards, all of them or none. ``durable=False`` syncs
-    nothing. ``example``, a state or a spec as for :func:`maptensors.create`, has the first output made
-    ready at once. ``progress`` is called with the bytes staged and their total; True shows a ``tqdm`` bar
-    where it is installed. One Checkpointer at a time saves into a directory.
+    nothing. ``checksums`` puts one for each tensor into the file, for :func:`maptensors.verify`. ``example``, a
+    state or a spec as for :func:`maptensors.create`, has the first output made ready at once. ``progress``
+    is called with the bytes staged and their total; True shows a ``tqdm`` bar where it is installed. One
+    Checkpointer at a time saves into a directory.
     """
 
     def __init__(
@@ -114,6 +115,7 @@ class Checkpointer:
         durable: bool = True,
         prepare: bool = True,
         max_shard_size: int | str | None = None,
+        checksums: bool = False,
         progress: Callable[[int, int], object] | bool = False,
     ) -> None:
         for name, value in (("keep", keep), ("keep_every", keep_every)):
@@ -127,6 +129,7 @@ class Checkpointer:
             durable=durable,
             prepare=prepare,
             max_shard_size=None if max_shard_size is None else parse_size(max_shard_size),
+            checksums=checksums,
             progress=_Bar() if progress is True else progress or None,
         )
         if example is not None and prepare:

@@ -253,6 +253,7 @@ class Checkpoints:
         durable: bool = True,
         prepare: bool = True,
         max_shard_size: int | None = None,
+        checksums: bool = False,
         progress: Callable[[int, int], object] | None = None,
     ) -> Self: ...
     def save(

@@ -43,7 +43,7 @@ impl Checkpoints {
 #[pymethods]
 impl Checkpoints {
     #[new]
-    #[pyo3(signature = (directory, *, keep = None, keep_every = None, durable = true, prepare = true, max_shard_size = None, progress = None))]
+    #[pyo3(signature = (directory, *, keep = None, keep_every = None, durable = true, prepare = true, max_shard_size = None, checksums = false, progress = None))]
     #[allow(clippy::too_many_arguments)] // Python's keyword arguments
     fn new(
         py: Python<'_>,
@@ -53,9 +53,10 @@ impl Checkpoints {
         durable: bool,
         prepare: bool,
         max_shard_size: Option<u64>,
+        checksums: bool,
         progress: Option<Py<PyAny>>,
     ) -> PyResult<Self> {
-        let mut options = CheckpointOptions::new().durable(durable).prepare(prepare);
+        let mut options = CheckpointOptions::new().durable(durable).prepare(prepare).checksums(checksums);
         if let Some(keep) = keep {
             options = options.keep(keep);
         }

@@ -289,3 +289,14 @@ checkpoints.close()
         tmp_path,
     )
     assert os.listdir(tmp_path) == ["step-0000000002.safetensors"]
+
+
+@pytest.mark.parametrize("shards", [None, "20KB"])
+def test_checkpoints_carry_checksums_where_asked(tmp_path: Path, shards: str | None) -> None:
+    state = {"w": np.arange(10_000.0), "t": torch.ones(100, 7).T, "step": 1}
+    with mt.Checkpointer(tmp_path, keep=1, checksums=True, max_shard_size=shards) as checkpoints:
+        for step in range(4):
+            state["w"] += 1
+            checkpoints.save_async(state, step).wait()
+            mt.verify(checkpoints.path())
+            assert_same(checkpoints.load(), state)

@@ -88,6 +88,14 @@ impl CheckpointOptions {
         self
     }
 
+    /// Whether each checkpoint carries a checksum of each tensor: see [`DraftOptions::checksums`]. They are
+    /// computed after staging.
+    #[must_use]
+    pub fn checksums(mut self, checksums: bool) -> Self {
+        self.draft = self.draft.checksums(checksums);
+        self
+    }
+
     /// Whether the next output is made ready in the background (default). It takes a checkpoint's size on
     /// disk and in the page cache.
     #[must_use]

@@ -1,7 +1,7 @@
 //! An output made ready before it is needed.
 
 use super::super::draft::map_output;
-use super::super::{Draft, DraftOptions, Pending};
+use super::super::{Draft, DraftOptions, Pending, checksum};
 use crate::error::{Error, Result};
 use crate::format::safetensors;
 use crate::layout::Layout;
@@ -65,7 +65,8 @@ impl Slot {
         if self.recycled && !self.pending.file().is_undisputed() {
             return Ok(None);
         }
-        let (header, layout) = safetensors::encode(layout, path)?;
+        let declared = checksum::declare(layout, options.wants_checksums());
+        let (header, layout) = safetensors::encode(declared.as_ref().unwrap_or(layout), path)?;
         self.pending.aim(path)?;
         let len = layout.file_len();
         if self.memory.len() as u64 != len {
