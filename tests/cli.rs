@@ -111,6 +111,22 @@ fn differences_deltas_and_damage_are_told_by_text_and_by_exit_code() {
     let damaged = run(&["verify", &tuned]);
     assert_eq!(damaged.status.code(), Some(1));
     assert!(String::from_utf8(damaged.stdout).unwrap().contains("damaged: fc2.bias"));
+
+    // The answer is the exit code, also where nobody reads what is printed, or it cannot be.
+    for (args, unread, unwritable) in [
+        (&["verify", &tuned][..], 1, 2),
+        (&["diff", base, base], 0, 2),
+        (&["diff", base, &tuned], 1, 2),
+        (&["changed", base, &tuned, "--frozen", "*.bias"], 1, 2),
+    ] {
+        let mut child = command(args).stdout(Stdio::piped()).stderr(Stdio::null()).spawn().unwrap();
+        drop(child.stdout.take());
+        assert_eq!(child.wait().unwrap().code(), Some(unread), "{args:?}");
+        if let Ok(full) = fs::File::options().write(true).open("/dev/full") {
+            let status = command(args).stdout(full).stderr(Stdio::null()).status().unwrap();
+            assert_eq!(status.code(), Some(unwritable), "{args:?}");
+        }
+    }
 }
 
 #[test]

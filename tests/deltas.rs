@@ -357,6 +357,7 @@ fn every_lie_of_a_delta_is_an_error_with_a_name() {
         ("\"version\":1", "\"version\":-1"),
         ("\"removed\":[]", "\"removed\":[\"nobody\"]"),
         ("\"removed\":[]", "\"removed\":7"),
+        ("\"removed\":[]", "\"removed\":[\"w\",\"w\"]"),
         ("\"base\":\"", "\"base\":\"x"),
         ("\"checksums\"", "\"x\""),
         ("{", "["),

@@ -99,10 +99,10 @@ class Checkpointer:
 
     ``keep`` keeps the last so many, ``keep_every`` also each multiple of so many steps. With
     ``max_shard_size`` larger states are saved in shards, all of them or none. ``durable=False`` syncs
-    nothing. ``checksums`` puts one for each tensor into the file, for :func:`maptensors.verify`. ``example``, a
-    state or a spec as for :func:`maptensors.create`, has the first output made ready at once. ``progress``
-    is called with the bytes staged and their total; True shows a ``tqdm`` bar where it is installed. One
-    Checkpointer at a time saves into a directory.
+    nothing. ``checksums`` puts one for each tensor into the file, for :func:`maptensors.verify`.
+    ``example``, a state or a spec as for :func:`maptensors.create`, has the first output made ready at once.
+    ``progress`` is called with the bytes staged and their total; True shows a ``tqdm`` bar where it is
+    installed. One Checkpointer at a time saves into a directory.
     """
 
     def __init__(

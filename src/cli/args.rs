@@ -71,7 +71,8 @@ Examples:
   maptensors apply model.safetensors 1.delta 2.delta 3.delta tuned.safetensors
 
 Each delta must have been made against what the ones before it make; another
-model is refused. On xfs and btrfs the result shares unchanged blocks with BASE.";
+model is refused. A base that carries checksums is known by them: verify it where
+they may be stale. On xfs and btrfs the result shares unchanged blocks with BASE.";
 
 const INSPECT_EXAMPLES: &str = "\
 Examples:

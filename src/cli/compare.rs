@@ -85,7 +85,6 @@ impl Compare {
         } else {
             self.summary(out, &found, &changed)?;
         }
-        out.flush()?;
         let reshaped = found.reshaped.iter().map(|tensor| &tensor.name);
         let all = found.changed.iter().map(|change| &change.name);
         let moved = all.chain(reshaped).chain(&found.added).chain(&found.removed);
@@ -213,7 +212,6 @@ impl Check {
                     code = code.max(DIFFERENT);
                 }
                 Err(error) => {
-                    out.flush()?;
                     complain(&error);
                     code = TROUBLE;
                 }

@@ -39,7 +39,8 @@ enum Job {
 }
 
 /// Runs the command line `args`, of which the first is the program's name, and returns its exit code:
-/// 0 done, 1 failed (or, of `diff`, `changed` and `verify`, different), 2 not understood. Writes to the process's standard output and error; never exits.
+/// 0 done, 1 failed (or, of `diff`, `changed` and `verify`, different), 2 not understood. Writes to the
+/// process's standard output and error; never exits.
 ///
 /// ```
 /// let args = ["maptensors", "inspect", "models/digits.safetensors"];
@@ -62,6 +63,9 @@ pub fn run<I: IntoIterator<Item = OsString>>(args: I) -> u8 {
         }
     };
     let mut out = BufWriter::new(io::stdout().lock());
+    if matches!(job, Job::Diff(_) | Job::Changed(_) | Job::Verify(_)) {
+        return answer(&job, out);
+    }
     let done = job.run(&mut out).and_then(|code| Ok(out.flush().map(|()| code)?));
     match done {
         Ok(code) => code,
@@ -80,9 +84,9 @@ impl Job {
         match self {
             Self::Inspect(inspect) => inspect.run(out),
             Self::Edit(edit) => edit.run(out).map(|()| DONE),
-            Self::Diff(compare) => trouble(compare.diff(out)),
-            Self::Changed(compare) => trouble(compare.changed(out)),
-            Self::Verify(check) => trouble(check.run(out)),
+            Self::Diff(compare) => compare.diff(out),
+            Self::Changed(compare) => compare.changed(out),
+            Self::Verify(check) => check.run(out),
             Self::Delta(make) => make.run(out),
             Self::Apply(apply) => apply.run(out),
             Self::Demo { dir } => demo::run(out, dir.as_deref()).map(|()| DONE),
@@ -90,14 +94,20 @@ impl Job {
     }
 }
 
-/// For commands whose exit code 1 is an answer: what goes wrong is 2.
-fn trouble(done: Result<u8, Box<dyn Error>>) -> Result<u8, Box<dyn Error>> {
-    match done {
-        Err(error) if !is_broken_pipe(&*error) => {
-            complain(&*error);
-            Ok(TROUBLE)
+/// For commands whose exit code is the answer: what goes wrong is 2, and it is the same whether or not
+/// anybody reads what is printed.
+fn answer(job: &Job, mut out: impl Write) -> u8 {
+    let mut text = Vec::new();
+    let code = job.run(&mut text).unwrap_or_else(|error| {
+        complain(&*error);
+        TROUBLE
+    });
+    match out.write_all(&text).and_then(|()| out.flush()) {
+        Err(error) if error.kind() != io::ErrorKind::BrokenPipe => {
+            complain(&error);
+            TROUBLE
         }
-        done => done,
+        _ => code,
     }
 }
 

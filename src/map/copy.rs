@@ -89,13 +89,13 @@ fn break_sharing_by_the_block(file: &File) {
     };
     let mut attributes = Attributes::default();
     // SAFETY: the request writes one `struct fsxattr`, which `attributes` is.
-    if unsafe { libc::ioctl(file.as_raw_fd(), GET, &raw mut attributes) } != 0 {
+    if unsafe { libc::ioctl(file.as_raw_fd(), GET as _, &raw mut attributes) } != 0 {
         return;
     }
     attributes.xflags |= HAS_COPY_ON_WRITE_EXTENT_SIZE;
     attributes.copy_on_write_extent_size = block;
     // SAFETY: the request reads one `struct fsxattr`, which `attributes` is.
-    unsafe { libc::ioctl(file.as_raw_fd(), SET, &raw const attributes) };
+    unsafe { libc::ioctl(file.as_raw_fd(), SET as _, &raw const attributes) };
 }
 
 /// Copies some of `len` bytes, and says how many.

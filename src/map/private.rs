@@ -6,7 +6,7 @@
 
 use rustix::io::Errno;
 use std::fs::File;
-use std::io;
+use std::io::{self, ErrorKind};
 use std::ops::Range;
 use std::os::fd::AsRawFd as _;
 use std::os::unix::fs::FileExt as _;
@@ -50,15 +50,22 @@ const PAGES: usize = 1 << 16;
 
 /// The private pages among those that hold `len` bytes at `ptr`, as ranges of addresses, in order and apart.
 ///
+/// Where there is no `/proc`, or it may not be read, all of them: exact enough to compare, only slower.
+///
 /// # Errors
-/// What opening or reading `/proc/self/pagemap` answers.
+/// What reading `/proc/self/pagemap` answers.
 pub(super) fn pages(ptr: *const u8, len: usize) -> io::Result<Vec<Range<usize>>> {
     if len == 0 {
         return Ok(Vec::new());
     }
     let page = rustix::param::page_size();
     let span = ptr.addr() / page * page..(ptr.addr() + len).next_multiple_of(page);
-    let pagemap = File::open("/proc/self/pagemap")?;
+    let pagemap = match File::open("/proc/self/pagemap") {
+        Err(error) if [ErrorKind::NotFound, ErrorKind::PermissionDenied].contains(&error.kind()) => {
+            return Ok(vec![span]);
+        }
+        pagemap => pagemap?,
+    };
     match scanned(&pagemap, span.clone()) {
         // An older kernel, or a sandbox that knows no such request.
         Err(error)
@@ -94,10 +101,10 @@ fn scanned(pagemap: &File, span: Range<usize>) -> io::Result<Vec<Range<usize>>> 
         };
         // SAFETY: the request reads and writes `arg`, whose layout is the kernel's, and writes at most
         // `vec_len` regions to `vec`, which has room for them. No page is changed: `flags` is 0.
-        let answer = unsafe { libc::ioctl(pagemap.as_raw_fd(), PAGEMAP_SCAN, &raw mut arg) };
+        let answer = unsafe { libc::ioctl(pagemap.as_raw_fd(), PAGEMAP_SCAN as _, &raw mut arg) };
         let Ok(n) = usize::try_from(answer) else {
             let error = io::Error::last_os_error();
-            if error.kind() == io::ErrorKind::Interrupted {
+            if error.kind() == ErrorKind::Interrupted {
                 continue;
             }
             return Err(error);

@@ -52,7 +52,7 @@ const BLOCK: usize = 1 << 16;
 
 /// Whether a page belongs to this process alone, by its word in the pagemap.
 pub(super) fn is_private(entry: u64) -> bool {
-    (entry & PRESENT != 0 && entry & FILE_OR_SHARED == 0) || entry & SWAPPED != 0
+    entry & (PRESENT | SWAPPED) != 0 && entry & FILE_OR_SHARED == 0
 }
 
 /// Asks about the pages that hold `len` bytes at `ptr`, which must be mapped.

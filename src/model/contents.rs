@@ -287,8 +287,8 @@ fn kept(source: Source<'_>) -> Vec<u8> {
 
 fn nothing_to_compare_with(path: &Path) -> Error {
     Error::Argument(format!(
-        "{}: what changed cannot be told: it was read into memory of its own, and nothing is left to compare \
-         with; open it mapped and copy-on-write",
+        "{}: what changed cannot be told: it is in memory of its own (read, or made anew by a delta), and \
+         nothing is left to compare with; open it mapped and copy-on-write",
         crate::error::printable(&path.to_string_lossy())
     ))
 }

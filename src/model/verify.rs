@@ -61,6 +61,13 @@ impl Contents<'_> {
                 crate::error::printable(&path.to_string_lossy())
             ))
         })?;
+        if let Some((_, _, bare)) = self.infos().find(|(_, _, info)| !stated.contains_key(info.name())) {
+            return Err(Error::Argument(format!(
+                "{}: it carries checksums of some tensors only: there is none of {}",
+                crate::error::printable(&path.to_string_lossy()),
+                crate::error::quote(bare.name())
+            )));
+        }
         let sums = self.hashed(|s, i, info| self.now(s, i, info))?;
         let mut wrong = self.infos().zip(sums).filter_map(|((shard, _, info), sum)| {
             let stated = stated.get(info.name()).copied();

@@ -134,6 +134,9 @@ fn opened(deltas: &[PathBuf]) -> Result<Vec<Opened>, Error> {
 
 /// Opens `base` and applies a delta, or a list of them in order, in memory. The files do not change.
 ///
+/// Another base is refused. One that carries checksums is known by them, without being read: `verify` tells
+/// whether they are true. A delta that adds, removes or reshapes tensors makes the model anew in memory.
+///
 /// `base` must be what the first delta was made against, and each further delta made against the result of the
 /// one before. `mode` and `backend` are those of `open`.
 #[pyfunction]

@@ -333,6 +333,12 @@ impl Checkpointer {
     ) -> Result<Saving, E> {
         let begun = Instant::now();
         self.queue.make_room(inline)?;
+        // For an index: checksums are those of each file.
+        let metadata = metadata.map(|metadata| {
+            let mut metadata = metadata.clone();
+            metadata.remove(crate::digest::CHECKSUMS);
+            metadata
+        });
         let path = self.path(step);
         let bytes = total(tensors);
         let draft = self.options.draft.over(bytes);
@@ -341,7 +347,8 @@ impl Checkpointer {
             Some(limit) => {
                 let new = |path: &Path, layout: &Layout| draft.create(path, layout);
                 let write = |part, path: &Path| stage(part, path, &new);
-                let set = sharded::stage(tensors, &path, limit, metadata, draft.is_durable(), write)?;
+                let set =
+                    sharded::stage(tensors, &path, limit, metadata.as_ref(), draft.is_durable(), write)?;
                 Box::new(move || set.commit().map(|()| None))
             }
             None => stage(0..tensors.len(), &path, &|path, layout| {

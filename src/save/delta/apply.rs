@@ -55,13 +55,17 @@ fn identity(model: &ModelMut) -> Result<(Vec<u128>, u128)> {
 }
 
 fn apply_one(mut model: ModelMut, delta: &Delta<'_>) -> Result<ModelMut> {
+    let mut removed: HashSet<&str> = HashSet::new();
     for name in &delta.removed {
+        if !removed.insert(name) {
+            return Err(invalid(delta.path, name, "it is removed twice"));
+        }
         if !model.contains(name) {
             return Err(invalid(delta.path, name, "it is removed, but not there"));
         }
     }
     for (name, part) in &delta.tensors {
-        if delta.removed.iter().any(|removed| removed == name) {
+        if removed.contains(name) {
             return Err(invalid(delta.path, name, "it is removed and changed"));
         }
         if matches!(part, Part::Edits(_)) && !model.contains(name) {
