@@ -210,13 +210,80 @@ fn an_output_asked_for_ahead_is_there_for_the_first_save_and_gone_if_unused() {
         .build()
         .unwrap();
     let checkpoints = Checkpointer::open(dir.path()).unwrap();
-    checkpoints.prepare(layout.data_len() + 4096);
+    checkpoints.prepare(layout.data_len() + 4096).unwrap();
     checkpoints.wait().unwrap();
     assert_eq!(files(dir.path()).len(), 1);
     assert_eq!(checkpoints.steps().unwrap(), [0u64; 0]);
     assert_eq!(save(&checkpoints, 1).unwrap().ready, Ready::Prepared);
-    checkpoints.prepare(layout.data_len());
+    checkpoints.prepare(layout.data_len()).unwrap();
     drop(checkpoints);
+    assert_eq!(files(dir.path()), ["step-0000000001.safetensors"]);
+}
+
+#[test]
+fn threads_that_save_at_once_take_turns_and_leave_the_last() {
+    for _ in 0..50 {
+        let dir = tempfile::tempdir().unwrap();
+        let checkpoints = CheckpointOptions::new().keep(1).durable(false).open(dir.path()).unwrap();
+        std::thread::scope(|scope| {
+            for thread in 0..3 {
+                let checkpoints = &checkpoints;
+                scope.spawn(move || {
+                    for step in 0..3 {
+                        save(checkpoints, thread * 10 + step).unwrap();
+                    }
+                });
+            }
+        });
+        let steps = checkpoints.steps().unwrap();
+        assert_eq!(steps.len(), 1);
+        assert_eq!(u64::from(step_of(&checkpoints.read(None).unwrap())), steps[0]);
+    }
+}
+
+#[test]
+fn going_back_keeps_what_the_new_run_saves() {
+    let dir = tempfile::tempdir().unwrap();
+    let options = CheckpointOptions::new().keep(3);
+    let checkpoints = options.open(dir.path()).unwrap();
+    for step in [200, 230, 250] {
+        save(&checkpoints, step).unwrap();
+    }
+    drop(checkpoints);
+    let checkpoints = options.open(dir.path()).unwrap();
+    for step in [150, 160, 170] {
+        save(&checkpoints, step).unwrap();
+    }
+    assert_eq!(checkpoints.steps().unwrap(), [150, 160, 170]);
+    checkpoints.remove(170).unwrap();
+    assert_eq!(checkpoints.latest().unwrap(), Some(160));
+}
+
+#[test]
+fn every_checkpoint_has_the_mode_of_a_new_file_or_of_the_one_it_replaces() {
+    use std::os::unix::fs::PermissionsExt as _;
+    let dir = tempfile::tempdir().unwrap();
+    let checkpoints = CheckpointOptions::new().keep(3).open(dir.path()).unwrap();
+    let mode = |step| std::fs::metadata(checkpoints.path(step)).unwrap().permissions().mode() & 0o777;
+    for step in 0..6 {
+        save(&checkpoints, step).unwrap();
+        assert_eq!(mode(step), 0o644, "{step}");
+    }
+    std::fs::set_permissions(checkpoints.path(5), std::fs::Permissions::from_mode(0o640)).unwrap();
+    save(&checkpoints, 5).unwrap();
+    assert_eq!(mode(5), 0o640);
+}
+
+#[test]
+fn a_step_saved_again_as_one_file_leaves_no_set_behind() {
+    let dir = tempfile::tempdir().unwrap();
+    let sharded = CheckpointOptions::new().max_shard_size(LEN as u64 / 2).open(dir.path()).unwrap();
+    save(&sharded, 1).unwrap();
+    assert_eq!(files(dir.path()).len(), 3);
+    drop(sharded);
+    let single = Checkpointer::open(dir.path()).unwrap();
+    save(&single, 1).unwrap();
+    single.close().unwrap();
     assert_eq!(files(dir.path()), ["step-0000000001.safetensors"]);
 }
 

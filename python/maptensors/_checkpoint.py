@@ -1,7 +1,11 @@
 """Checkpoints: saved again and again, into outputs made ready ahead of time."""
 
 import asyncio
+import atexit
+import contextlib
 import os
+import sys
+import weakref
 from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass
 from types import TracebackType
@@ -38,6 +42,7 @@ class Saving:
 
     def __init__(self, saving: _native.Saving) -> None:
         self._saving = saving
+        self._error: Exception | None = None
 
     @property
     def staged(self) -> float:
@@ -48,8 +53,14 @@ class Saving:
         """Return once the state is copied: it is, as soon as ``save_async`` has returned."""
 
     def wait(self, timeout: float | None = None) -> Saved:
-        """Wait until it is saved; after ``timeout`` seconds raise TimeoutError. An error is told once."""
-        saved = self._saving.wait(timeout)
+        """Wait until it is saved; after ``timeout`` seconds raise TimeoutError."""
+        if self._error is not None:
+            raise self._error
+        try:
+            saved = self._saving.wait(timeout)
+        except Exception as error:
+            self._error = error
+            raise
         if saved is None:
             raise TimeoutError(f"the checkpoint was not saved within {timeout} seconds; it still will be")
         return Saved(**saved)
@@ -69,7 +80,12 @@ class Saving:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.wait()
+        if kind is None:
+            self.wait()
+        else:
+            # What went wrong inside is what is told.
+            with contextlib.suppress(Exception):
+                self.wait()
 
 
 class Checkpointer:
@@ -98,11 +114,15 @@ class Checkpointer:
     checkpoints and one output made ready; ``prepare=False`` goes without.
 
     ``keep`` keeps the last so many, ``keep_every`` also each multiple of so many steps. With
-    ``max_shard_size`` larger states are saved in shards, all of them or none. ``durable=False`` syncs
-    nothing. ``checksums`` puts one for each tensor into the file, for :func:`maptensors.verify`.
-    ``example``, a state or a spec as for :func:`maptensors.create`, has the first output made ready at once.
-    ``progress`` is called with the bytes staged and their total; True shows a ``tqdm`` bar where it is
-    installed. One Checkpointer at a time saves into a directory.
+    ``max_shard_size`` larger states are saved in shards, all of them or none. ``durable=False`` does not
+    wait for the disk: a power loss may take a checkpoint, and those that it replaced. ``checksums`` puts one
+    for each tensor into the file, for :func:`maptensors.verify`. ``example``, a state or a spec as for
+    :func:`maptensors.create`, has the first output made ready at once. ``progress`` is called with the bytes
+    staged and their total; True shows a ``tqdm`` bar where it is installed.
+
+    One Checkpointer at a time saves into a directory, and a fork's child has to open its own. What falls out
+    first is what was there before this run: going back to an earlier step loses nothing of the new run,
+    but ``latest`` is the highest step until :meth:`remove` takes the abandoned ones away.
     """
 
     def __init__(
@@ -121,7 +141,8 @@ class Checkpointer:
         for name, value in (("keep", keep), ("keep_every", keep_every)):
             if value is not None and value < 1:
                 raise ValueError(f"{name} is at least 1, not {value}")
-        self.directory = os.fspath(directory)
+        self.directory = os.path.abspath(os.fspath(directory))
+        self._bar = _Bar() if progress is True else None
         self._checkpoints = _native.Checkpoints(
             directory,
             keep=keep,
@@ -130,8 +151,9 @@ class Checkpointer:
             prepare=prepare,
             max_shard_size=None if max_shard_size is None else parse_size(max_shard_size),
             checksums=checksums,
-            progress=_Bar() if progress is True else progress or None,
+            progress=self._bar if isinstance(progress, bool) else progress,
         )
+        _open.add(self)
         if example is not None and prepare:
             self._checkpoints.prepare(_planned_size(example))
 
@@ -157,8 +179,11 @@ class Checkpointer:
     ) -> tuple[dict[str, Any], int, dict[str, str]]:
         if step < 0:
             raise ValueError(f"a step is not negative: {step}")
+        if self._bar is not None:
+            self._bar.close()
         tensors, structure = flatten(state)
-        return tensors, step, structure | dict(metadata or {}) | {"maptensors.step": str(step)}
+        # Metadata may be another checkpoint's: what says how this state is made up comes last.
+        return tensors, step, dict(metadata or {}) | structure | {"maptensors.step": str(step)}
 
     def steps(self) -> list[int]:
         """Return the steps there are, in order. An unfinished checkpoint is never among them."""
@@ -174,13 +199,14 @@ class Checkpointer:
 
     def open(self, step: int | None = None, mode: str = "c", **options: Any) -> _native.Model:
         """Map a checkpoint, or the latest: its tensors by name. ``options`` are those of ``open``."""
+        path = self.path(step)
         while True:
-            path = self.path(step)
             try:
                 return _native.open(path, mode, **options)
             except FileNotFoundError:
-                # The latest may have been replaced between finding and opening it.
-                if step is not None or os.path.exists(path):
+                # The latest may have been let go between finding and opening it.
+                before, path = path, self.path(step)
+                if path == before:
                     raise
 
     def load(self, step: int | None = None, mode: str = "c", *, framework: str | None = None) -> Any:
@@ -195,13 +221,23 @@ class Checkpointer:
             raise ValueError(f"framework is one of {', '.join(map(repr, _FRAMEWORKS))}, not {framework!r}")
         return unflatten(self.open(step, mode), framework)
 
+    def remove(self, step: int) -> None:
+        """Remove the checkpoint of a step, if there is one: after going back, say, of those behind it."""
+        self._checkpoints.remove(step)
+
     def wait(self) -> None:
         """Wait for saves under way, and for the next output. An error nobody was told of is raised here."""
         self._checkpoints.wait()
 
     def close(self) -> None:
         """As :meth:`wait`, and end the background thread."""
+        _open.discard(self)
         self._checkpoints.close()
+
+    def __del__(self) -> None:
+        # A save under way is finished; an error that nobody was told of is at least printed.
+        if hasattr(self, "_checkpoints"):
+            self._checkpoints.close()
 
     def __enter__(self) -> Self:
         return self
@@ -228,6 +264,19 @@ def _is_declared(what: Any) -> bool:
     return len(what) == 2 and isinstance(what[1], tuple | list)
 
 
+#: To be closed when the interpreter ends, whoever still holds them: saves under way are finished.
+_open: "weakref.WeakSet[Checkpointer]" = weakref.WeakSet()
+
+
+@atexit.register
+def _close_all() -> None:
+    for checkpoints in list(_open):
+        try:
+            checkpoints.close()
+        except Exception as error:
+            print(f"maptensors: {checkpoints}: {error}", file=sys.stderr)
+
+
 class _Bar:
     """A progress bar for each save, where tqdm is installed."""
 
@@ -244,5 +293,9 @@ class _Bar:
         # Pieces may be told of out of order.
         self._bar.update(max(0, done - self._bar.n))
         if done >= total:
+            self.close()
+
+    def close(self) -> None:
+        if self._bar is not None:
             self._bar.close()
             self._bar = None

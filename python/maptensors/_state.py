@@ -3,11 +3,13 @@
 import json
 import math
 import sys
-from collections import OrderedDict
+from base64 import b64decode, b64encode
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from maptensors._native import Model, Tensor
+from maptensors.errors import MapTensorsError
 
 #: Where the structure is kept in a file's metadata.
 STATE = "maptensors.state"
@@ -18,8 +20,9 @@ _FORMATS = {"torch": "pt", "numpy": "np", "jax": "flax"}
 # How a structure is written. Strings, integers, booleans, null and finite floats stand for themselves;
 # everything else is an object with one key that says what it is:
 #   {"tensor": name, "as": framework}    {"dict": {…}}    {"ordered": [[key, value], …]}
-#   {"items": [[key, value], …]} (keys that are not all strings)    {"list": […]}    {"tuple": […]}
-#   {"float": "nan" | "inf" | "-inf"}
+#   {"items": [[key, value], …]} (keys that are not all strings)    {"counter": [[key, value], …]}
+#   {"list": […]}    {"tuple": […]}    {"size": […]} (torch.Size)    {"float": "nan" | "inf" | "-inf"}
+#   {"complex": "(1+2j)"}    {"bytes": base64}
 
 
 def framework_of(value: object) -> str | None:
@@ -50,7 +53,10 @@ def flatten(state: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
             f"a state is a dict of tensors, numbers and nested dicts, not a {type(state).__name__}"
         )
     tensors: dict[str, Any] = {}
-    node = _encode(state, "", tensors, {})
+    try:
+        node = _encode(state, "", tensors, {})
+    except RecursionError:
+        raise ValueError("the state is nested too deeply, or contains itself") from None
     metadata = {STATE: json.dumps(node, allow_nan=False, separators=(",", ":"))}
     frameworks = {framework_of(tensor) or "" for tensor in tensors.values()}
     if len(frameworks) == 1 and (known := _FORMATS.get(*frameworks)):
@@ -67,10 +73,15 @@ def _encode(value: Any, path: str, tensors: dict[str, Any], known: dict[object, 
         return value
     if kind is float:
         return value if math.isfinite(value) else {"float": str(value)}
-    if kind in (list, tuple):
+    if kind is complex:
+        return {"complex": repr(value)}
+    if kind is bytes:
+        return {"bytes": b64encode(value).decode()}
+    is_size = kind.__module__ == "torch" and kind.__name__ == "Size"
+    if kind in (list, tuple) or is_size:
         parts = [_encode(part, _join(path, i), tensors, known) for i, part in enumerate(value)]
-        return {kind.__name__: parts}
-    if kind in (dict, OrderedDict) or (not path and isinstance(value, Mapping)):
+        return {"size" if is_size else kind.__name__: parts}
+    if kind in (dict, OrderedDict, Counter) or (not path and isinstance(value, Mapping)):
         pairs = []
         for key, part in value.items():
             if key is not None and type(key) not in (str, int, bool):
@@ -79,8 +90,8 @@ def _encode(value: Any, path: str, tensors: dict[str, Any], known: dict[object, 
                     f"{where} has a key of type {type(key).__name__}: only str and int can be saved"
                 )
             pairs.append([key, _encode(part, _join(path, key), tensors, known)])
-        if kind is OrderedDict:
-            return {"ordered": pairs}
+        if kind in (OrderedDict, Counter):
+            return {"ordered" if kind is OrderedDict else "counter": pairs}
         if all(type(key) is str for key, _ in pairs):
             return {"dict": dict(pairs)}
         return {"items": pairs}
@@ -98,9 +109,9 @@ def _name(value: Any, framework: str, path: str, tensors: dict[str, Any], known:
     """Return the name of a tensor in the file: one that is there twice (tied weights) is saved once."""
     identity: object = id(value)
     if framework == "torch" and value.device.type == "cpu" and value.layout is sys.modules["torch"].strided:
-        identity = (value.data_ptr(), value.dtype, tuple(value.shape), tuple(value.stride()))
-        if not value.numel():
-            identity = id(value)
+        place = (value.data_ptr(), value.dtype, tuple(value.shape), tuple(value.stride()))
+        # The same memory, but not the same values, where a conjugation or negation is pending.
+        identity = (*place, value.is_conj(), value.is_neg()) if value.numel() else identity
     if identity in known:
         return known[identity]
     name, n = path, 1
@@ -124,7 +135,12 @@ def unflatten(model: Model, framework: str | None) -> Any:
         return taken[name]
 
     if STATE in metadata:
-        return _decode(json.loads(metadata[STATE]), tensor)
+        try:
+            return _decode(json.loads(metadata[STATE]), tensor)
+        except (RecursionError, ValueError, TypeError) as error:
+            raise MapTensorsError(
+                f"the checkpoint's {STATE!r} metadata is not what maptensors writes: {error}"
+            ) from error
     return {name: tensor(name, "maptensors") for name in model}
 
 
@@ -138,21 +154,44 @@ _TAKE: dict[str, Callable[[Tensor], Any]] = {
 
 
 def _decode(node: Any, tensor: Callable[[str, str], Any]) -> Any:
-    if not isinstance(node, dict):
-        return node
+    def all_of(parts: list[Any]) -> list[Any]:
+        return [_decode(part, tensor) for part in parts]
+
+    def pairs_of(pairs: list[Any]) -> list[tuple[Any, Any]]:
+        decoded = []
+        for pair in pairs:
+            match pair:
+                case [(str() | int() | None) as key, part]:
+                    decoded.append((key, _decode(part, tensor)))
+                case _:
+                    raise ValueError(f"no pair of a key and a value: {str(pair)[:100]}")
+        return decoded
+
     match node:
+        case None | str() | bool() | int() | float():
+            return node
         case {"tensor": str(name), "as": str(given)} if given in _TAKE:
             return tensor(name, given)
-        case {"float": str(text)}:
+        case {"float": ("nan" | "inf" | "-inf") as text}:
             return float(text)
+        case {"complex": str(text)}:
+            return complex(text)
+        case {"bytes": str(text)}:
+            return b64decode(text, validate=True)
         case {"list": list(parts)}:
-            return [_decode(part, tensor) for part in parts]
+            return all_of(parts)
         case {"tuple": list(parts)}:
-            return tuple(_decode(part, tensor) for part in parts)
+            return tuple(all_of(parts))
+        case {"size": list(parts)}:
+            import torch
+
+            return torch.Size(all_of(parts))
         case {"dict": dict(parts)}:
             return {key: _decode(part, tensor) for key, part in parts.items()}
         case {"items": list(pairs)}:
-            return {key: _decode(part, tensor) for key, part in pairs}
+            return dict(pairs_of(pairs))
         case {"ordered": list(pairs)}:
-            return OrderedDict((key, _decode(part, tensor)) for key, part in pairs)
-    raise ValueError(f"the checkpoint's {STATE!r} metadata is not what maptensors writes: {str(node)[:100]}")
+            return OrderedDict(pairs_of(pairs))
+        case {"counter": list(pairs)}:
+            return Counter(dict(pairs_of(pairs)))
+    raise ValueError(str(node)[:100])

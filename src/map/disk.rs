@@ -143,6 +143,11 @@ impl Dir {
         Ok(rustix::io::retry_on_intr(|| rustix::fs::flock(&self.fd, FlockOperation::LockExclusive))?)
     }
 
+    /// Gives the lock back: closing would not, where a fork's child holds the directory open as well.
+    pub(crate) fn unlock(&self) {
+        rustix::fs::flock(&self.fd, FlockOperation::Unlock).ok();
+    }
+
     #[cfg(test)]
     pub(crate) fn inode(&self) -> u64 {
         rustix::fs::fstat(&self.fd).map_or(0, |stat| stat.st_ino)

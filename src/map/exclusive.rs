@@ -7,10 +7,12 @@ use super::{Backing, Mapping};
 use memmap2::{MmapOptions, MmapRaw};
 use rustix::fs::FlockOperation;
 use rustix::io::Errno;
+use std::collections::BTreeSet;
 use std::ffi::{OsStr, OsString};
 use std::fs::File;
 use std::io;
 use std::os::unix::ffi::OsStrExt as _;
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 /// A file under a random name, on its way to becoming someone's weights: created with `O_EXCL`, or
 /// [adopted](ExclusiveFile::adopt) when nobody else had it any more.
@@ -33,7 +35,25 @@ const TRIES: usize = 8;
 /// An unfinished file of another boot (or another machine, over a network) is an orphan after so long.
 const ABANDONED: std::time::Duration = std::time::Duration::from_secs(24 * 60 * 60);
 
+/// The names of this process's unfinished files: its own sweep lets them be. To open one would break its lease.
+static OURS: Mutex<BTreeSet<OsString>> = Mutex::new(BTreeSet::new());
+
+fn ours() -> MutexGuard<'static, BTreeSet<OsString>> {
+    OURS.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Drop for ExclusiveFile {
+    fn drop(&mut self) {
+        ours().remove(&self.name);
+    }
+}
+
 impl ExclusiveFile {
+    fn new(file: File, name: OsString, leased: bool) -> Self {
+        ours().insert(name.clone());
+        Self { file, name, leased }
+    }
+
     /// Creates a new, empty, locked file in `dir`, with the mode that `mode` and the umask give.
     pub(crate) fn create(dir: &Dir, mode: u32) -> io::Result<Self> {
         let mut tries = 0;
@@ -50,7 +70,7 @@ impl ExclusiveFile {
             let swept = rustix::fs::fstat(&file).map(|stat| stat.st_nlink == 0);
             tries += 1;
             if swept == Ok(false) && (locked != Err(Errno::WOULDBLOCK) || tries == TRIES) {
-                return Ok(Self { file, name, leased: false });
+                return Ok(Self::new(file, name, false));
             }
             dir.remove(&name).ok();
             swept?;
@@ -58,7 +78,6 @@ impl ExclusiveFile {
     }
 
     /// Gives a file a name by which nobody will open it, and which a sweep removes.
-    #[cfg(target_os = "linux")]
     pub(crate) fn hide(dir: &Dir, name: &OsStr) -> io::Result<OsString> {
         let hidden = random_name()?;
         dir.rename_to_new(name, &hidden)?;
@@ -84,23 +103,21 @@ impl ExclusiveFile {
     #[cfg(target_os = "linux")]
     fn try_adopt(dir: &Dir, name: &OsStr) -> io::Result<Option<Self>> {
         let Ok(file) = dir.open_file(name, true) else { return Ok(None) };
-        let stat = rustix::fs::fstat(&file)?;
-        let ours = rustix::fs::FileType::from_raw_mode(stat.st_mode).is_file()
-            && stat.st_uid == rustix::process::geteuid().as_raw()
-            && stat.st_nlink == 1;
         let locked = rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive);
         // By this name nobody can have opened it since; the lease says that nobody has it from before.
-        let (true, Some(mode)) = (ours && locked != Err(Errno::WOULDBLOCK), mode_of_new_files()) else {
-            return Ok(None);
-        };
-        if !lease::take(&file)? {
+        if locked == Err(Errno::WOULDBLOCK) || !lease::take(&file)? {
             return Ok(None);
         }
-        if stat.st_mode & 0o7777 != mode {
-            disk::set_mode(&file, mode)?;
+        // Under lock and lease: one name means this one, and no sweep has taken it meanwhile.
+        let stat = rustix::fs::fstat(&file)?;
+        let alone = rustix::fs::FileType::from_raw_mode(stat.st_mode).is_file()
+            && stat.st_uid == rustix::process::geteuid().as_raw()
+            && stat.st_nlink == 1;
+        if !alone {
+            return Ok(None);
         }
         dir.sync()?;
-        Ok(Some(Self { file, name: name.into(), leased: true }))
+        Ok(Some(Self::new(file, name.into(), true)))
     }
 
     /// Whether nobody waits to open an adopted file: someone who had looked its old name up before that
@@ -108,6 +125,17 @@ impl ExclusiveFile {
     #[cfg(target_os = "linux")]
     pub(crate) fn is_undisputed(&self) -> bool {
         lease::is_undisputed(&self.file)
+    }
+
+    /// Whether writing to a block of the file needs no new one. Where it may (reflinks, copy-on-write file
+    /// systems), a full disk would be a `SIGBUS` when a page is written, unless it was made writable before.
+    pub(crate) fn is_overwritten_in_place(&self) -> bool {
+        // From linux/magic.h: ext2, ext3 and ext4; tmpfs.
+        #[cfg(target_os = "linux")]
+        return rustix::fs::fstatfs(&self.file)
+            .is_ok_and(|stat| [0xef53, 0x0102_1994].contains(&stat.f_type));
+        #[cfg(not(target_os = "linux"))]
+        false
     }
 
     /// Lets whoever waits to open the file have it: it is finished.
@@ -128,17 +156,28 @@ impl ExclusiveFile {
             if !bytes.starts_with(PREFIX.as_bytes()) || !bytes.ends_with(b".tmp") {
                 continue;
             }
+            if ours().contains(&name) {
+                continue;
+            }
             let Ok(file) = dir.open_file(&name, false) else { continue };
             let here = bytes[PREFIX.len()..].starts_with(boot().as_bytes());
-            let ours = rustix::fs::fstat(&file).is_ok_and(|stat| {
+            let orphan = rustix::fs::fstat(&file).is_ok_and(|stat| {
                 rustix::fs::FileType::from_raw_mode(stat.st_mode).is_file()
                     && stat.st_uid == rustix::process::geteuid().as_raw()
                     && (here || is_abandoned(stat.st_mtime))
             });
-            if ours && rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive).is_ok() {
+            if orphan && rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive).is_ok() {
                 dir.remove(&name).ok();
             }
         }
+    }
+
+    /// Whether the file still has its name in `dir`: tidy people remove what looks temporary.
+    pub(crate) fn is_in(&self, dir: &Dir) -> bool {
+        let (Ok(here), Ok(there)) = (rustix::fs::fstat(&self.file), dir.stat(&self.name)) else {
+            return false;
+        };
+        (here.st_dev, here.st_ino) == (there.st_dev, there.st_ino)
     }
 
     pub(crate) fn name(&self) -> &OsStr {
@@ -207,8 +246,7 @@ fn random_name() -> io::Result<OsString> {
 }
 
 /// What the umask makes of a new file's mode; umask(2) itself tells only by changing it.
-#[cfg(target_os = "linux")]
-fn mode_of_new_files() -> Option<u32> {
+pub(crate) fn mode_of_new_files() -> Option<u32> {
     let status = std::fs::read_to_string("/proc/self/status").ok()?;
     let umask = status.lines().find_map(|line| line.strip_prefix("Umask:"))?;
     Some(0o666 & !u32::from_str_radix(umask.trim(), 8).ok()?)

@@ -34,7 +34,7 @@ mod text;
 
 pub use advice::Advice;
 pub(crate) use copy::{clone, clone_or_copy, copy_range};
-pub(crate) use exclusive::ExclusiveFile;
+pub(crate) use exclusive::{ExclusiveFile, mode_of_new_files};
 pub(crate) use file::{open_regular, read_exact_at};
 pub(crate) use memory::Memory;
 pub use residency::Residency;

@@ -231,3 +231,6 @@ impl std::fmt::Debug for Model {
         f.debug_struct("Model").field("shards", &self.shards()).field("tensors", &self.len()).finish()
     }
 }
+
+#[cfg(test)]
+pub(crate) use open::open_own_file;

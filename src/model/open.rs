@@ -382,3 +382,11 @@ pub(super) fn from_bytes(bytes: &[u8]) -> Result<Model> {
     debug_assert!(copied.is_ok());
     Ok(Model::new(Catalog::new(vec![Shard { path: path.into(), layout }])?, vec![mapping]))
 }
+
+/// As [`ModelMut::open`], for tests in rooms without `unsafe`.
+#[cfg(test)]
+#[allow(unsafe_code)]
+pub(crate) fn open_own_file(path: &Path) -> Result<ModelMut> {
+    // SAFETY: a file that a test has just made, and writes to no more.
+    unsafe { ModelMut::open(path) }
+}

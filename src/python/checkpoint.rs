@@ -3,6 +3,7 @@
 use super::save::{Metadata, collect, sizes, stage_one};
 use crate::error::Error;
 use crate::save::{self, CheckpointOptions, Checkpointer, Ready};
+use pyo3::exceptions::PyKeyboardInterrupt;
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
 use std::path::PathBuf;
@@ -69,8 +70,13 @@ impl Checkpoints {
         if let Some(told) = progress {
             options = options.progress(move |done, total| {
                 Python::attach(|py| {
-                    if let Err(error) = told.call1(py, (done, total)) {
-                        error.write_unraisable(py, Some(told.bind(py)));
+                    match told.call1(py, (done, total)) {
+                        // SAFETY: the interpreter is attached. The main thread will see it, as it would have.
+                        Err(error) if error.is_instance_of::<PyKeyboardInterrupt>(py) => unsafe {
+                            pyo3::ffi::PyErr_SetInterrupt();
+                        },
+                        Err(error) => error.write_unraisable(py, Some(told.bind(py))),
+                        Ok(_) => {}
                     }
                 });
             });
@@ -105,8 +111,13 @@ impl Checkpoints {
     /// Makes an output of so many bytes ready.
     fn prepare(&self, py: Python<'_>, bytes: u64) -> PyResult<()> {
         let checkpointer = self.checkpointer()?;
-        py.detach(|| checkpointer.prepare(bytes));
-        Ok(())
+        Ok(py.detach(|| checkpointer.prepare(bytes))?)
+    }
+
+    /// Removes the checkpoint of a step, if there is one.
+    fn remove(&self, py: Python<'_>, step: u64) -> PyResult<()> {
+        let checkpointer = self.checkpointer()?;
+        Ok(py.detach(|| checkpointer.remove(step))?)
     }
 
     /// The steps there are, in order.
@@ -132,6 +143,10 @@ impl Checkpoints {
     fn close(&self, py: Python<'_>) -> PyResult<()> {
         let open = self.open.lock().unwrap_or_else(PoisonError::into_inner).take();
         let Some(checkpointer) = open else { return Ok(()) };
+        if !checkpointer.is_own() {
+            // A fork's child: what is under way is its parent's.
+            return Ok(());
+        }
         Ok(py.detach(|| {
             let done = checkpointer.wait();
             drop(checkpointer);

@@ -170,10 +170,12 @@ pub(super) fn stage_one(
         return Ok(Box::new(move || draft.commit_mapped()));
     }
     // The rest is written by its own framework, straight into the file's pages.
+    let progress = draft.progress();
     let draft = Draft::new(draft)?;
     for (name, given) in tensors {
         if let Data::Strided(array) = &given.data {
             given::assign(py, &draft.tensor(name)?.array(), array.bind(py))?;
+            progress.add(given.nbytes());
             py.check_signals()?;
         }
     }

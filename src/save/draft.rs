@@ -296,6 +296,12 @@ impl Draft {
         checksum::seal(&self.layout, self.pending.file(), self.pending.path())
     }
 
+    /// Who is told how far it is.
+    #[cfg(feature = "python")]
+    pub(crate) fn progress(&self) -> Progress {
+        self.progress.clone()
+    }
+
     /// The pieces, for a face that shares the memory with another language.
     #[cfg(feature = "python")]
     pub(crate) fn into_parts(mut self) -> Result<(Layout, Mapping, bool, bool, Pending)> {
@@ -315,7 +321,7 @@ pub(super) fn map_output(pending: &Pending, len: u64) -> Result<Mapping> {
 
 /// Who is told how far it is.
 #[derive(Clone, Default)]
-pub(super) struct Progress {
+pub(crate) struct Progress {
     told: Option<Arc<dyn Fn(u64, u64) + Send + Sync>>,
     done: Arc<AtomicU64>,
     total: Option<u64>,
@@ -331,7 +337,7 @@ impl Progress {
         Self { told: self.told.clone(), done: Arc::default(), total: Some(total) }
     }
 
-    fn add(&self, bytes: u64) {
+    pub(crate) fn add(&self, bytes: u64) {
         if let (Some(told), Some(total)) = (&self.told, self.total) {
             told(self.done.fetch_add(bytes, Ordering::Relaxed) + bytes, total);
         }

@@ -1,8 +1,8 @@
 //! A file on its way to its name: the commit protocol's steps, in their only order.
 
 use crate::error::{Error, Result};
-use crate::map::ExclusiveFile;
 use crate::map::disk::Dir;
+use crate::map::{ExclusiveFile, mode_of_new_files};
 use rustix::fs::FileType;
 use rustix::io::Errno;
 use std::ffi::{OsStr, OsString};
@@ -35,6 +35,17 @@ impl Pending {
         Ok(Self::new(dir, file, path, name, mode))
     }
 
+    /// As step 1, of a file in the directory at `parent` whose name is not known yet: see
+    /// [`aim`](Pending::aim).
+    pub(crate) fn unnamed(parent: &Path) -> Result<Self> {
+        let path = parent.join("");
+        let dir = Dir::open(parent).map_err(Error::io(parent, "opening the directory"))?;
+        ExclusiveFile::sweep(&dir);
+        let file = ExclusiveFile::create(&dir, 0o600)
+            .map_err(Error::io(parent, "creating a temporary file in it"))?;
+        Ok(Self::new(dir, file, &path, OsStr::new(""), None))
+    }
+
     /// As step 1, out of the [hidden](ExclusiveFile::hide) file at `path`, whose blocks and pages are used
     /// again. `None`, with that file removed, where somebody still has it.
     #[cfg(target_os = "linux")]
@@ -51,12 +62,17 @@ impl Pending {
         Self { dir, path: path.into(), name: name.into(), file, mode, published: false, owner }
     }
 
-    /// Means the file for another path in the same directory.
+    /// Means the file for another path in the same directory, with the mode that a file made there would have.
     pub(crate) fn aim(&mut self, path: &Path) -> Result<()> {
         let name = file_name(path)?;
-        self.mode = replaced_mode(&self.dir, path, name)?;
+        self.mode = replaced_mode(&self.dir, path, name)?.or_else(mode_of_new_files);
         (self.path, self.name) = (path.into(), name.into());
         Ok(())
+    }
+
+    /// Whether the file is still where it was made.
+    pub(crate) fn is_in_place(&self) -> bool {
+        self.file.is_in(&self.dir)
     }
 
     /// The path this file is meant for.

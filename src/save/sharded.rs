@@ -63,6 +63,7 @@ pub(crate) fn stage<E: From<Error>>(
         old: Vec::new(),
         shards: Vec::new(),
         written: Vec::new(),
+        owner: std::process::id(),
     };
     let paths: Vec<PathBuf> = if groups.len() == 1 {
         old.retain(|shard| Some(OsStr::new(shard)) != path.file_name());
@@ -115,6 +116,8 @@ pub(crate) struct Set {
     /// Shards in place, or about to be (one may be in place and not durable), removed again unless the index
     /// follows. A file that is no shard takes an old one's place, and is not.
     written: Vec<PathBuf>,
+    /// A fork's child has a copy of this value, and no business with the set.
+    owner: u32,
 }
 
 struct Shard {
@@ -175,9 +178,13 @@ impl Set {
 
 impl Drop for Set {
     fn drop(&mut self) {
+        if self.owner != std::process::id() {
+            return;
+        }
         for path in &self.written {
             self.target.dir.remove(path.file_name().unwrap_or_default()).ok();
         }
+        self.target.dir.unlock();
     }
 }
 
@@ -198,7 +205,7 @@ fn group(tensors: &[(&str, u64)], limit: u64) -> Vec<Range<usize>> {
 
 /// Whether this is what stands behind the stem in a shard's name: `-00001-of-00002.safetensors`, perhaps
 /// with a generation before it.
-fn is_shard_suffix(rest: &str) -> bool {
+pub(super) fn is_shard_suffix(rest: &str) -> bool {
     let digits = |text: &str, len: usize| text.len() >= len && text.bytes().all(|b| b.is_ascii_digit());
     let Some(rest) = rest.strip_prefix('-').and_then(|r| r.strip_suffix(".safetensors")) else {
         return false;

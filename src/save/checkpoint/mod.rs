@@ -14,6 +14,9 @@
 //! and not yet opened it waits in open(2) for as long as the lease is held, and then finds a whole file. In
 //! any other case the file is removed, and a new one made.
 //!
+//! Where writing to a file's own blocks may need new ones (reflinked files, copy-on-write file systems) all its
+//! pages are made writable before the copy, so that a full disk is an error and not a `SIGBUS`.
+//!
 //! What falls out does so when the checkpoint after it is complete: on disk there are `keep` checkpoints and
 //! one output made ready, and in memory (the page cache) that output's pages.
 
@@ -67,7 +70,8 @@ impl CheckpointOptions {
         Self::default()
     }
 
-    /// Keeps only the last so many, at least one. What falls out is used again, or removed.
+    /// Keeps only the last so many, at least one. What falls out is used again, or removed: first what was
+    /// there before this run, by step, then what it saved, in that order.
     #[must_use]
     pub fn keep(mut self, checkpoints: usize) -> Self {
         self.keep = Some(checkpoints.max(1));
@@ -81,7 +85,8 @@ impl CheckpointOptions {
         self
     }
 
-    /// Whether a checkpoint survives a power loss once saved (default), or is only whole.
+    /// Whether a checkpoint survives a power loss once saved (default), or is only whole: then a power loss
+    /// may also take those that it replaced.
     #[must_use]
     pub fn durable(mut self, durable: bool) -> Self {
         self.draft = self.draft.durable(durable);
@@ -231,8 +236,26 @@ impl Checkpointer {
     }
 
     /// Makes an output of so many bytes ready, before the first save; later ones follow the last save's size.
-    pub fn prepare(&self, bytes: u64) {
-        self.queue.prepare(bytes);
+    /// What would be saved in shards is not made ready.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] in a fork's child.
+    pub fn prepare(&self, bytes: u64) -> Result<()> {
+        self.queue.own()?;
+        if self.options.max_shard_size.is_none_or(|limit| bytes <= limit) {
+            self.queue.prepare(bytes);
+        }
+        Ok(())
+    }
+
+    /// Removes the checkpoint of a step, if there is one.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] in a fork's child.
+    pub fn remove(&self, step: u64) -> Result<()> {
+        self.queue.own()?;
+        self.queue.remove(step);
+        Ok(())
     }
 
     /// Saves tensors as the checkpoint of a step; durable when this returns, unless told otherwise.
@@ -332,6 +355,7 @@ impl Checkpointer {
         stage: impl Fn(std::ops::Range<usize>, &Path, Create<'_>) -> Result<Commit, E>,
     ) -> Result<Saving, E> {
         let begun = Instant::now();
+        self.queue.own()?;
         self.queue.make_room(inline)?;
         // For an index: checksums are those of each file.
         let metadata = metadata.map(|metadata| {
@@ -371,6 +395,12 @@ impl Checkpointer {
             staged: begun.elapsed(),
         };
         Ok(self.queue.submit(job, inline))
+    }
+
+    /// Whether this is the process that opened it, and no fork's child.
+    #[cfg(feature = "python")]
+    pub(crate) fn is_own(&self) -> bool {
+        self.queue.own().is_ok()
     }
 
     /// Waits for saves under way.

@@ -68,6 +68,8 @@ impl Saving {
 struct Ticket {
     outcome: Mutex<Outcome>,
     done: Condvar,
+    /// A fork's child would wait for ever.
+    owner: u32,
 }
 
 #[derive(Debug)]
@@ -79,8 +81,21 @@ enum Outcome {
 }
 
 impl Ticket {
+    fn new() -> Self {
+        Self { outcome: Mutex::new(Outcome::Pending), done: Condvar::new(), owner: std::process::id() }
+    }
+
+    fn tell(&self, outcome: Outcome) {
+        *lock(&self.outcome) = outcome;
+        self.done.notify_all();
+    }
+
     fn wait(&self, most: Option<Duration>) -> Option<Result<Saved>> {
-        let until = most.map(|most| Instant::now() + most);
+        if self.owner != std::process::id() {
+            return Some(Err(not_ours()));
+        }
+        // Longer than the clock can count is for ever.
+        let until = most.and_then(|most| Instant::now().checked_add(most));
         let mut outcome = lock(&self.outcome);
         loop {
             match &mut *outcome {
@@ -105,6 +120,11 @@ impl Ticket {
             _ => None,
         }
     }
+}
+
+/// What a fork's child is told: the thread that does the work, and the files, are its parent's.
+fn not_ours() -> Error {
+    Error::Argument("these checkpoints were opened by another process: open them in this one".into())
 }
 
 fn told_already() -> Error {
@@ -150,6 +170,9 @@ struct Shared {
     prepare: bool,
     state: Mutex<State>,
     turned: Condvar,
+    /// The steps saved here, in order. Held while one becomes visible and others go: one at a time, whichever
+    /// thread does it.
+    saved: Mutex<Vec<u64>>,
 }
 
 #[derive(Default)]
@@ -170,8 +193,8 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 
 impl Queue {
     pub(super) fn new(store: Store, keep: Option<usize>, keep_every: Option<u64>, prepare: bool) -> Self {
-        let (state, turned) = (Mutex::default(), Condvar::new());
-        let shared = Arc::new(Shared { store, keep, keep_every, prepare, state, turned });
+        let (state, turned, saved) = (Mutex::default(), Condvar::new(), Mutex::default());
+        let shared = Arc::new(Shared { store, keep, keep_every, prepare, state, turned, saved });
         Self { shared, worker: Mutex::new(None), owner: std::process::id() }
     }
 
@@ -179,9 +202,23 @@ impl Queue {
         &self.shared.store
     }
 
+    /// # Errors
+    /// In a fork's child.
+    pub(super) fn own(&self) -> Result<()> {
+        if self.owner == std::process::id() { Ok(()) } else { Err(not_ours()) }
+    }
+
     pub(super) fn prepare(&self, bytes: u64) {
         self.shared.push(Task::Tidy { memory: None, hidden: Vec::new(), size: Some(bytes) });
         self.wake();
+    }
+
+    pub(super) fn remove(&self, step: u64) {
+        let mut saved = lock(&self.shared.saved);
+        saved.retain(|known| *known != step);
+        if let Some(hidden) = self.shared.store.take_away(step) {
+            std::fs::remove_file(hidden).ok();
+        }
     }
 
     /// Waits until there is room for one more save (`alone`: until there is no other), and until an output
@@ -216,7 +253,7 @@ impl Queue {
 
     /// Commits: at once, or in the background.
     pub(super) fn submit(&self, job: Job, inline: bool) -> Saving {
-        let ticket = Arc::new(Ticket { outcome: Mutex::new(Outcome::Pending), done: Condvar::new() });
+        let ticket = Arc::new(Ticket::new());
         let saving = Saving { ticket: ticket.clone(), staged: job.staged };
         if inline {
             self.shared.commit(job, &ticket);
@@ -232,9 +269,7 @@ impl Queue {
     /// # Errors
     /// That of a save nobody was told of.
     pub(super) fn finish(&self) -> Result<()> {
-        if self.owner != std::process::id() {
-            return Ok(());
-        }
+        self.own()?;
         first_error(self.shared.wait_while(|state| state.working || !state.tasks.is_empty()))
     }
 
@@ -254,8 +289,12 @@ impl Queue {
 }
 
 fn first_error(mut state: MutexGuard<'_, State>) -> Result<()> {
-    let failed = std::mem::take(&mut state.failed);
-    failed.iter().find_map(|ticket| ticket.untold()).map_or(Ok(()), Err)
+    while !state.failed.is_empty() {
+        if let Some(error) = state.failed.remove(0).untold() {
+            return Err(error);
+        }
+    }
+    Ok(())
 }
 
 impl Shared {
@@ -291,26 +330,37 @@ impl Shared {
 
     fn commit(&self, job: Job, ticket: &Arc<Ticket>) {
         let Job { commit, step, path, bytes, ready, size, durable, begun, staged } = job;
-        let outcome = match commit() {
+        let mut saved = lock(&self.saved);
+        // A fault of this crate must not leave others waiting.
+        let committed = std::panic::catch_unwind(std::panic::AssertUnwindSafe(commit));
+        let failed = || Err(Error::Argument("saving failed: a fault of maptensors, please report it".into()));
+        match committed.unwrap_or_else(|_| failed()) {
             Ok(memory) => {
-                self.let_go(step, size, memory);
+                saved.retain(|known| *known != step);
+                saved.push(step);
+                self.let_go(&saved, size, memory);
                 let finished = begun.elapsed();
-                Outcome::Saved(Saved { step, path, bytes, ready, staged, finished, durable })
+                ticket.tell(Outcome::Saved(Saved { step, path, bytes, ready, staged, finished, durable }));
             }
             Err(error) => {
+                ticket.tell(Outcome::Failed(Some(error)));
                 lock(&self.state).failed.push(ticket.clone());
-                Outcome::Failed(Some(error))
             }
-        };
-        *lock(&ticket.outcome) = outcome;
-        ticket.done.notify_all();
+        }
     }
 
-    /// Takes away what falls out now that `saved` is there, and has the next output made ready.
-    fn let_go(&self, saved: u64, size: Option<u64>, memory: Option<Mapping>) {
+    /// Takes away what falls out now that the last of `saved` is there, and has the next output made ready.
+    fn let_go(&self, saved: &[u64], size: Option<u64>, memory: Option<Mapping>) {
+        if let (Some(_), Some(last)) = (size, saved.last()) {
+            // Of one file now: a set of the same step is not it any more.
+            self.store.remove_set(*last);
+        }
         // A directory that cannot be listed now will be the next time; nothing is lost but space.
         let surplus = self.store.surplus(self.keep, self.keep_every, saved).unwrap_or_default();
         let hidden = surplus.into_iter().filter_map(|step| self.store.take_away(step)).collect();
+        if size.is_none() {
+            self.store.remove_orphans();
+        }
         let size = size.filter(|_| self.prepare);
         self.push(Task::Tidy { memory, hidden, size });
     }
@@ -332,7 +382,7 @@ impl Shared {
             && let Some(len) = size.take()
         {
             // Where there is no space, or no memory to map, the save itself will say so.
-            slot = Slot::fresh(&self.store.target(0), len).unwrap_or_default();
+            slot = Slot::fresh(self.store.path(), len).unwrap_or_default();
         }
         if slot.is_some() {
             lock(&self.state).slot = slot;

@@ -18,9 +18,9 @@ pub(super) struct Slot {
 }
 
 impl Slot {
-    /// A new file of `len` bytes beside `path`. `None` where the file system cannot allocate ahead.
-    pub(super) fn fresh(path: &Path, len: u64) -> Result<Option<Self>> {
-        let Some(slot) = Self::new(Pending::create(path)?, len, false)? else { return Ok(None) };
+    /// A new file of `len` bytes in a directory. `None` where the file system cannot allocate ahead.
+    pub(super) fn fresh(directory: &Path, len: u64) -> Result<Option<Self>> {
+        let Some(slot) = Self::new(Pending::unnamed(directory)?, len, false)? else { return Ok(None) };
         // Blocks are given zeroed pages now, which is most of what writing a new file costs.
         let populated = slot.memory.populate_write();
         populated.map_err(Error::io(slot.pending.path(), "bringing its pages into memory"))?;
@@ -54,7 +54,7 @@ impl Slot {
     }
 
     /// A draft in it, of a file at `path` in the same directory. `None` where somebody waits for the file
-    /// that this was.
+    /// that this was, or has removed it.
     pub(super) fn draft(
         mut self,
         path: &Path,
@@ -63,6 +63,9 @@ impl Slot {
     ) -> Result<Option<Draft>> {
         #[cfg(target_os = "linux")]
         if self.recycled && !self.pending.file().is_undisputed() {
+            return Ok(None);
+        }
+        if !self.pending.is_in_place() {
             return Ok(None);
         }
         let declared = checksum::declare(layout, options.wants_checksums());
@@ -75,6 +78,10 @@ impl Slot {
             let resized = self.pending.file().resize(len);
             resized.map_err(Error::io(path, "allocating space for it"))?;
             self.memory = map_output(&self.pending, len)?;
+        }
+        if self.recycled && !self.pending.file().is_overwritten_in_place() {
+            let populated = self.memory.populate_write();
+            populated.map_err(Error::io(path, "allocating space for it"))?;
         }
         Ok(Some(Draft::within(&header, layout, self.memory, options, self.pending)))
     }

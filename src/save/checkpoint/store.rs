@@ -1,10 +1,11 @@
 //! A directory of checkpoints, by step.
 
+use super::super::sharded::is_shard_suffix;
 use crate::error::{Error, Result};
 use crate::format::index;
 use crate::map::disk::Dir;
 use crate::map::{ExclusiveFile, open_regular, read_exact_at};
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::{OsStr, OsString};
 use std::path::{Path, PathBuf};
 
@@ -22,8 +23,11 @@ impl Store {
     /// Opens a directory, which is made where it is not there.
     pub(super) fn open(path: &Path) -> Result<Self> {
         std::fs::create_dir_all(path).map_err(Error::io(path, "making the directory of checkpoints"))?;
-        let dir = Dir::open(path).map_err(Error::io(path, "opening the directory of checkpoints"))?;
-        Ok(Self { dir, path: path.into() })
+        // The process may change its own directory later.
+        let absolute = std::path::absolute(path);
+        let path = absolute.map_err(Error::io(path, "finding the directory of checkpoints"))?;
+        let dir = Dir::open(&path).map_err(Error::io(&path, "opening the directory of checkpoints"))?;
+        Ok(Self { dir, path })
     }
 
     pub(super) fn path(&self) -> &Path {
@@ -50,7 +54,8 @@ impl Store {
     /// Whether a name is a whole checkpoint: a file gets its name last, an index may have lost shards to
     /// someone who removes files.
     fn is_complete(&self, name: &OsStr) -> bool {
-        if step_of(name).is_none() || !self.dir.contains(name) {
+        // Links are followed: an archived checkpoint counts, unless the archive is not there.
+        if step_of(name).is_none() || self.dir.stat(name).is_err() {
             return false;
         }
         let is_index = name.to_str().is_some_and(|name| name.ends_with(INDEX));
@@ -71,35 +76,69 @@ impl Store {
     /// Takes a checkpoint away. What is returned is a single file, by the hidden name that it has now: to be
     /// used again or removed.
     pub(super) fn take_away(&self, step: u64) -> Option<PathBuf> {
+        self.remove_set(step);
+        let file = OsString::from(file_name(step, FILE));
+        ExclusiveFile::hide(&self.dir, &file).ok().map(|hidden| self.path.join(hidden))
+    }
+
+    /// Removes a step's index and shards, if it has any.
+    pub(super) fn remove_set(&self, step: u64) {
         let index = OsString::from(file_name(step, INDEX));
         let shards = self.shards(&index).unwrap_or_default();
         if self.dir.remove(&index).is_ok() {
             // Once durably without its index it is no checkpoint: now shards may go in any order.
             self.dir.sync().ok();
-            let prefix = file_name(step, "-");
-            for shard in shards.iter().filter(|shard| shard.starts_with(&prefix)) {
+            for shard in shards.iter().filter(|shard| shard_of(shard) == Some(step)) {
                 self.dir.remove(shard.as_ref()).ok();
             }
         }
-        let file = OsString::from(file_name(step, FILE));
-        ExclusiveFile::hide(&self.dir, &file).ok().map(|hidden| self.path.join(hidden))
     }
 
-    /// Which steps `keep` and `keep_every` let go, once `saved` is there: oldest first.
+    /// Removes shards that no index names: of a save that was killed before its index, or a removal after it.
+    pub(super) fn remove_orphans(&self) {
+        let mut named: BTreeMap<u64, Vec<String>> = BTreeMap::new();
+        for name in self.dir.names().unwrap_or_default() {
+            let Some(name) = name.to_str() else { continue };
+            let Some(step) = shard_of(name) else { continue };
+            let known = named.entry(step).or_insert_with(|| {
+                let index = OsString::from(file_name(step, INDEX));
+                // One that cannot be read may name it.
+                self.shards(&index).unwrap_or_else(|_| {
+                    if self.dir.contains(&index) { vec![String::new()] } else { Vec::new() }
+                })
+            });
+            let unknown = known.first().is_some_and(String::is_empty);
+            if !unknown && !known.iter().any(|known| known == name) {
+                self.dir.remove(name.as_ref()).ok();
+            }
+        }
+    }
+
+    /// Which steps `keep` and `keep_every` let go, now that the last of `saved` is there: those that were
+    /// there before first, by step, then these in the order of their saving.
     pub(super) fn surplus(
         &self,
         keep: Option<usize>,
         keep_every: Option<u64>,
-        saved: u64,
+        saved: &[u64],
     ) -> Result<Vec<u64>> {
-        let Some(keep) = keep else { return Ok(Vec::new()) };
+        let (Some(keep), Some(last)) = (keep, saved.last()) else { return Ok(Vec::new()) };
         let for_ever = |step: &u64| keep_every.is_some_and(|every| step.is_multiple_of(every));
         let mut others: Vec<u64> =
-            self.steps()?.into_iter().filter(|step| *step != saved && !for_ever(step)).collect();
-        let kept = keep.saturating_sub(usize::from(!for_ever(&saved)));
+            self.steps()?.into_iter().filter(|step| step != last && !for_ever(step)).collect();
+        others.sort_by_key(|step| (saved.iter().rposition(|saved| saved == step), *step));
+        let kept = keep.saturating_sub(usize::from(!for_ever(last)));
         others.truncate(others.len().saturating_sub(kept));
         Ok(others)
     }
+}
+
+/// The step whose shard a file is, by its name.
+fn shard_of(name: &str) -> Option<u64> {
+    let rest = name.strip_prefix(PREFIX)?;
+    let (digits, suffix) = rest.split_at(rest.find('-')?);
+    let step = step_of(format!("{PREFIX}{digits}{FILE}").as_ref())?;
+    is_shard_suffix(suffix).then_some(step)
 }
 
 fn file_name(step: u64, suffix: &str) -> String {
@@ -140,6 +179,33 @@ mod tests {
     }
 
     #[test]
+    fn shards_that_no_index_names_are_removed_and_nothing_else() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = Store::open(dir.path()).unwrap();
+        let write = |name: &str, text: &str| std::fs::write(dir.path().join(name), text).unwrap();
+        let there = |name: &str| dir.path().join(name).exists();
+        let index = r#"{"weight_map":{"a":"step-0000000001-g2-00001-of-00001.safetensors"}}"#;
+        write("step-0000000001.safetensors.index.json", index);
+        write("step-0000000003.safetensors.index.json", "not to be read");
+        let named = "step-0000000001-g2-00001-of-00001.safetensors";
+        let orphans =
+            ["step-0000000001-00001-of-00002.safetensors", "step-0000000002-00001-of-00002.safetensors"];
+        let others = [
+            named,
+            "step-0000000003-00001-of-00002.safetensors",
+            "step-0000000004-notes.safetensors",
+            "step-4-00001-of-00002.safetensors",
+            "model-00001-of-00002.safetensors",
+        ];
+        for name in orphans.iter().chain(&others) {
+            write(name, "");
+        }
+        store.remove_orphans();
+        assert!(orphans.iter().all(|name| !there(name)));
+        assert!(others.iter().all(|name| there(name)));
+    }
+
+    #[test]
     fn the_oldest_fall_out_and_milestones_stay() {
         let dir = tempfile::tempdir().unwrap();
         let store = Store::open(dir.path()).unwrap();
@@ -147,11 +213,14 @@ mod tests {
             std::fs::write(store.target(step), []).unwrap();
         }
         let surplus = |keep, every, saved| store.surplus(keep, every, saved).unwrap();
-        assert_eq!(surplus(None, None, 300), [0; 0]);
-        assert_eq!(surplus(Some(2), None, 300), [100, 150, 200]);
-        assert_eq!(surplus(Some(1), Some(100), 300), [150]);
-        assert_eq!(surplus(Some(1), Some(100), 250), [150]);
-        assert_eq!(surplus(Some(1), None, 100), [150, 200, 250, 300], "what was just saved stays");
-        assert_eq!(surplus(Some(9), None, 300), [0; 0]);
+        assert_eq!(surplus(None, None, &[300]), [0; 0]);
+        assert_eq!(surplus(Some(2), None, &[300]), [100, 150, 200]);
+        assert_eq!(surplus(Some(1), Some(100), &[300]), [150]);
+        assert_eq!(surplus(Some(1), Some(100), &[250]), [150]);
+        assert_eq!(surplus(Some(1), None, &[100]), [150, 200, 250, 300], "what was just saved stays");
+        assert_eq!(surplus(Some(9), None, &[300]), [0; 0]);
+        // Gone back to 100 and on from there: what this run saved outlives what another did.
+        assert_eq!(surplus(Some(2), None, &[100, 150]), [200, 250, 300]);
+        assert_eq!(surplus(Some(2), None, &[300, 100, 150]), [200, 250, 300]);
     }
 }

@@ -4,7 +4,8 @@ use crate::dtype::DType;
 use crate::format::safetensors::{Changes, PREFIX_LEN, Pieces};
 use crate::layout::Layout;
 use crate::map::disk::{self, Dir};
-use crate::save::{CheckpointOptions, DraftOptions, Edited, HeaderEdit, SaveOptions};
+use crate::model::open_own_file;
+use crate::save::{CheckpointOptions, DraftOptions, Edited, HeaderEdit, SaveOptions, materialize};
 use safetensors::tensor::TensorView;
 use std::ffi::OsStr;
 
@@ -47,6 +48,20 @@ fn draft(path: &Path, generation: u8, mapped: bool) -> Result<()> {
     draft.commit()
 }
 
+/// Out of a base and a delta that lie elsewhere, and are as good as never written.
+fn materialized(path: &Path, generation: u8) -> Result<()> {
+    let elsewhere = scratch();
+    let (base, new) = (elsewhere.path().join("base"), elsewhere.path().join("new"));
+    let delta = elsewhere.path().join("delta");
+    disk::watched(None, || {
+        let quick = SaveOptions::new().durable(false);
+        save_at(&base, 100, &quick)?;
+        save_at(&new, generation, &quick)?;
+        quick.save_diff(&Model::read(&base)?, &Model::read(&new)?, &delta)
+    })?;
+    materialize(open_own_file(&base)?, &[Model::read(&delta)?], path)
+}
+
 fn said(result: Result<()>, generation: u8, saved: &dyn Fn(u8)) -> Result<()> {
     result.map(|()| saved(generation))
 }
@@ -67,7 +82,7 @@ fn read_dir(dir: &Path) -> Result<u8, String> {
     generation(dir, None)
 }
 
-pub(super) const SCENARIOS: [Scenario; 15] = [
+pub(super) const SCENARIOS: [Scenario; 17] = [
     Scenario {
         name: "a new file",
         old: 0,
@@ -106,6 +121,29 @@ pub(super) const SCENARIOS: [Scenario; 15] = [
         prepare: nothing,
         saves: 1,
         save: |dir, i, saved| said(draft(&model(dir), i, false), i, saved),
+        read: read_model,
+    },
+    Scenario {
+        name: "a file with checksums",
+        old: 1,
+        prepare: |dir| one(&model(dir), 1).unwrap(),
+        saves: 1,
+        save: |dir, i, saved| said(save_at(&model(dir), i, &SaveOptions::new().checksums(true)), i, saved),
+        read: |dir| {
+            let found = read_model(dir)?;
+            let model = Model::read(model(dir)).map_err(|error| error.to_string())?;
+            if model.metadata().contains_key(crate::digest::CHECKSUMS) {
+                model.verify().map_err(|error| error.to_string())?;
+            }
+            Ok(found)
+        },
+    },
+    Scenario {
+        name: "a base and a delta, materialized",
+        old: 1,
+        prepare: |dir| one(&model(dir), 1).unwrap(),
+        saves: 1,
+        save: |dir, i, saved| said(materialized(&model(dir), i), i, saved),
         read: read_model,
     },
     Scenario {
