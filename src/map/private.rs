@@ -4,6 +4,7 @@
 //! then on. `ioctl(PAGEMAP_SCAN)` (Linux 6.7) lists such pages as ranges; before it, `/proc/self/pagemap` has
 //! a word for each page.
 
+use super::each_in_parallel;
 use rustix::io::Errno;
 use std::fs::File;
 use std::io::{self, ErrorKind};
@@ -47,6 +48,8 @@ const PAGE_IS_SWAPPED: u64 = 1 << 4;
 /// Ranges asked for at once, and pages where they are asked for one by one.
 const REGIONS: usize = 4096;
 const PAGES: usize = 1 << 16;
+/// The kernel looks at every page: large mappings are cut into pieces of so many bytes, for as many threads as help.
+const PIECE: usize = 64 << 20;
 
 /// The private pages among those that hold `len` bytes at `ptr`, as ranges of addresses, in order and apart.
 ///
@@ -66,14 +69,28 @@ pub(super) fn pages(ptr: *const u8, len: usize) -> io::Result<Vec<Range<usize>>>
         }
         pagemap => pagemap?,
     };
-    match scanned(&pagemap, span.clone()) {
+    let cuts = span.clone().step_by(PIECE).map(|start| start..(start + PIECE).min(span.end));
+    let mut pieces: Vec<(Range<usize>, Vec<Range<usize>>)> = cuts.map(|cut| (cut, Vec::new())).collect();
+    each_in_parallel(pieces.iter_mut().collect(), |(cut, found): &mut (Range<usize>, Vec<Range<usize>>)| {
+        *found = piece(&pagemap, cut.clone(), page)?;
+        Ok::<_, io::Error>(())
+    })?;
+    let mut found = Vec::new();
+    for range in pieces.into_iter().flat_map(|(_, found)| found) {
+        push(&mut found, range);
+    }
+    Ok(found)
+}
+
+fn piece(pagemap: &File, span: Range<usize>, page: usize) -> io::Result<Vec<Range<usize>>> {
+    match scanned(pagemap, span.clone()) {
         // An older kernel, or a sandbox that knows no such request.
         Err(error)
             if [Errno::NOTTY, Errno::INVAL, Errno::NOSYS, Errno::PERM]
                 .map(Some)
                 .contains(&Errno::from_io_error(&error)) =>
         {
-            one_by_one(&pagemap, span, page)
+            one_by_one(pagemap, span, page)
         }
         answer => answer,
     }
@@ -204,5 +221,22 @@ mod tests {
             mapping.as_bytes_mut()[at] = 9;
         }
         assert!(of(&mapping).len() > 500);
+    }
+
+    #[test]
+    fn a_run_across_pieces_is_one() {
+        let page = rustix::param::page_size();
+        let len = 2 * PIECE + 5;
+        let file = tempfile::tempfile().unwrap();
+        file.set_len(len as u64).unwrap();
+        // SAFETY: a file of our own, unlinked, not written any more.
+        let mut mapping = unsafe { Mapping::open_copy_on_write(&file, len) }.unwrap();
+        for at in [PIECE - 1, PIECE, 2 * PIECE - 1, 2 * PIECE, 2 * PIECE + 4] {
+            mapping.as_bytes_mut()[at] = 1;
+        }
+        let base = mapping.as_bytes().as_ptr();
+        let found = pages(base, len).unwrap();
+        let expected = [PIECE - page..PIECE + page, 2 * PIECE - page..2 * PIECE + page];
+        assert_eq!(found, expected.map(|run| base.addr() + run.start..base.addr() + run.end));
     }
 }
