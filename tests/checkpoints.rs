@@ -153,19 +153,41 @@ fn what_happens_to_the_state_after_staging_does_not_reach_the_file() {
 fn an_error_in_the_background_is_told_once_by_the_save_or_by_the_next_call() {
     let dir = tempfile::tempdir().unwrap();
     let directory = dir.path().join("checkpoints");
-    let checkpoints = CheckpointOptions::new().prepare(false).open(&directory).unwrap();
+    // While step 1 or 2 is staged, a directory takes its name: found out when it is to be renamed.
+    let block = {
+        let directory = directory.clone();
+        move |_, _| {
+            for step in [1, 2] {
+                std::fs::create_dir(directory.join(format!("step-{step:010}.safetensors"))).ok();
+            }
+        }
+    };
+    let unblock = || {
+        for step in [1, 2] {
+            std::fs::remove_dir(directory.join(format!("step-{step:010}.safetensors"))).unwrap();
+        }
+    };
+    let checkpoints = CheckpointOptions::new().prepare(false).progress(block).open(&directory).unwrap();
     let bytes = vec![1u8; LEN];
-    // A directory that has the name of the file: found out when it is to be renamed.
-    let block = |step: u64| std::fs::create_dir(checkpoints.path(step)).unwrap();
 
-    block(1);
-    assert!(matches!(checkpoints.save_async(views(&bytes), 1), Err(Error::NotRegular { .. })));
+    // By the one that waits for it, and then by nobody else.
+    let saving = checkpoints.save_async(views(&bytes), 1).unwrap();
+    assert!(matches!(saving.wait(), Err(Error::Io { .. })));
+    assert!(saving.is_done() && matches!(saving.wait(), Err(Error::Argument(_))));
+    checkpoints.wait().unwrap();
+    unblock();
 
-    let saving = checkpoints.save_async(views(&bytes), 2).unwrap();
-    saving.wait().unwrap();
-    std::fs::remove_file(checkpoints.path(2)).unwrap();
-    assert_eq!(files(&directory).len(), 1);
+    // Where nobody waits, by the next call, which saves nothing; then all is well again.
+    drop(checkpoints.save_async(views(&bytes), 2).unwrap());
+    assert!(
+        matches!(checkpoints.save(views(&bytes), 3), Err(Error::Io { path, .. }) if path.ends_with("step-0000000002.safetensors"))
+    );
+    unblock();
+    checkpoints.save(views(&bytes), 3).unwrap();
+    unblock();
+    assert_eq!(checkpoints.steps().unwrap(), [3]);
     checkpoints.close().unwrap();
+    assert_eq!(files(&directory), ["step-0000000003.safetensors"]);
 }
 
 #[test]
