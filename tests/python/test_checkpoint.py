@@ -397,6 +397,7 @@ def test_an_error_is_raised_by_every_wait_and_does_not_hide_another(tmp_path: Pa
             saving.wait()
     with pytest.raises(ZeroDivisionError), saving:
         raise ZeroDivisionError
+    assert checkpoints.latest() is None
     checkpoints.close()
     assert names_in(tmp_path) == [blocked.name]
 

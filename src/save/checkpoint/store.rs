@@ -55,7 +55,8 @@ impl Store {
     /// someone who removes files.
     fn is_complete(&self, name: &OsStr) -> bool {
         // Links are followed: an archived checkpoint counts, unless the archive is not there.
-        if step_of(name).is_none() || self.dir.stat(name).is_err() {
+        let is_file = |stat: rustix::fs::Stat| rustix::fs::FileType::from_raw_mode(stat.st_mode).is_file();
+        if step_of(name).is_none() || !self.dir.stat(name).is_ok_and(is_file) {
             return false;
         }
         let is_index = name.to_str().is_some_and(|name| name.ends_with(INDEX));

@@ -1,7 +1,7 @@
 //! Every operation of a save refused in turn.
 
 use super::record::Fault;
-use super::tests::SCENARIOS;
+use super::scenarios::SCENARIOS;
 use super::*;
 
 /// What a save makes of one refused operation. Returns whether there was one.

@@ -21,6 +21,7 @@
 
 mod faults;
 mod record;
+mod scenarios;
 mod states;
 mod tests;
 
