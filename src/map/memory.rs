@@ -45,8 +45,11 @@ impl Memory for Mapping {
         {
             let start = self.ptr().addr();
             let pages = super::private::pages(self.ptr().wrapping_add(part.start), part.len())?;
-            // A file's mapping starts on a page, and its last page may reach beyond its bytes.
-            Ok(pages.into_iter().map(|p| p.start - start..(p.end - start).min(self.len)).collect())
+            // The first and the last page may reach beyond the bytes.
+            Ok(pages
+                .into_iter()
+                .map(|p| p.start.saturating_sub(start)..(p.end - start).min(self.len))
+                .collect())
         }
         #[cfg(not(target_os = "linux"))]
         Ok(vec![part])

@@ -4,6 +4,7 @@ use super::{Backing, Mapping, Memory, Residency, Source};
 use std::fs::File;
 use std::io;
 use std::ops::Range;
+use std::sync::Arc;
 
 /// 64 aligned bytes: what a SIMD register, a cache line and JAX ask for.
 #[derive(Clone, Copy)]
@@ -12,7 +13,7 @@ struct Line([u8; 64]);
 
 /// Keeps the bytes where they are. Nothing looks at them through it.
 enum Owner {
-    Mapping(Mapping),
+    Mapping(Arc<Mapping>),
     Heap { _lines: Vec<Line> },
 }
 
@@ -31,8 +32,8 @@ unsafe impl Send for SharedMemory {}
 // SAFETY: methods only copy bytes; Python's own rules cover who copies when, as for any buffer.
 unsafe impl Sync for SharedMemory {}
 
-impl From<Mapping> for SharedMemory {
-    fn from(mapping: Mapping) -> Self {
+impl From<Arc<Mapping>> for SharedMemory {
+    fn from(mapping: Arc<Mapping>) -> Self {
         Self { ptr: mapping.ptr(), len: mapping.len, owner: Owner::Mapping(mapping) }
     }
 }

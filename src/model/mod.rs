@@ -28,6 +28,7 @@ use crate::map::{Mapping, Memory, Residency};
 use crate::tensor::TensorView;
 use std::collections::{BTreeMap, HashMap};
 use std::path::Path;
+use std::sync::Arc;
 
 /// A model, to read. Opening costs the header; data pages are read when they are touched.
 ///
@@ -45,7 +46,8 @@ use std::path::Path;
 pub struct Model {
     catalog: Catalog,
     // INVARIANT: one for each shard of the catalog, as long as its layout's file.
-    mappings: Vec<Mapping>,
+    // Counted: generations of a publication share theirs.
+    mappings: Vec<Arc<Mapping>>,
 }
 
 impl Model {
@@ -112,14 +114,14 @@ impl Model {
         open::from_bytes(bytes)
     }
 
-    pub(crate) fn new(catalog: Catalog, mappings: Vec<Mapping>) -> Self {
+    pub(crate) fn new(catalog: Catalog, mappings: Vec<Arc<Mapping>>) -> Self {
         debug_assert_eq!(catalog.shards().len(), mappings.len());
         Self { catalog, mappings }
     }
 
     /// What there is, and where it lies in memory.
     #[cfg(feature = "python")]
-    pub(crate) fn into_parts(self) -> (Catalog, Vec<Mapping>) {
+    pub(crate) fn into_parts(self) -> (Catalog, Vec<Arc<Mapping>>) {
         (self.catalog, self.mappings)
     }
 
@@ -127,7 +129,7 @@ impl Model {
     pub(crate) fn contents(&self) -> Contents<'_> {
         Contents {
             catalog: &self.catalog,
-            memories: self.mappings.iter().map(|mapping| mapping as &dyn Memory).collect(),
+            memories: self.mappings.iter().map(|mapping| mapping.as_ref() as &dyn Memory).collect(),
             copies: HashMap::new(),
             marks: None,
         }
@@ -205,7 +207,7 @@ impl Model {
 
     /// The memory behind the `shard`-th file.
     pub fn mapping(&self, shard: usize) -> Option<&Mapping> {
-        self.mappings.get(shard)
+        self.mappings.get(shard).map(AsRef::as_ref)
     }
 
     /// Pages of all tensor data: in memory, touched, private. Headers do not count.

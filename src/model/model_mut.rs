@@ -7,6 +7,7 @@ use crate::tensor::TensorViewMut;
 use std::collections::HashSet;
 use std::ops::Deref;
 use std::path::Path;
+use std::sync::Arc;
 
 /// A model, to edit: copy-on-write. A page becomes this process's own when it is first written; the
 /// file never changes, and pages not written stay shared with everyone who maps it.
@@ -26,7 +27,7 @@ use std::path::Path;
 /// ```
 #[derive(Debug)]
 pub struct ModelMut {
-    // INVARIANT: every mapping is writable.
+    // INVARIANT: every mapping is writable, and this model's alone.
     model: Model,
     /// Under [`OpenOptions::dense_edits`]: which tensors have been promoted, by shard and place.
     promoted: Option<HashSet<(usize, usize)>>,
@@ -69,7 +70,7 @@ impl ModelMut {
         Ok(Self::new(Model::read(path)?, false))
     }
 
-    /// `model`'s mappings are writable.
+    /// `model`'s mappings are writable, and its alone.
     pub(crate) fn new(model: Model, dense_edits: bool) -> Self {
         Self { model, promoted: dense_edits.then(HashSet::new), marks: None }
     }
@@ -82,15 +83,16 @@ impl ModelMut {
         let Model { catalog, mappings } = &mut self.model;
         let found = catalog.find(name).and_then(|(s, i)| Some((s, i, catalog.shards()[s].layout.at(i)?)));
         let (shard, index, info) = found.ok_or_else(|| catalog.missing(name))?;
+        let mapping = exclusive(&mut mappings[shard])?;
         if let Some(promoted) = &mut self.promoted
             && info.bytes().len() >= CHUNK
             && promoted.insert((shard, index))
         {
-            let pages = mappings[shard].whole_pages(&info.bytes());
+            let pages = mapping.whole_pages(&info.bytes());
             // Where memory cannot be had in bulk, pages are copied as they are written.
-            mappings[shard].promote(pages).ok();
+            mapping.promote(pages).ok();
         }
-        Ok(TensorViewMut::new(info, &mut mappings[shard].as_bytes_mut()[info.bytes()]))
+        Ok(TensorViewMut::new(info, &mut mapping.as_bytes_mut()[info.bytes()]))
     }
 
     /// Makes all tensor data this process's own in bulk, before a fine-tune that writes all of it: several
@@ -102,7 +104,7 @@ impl ModelMut {
     pub fn promote(&mut self) -> Result<()> {
         let Model { catalog, mappings } = &mut self.model;
         for (shard, mapping) in catalog.shards().iter().zip(mappings) {
-            let promoted = mapping.promote(shard.layout.data_range());
+            let promoted = exclusive(mapping)?.promote(shard.layout.data_range());
             promoted.map_err(Error::io(&shard.path, "copying its pages"))?;
         }
         Ok(())
@@ -124,7 +126,7 @@ impl ModelMut {
         let Model { catalog, mappings } = &mut self.model;
         let found = catalog.find(name).and_then(|(s, i)| Some((s, catalog.shards()[s].layout.at(i)?)));
         let (shard, info) = found.ok_or_else(|| catalog.missing(name))?;
-        let promoted = mappings[shard].promote(info.bytes());
+        let promoted = exclusive(&mut mappings[shard])?.promote(info.bytes());
         promoted.map_err(Error::io(&catalog.shards()[shard].path, "copying its pages"))
     }
 
@@ -198,19 +200,29 @@ impl ModelMut {
             self.promote().ok();
         }
         let Model { catalog, mappings } = &mut self.model;
+        let mappings = mappings.iter_mut().filter_map(Arc::get_mut);
         catalog.shards().iter().zip(mappings).flat_map(|(shard, mapping)| split(&shard.layout, mapping))
     }
 }
 
-/// One writable view for each tensor. They cannot overlap: a layout's tensors follow one another.
+/// A mapping to write through. It is the model's alone (its invariant), so this does not fail.
+fn exclusive(mapping: &mut Arc<Mapping>) -> Result<&mut Mapping> {
+    Arc::get_mut(mapping).ok_or_else(|| Error::Argument("the model's memory is shared with another".into()))
+}
+
+/// One writable view for each tensor. They cannot overlap: a layout's tensors are in order and apart.
 pub(crate) fn split<'a>(
     layout: &'a crate::layout::Layout,
     mapping: &'a mut Mapping,
 ) -> impl Iterator<Item = TensorViewMut<'a>> {
-    let mut rest = &mut mapping.as_bytes_mut()[layout.data_range()];
+    let range = layout.data_range();
+    let mut at = range.start;
+    let mut rest = &mut mapping.as_bytes_mut()[range];
     layout.iter().map(move |info| {
-        let (data, behind) = std::mem::take(&mut rest).split_at_mut(info.bytes().len());
-        rest = behind;
+        // Before it may be bytes of tensors that the layout no longer has.
+        let (_, from) = std::mem::take(&mut rest).split_at_mut(info.bytes().start - at);
+        let (data, behind) = from.split_at_mut(info.bytes().len());
+        (rest, at) = (behind, info.bytes().end);
         TensorViewMut::new(info, data)
     })
 }

@@ -149,7 +149,7 @@ impl OpenOptions {
     pub(crate) unsafe fn open_place(&self, place: &Place, backing: Backing) -> Result<Model> {
         // SAFETY: the caller vouches for the files.
         let header = |file: &File, path: &Path, len| unsafe { map_header(file, path, len) };
-        let model = assemble(place, header, |file, len, layout| {
+        let (catalog, mappings) = assemble(place, header, |file, len, layout| {
             let mapping = if backing == Backing::ReadOnly {
                 // SAFETY: the caller vouches for the files; `len` is this descriptor's length.
                 unsafe { Mapping::open_read_only(file, len) }
@@ -162,14 +162,15 @@ impl OpenOptions {
             }
             Ok(mapping)
         })?;
-        self.checked(model)
+        self.checked(Model::new(catalog, mappings))
     }
 
     /// Reads files already located into owned memory.
     pub(crate) fn read_place(&self, place: &Place) -> Result<Model> {
         let header = |file: &File, path: &Path, len| read_header(file, path, len);
         let read = |file: &File, len, layout: &Layout| Mapping::read(file, len, layout.data_range().start);
-        self.checked(assemble(place, header, read)?)
+        let (catalog, mappings) = assemble(place, header, read)?;
+        self.checked(Model::new(catalog, mappings))
     }
 
     fn checked(&self, model: Model) -> Result<Model> {
@@ -283,32 +284,32 @@ fn is_part(path: &Path) -> bool {
 }
 
 /// Opens every file of `place`, gets its bytes with `bring`, and holds the whole against the index.
-fn assemble(
+fn assemble<M: Send + Sync>(
     place: &Place,
     header: impl Fn(&File, &Path, usize) -> Result<Text> + Sync,
-    bring: impl Fn(&File, usize, &Layout) -> io::Result<Mapping> + Sync,
-) -> Result<Model> {
+    bring: impl Fn(&File, usize, &Layout) -> io::Result<M> + Sync,
+) -> Result<(Catalog, Vec<Arc<M>>)> {
     if place.files.is_empty() && place.index.is_none() {
         return Err(Error::Argument("no file is named to be opened".into()));
     }
-    let open = |path: &Path| -> Result<(Shard, Mapping)> {
+    let open = |path: &Path| -> Result<(Shard, Arc<M>)> {
         let (file, layout, len) = read_layout(path, &header)?;
-        let mapping = bring(&file, len, &layout).map_err(Error::io(path, "mapping the file"))?;
-        Ok((Shard { path: path.into(), layout }, mapping))
+        let memory = bring(&file, len, &layout).map_err(Error::io(path, "mapping the file"))?;
+        Ok((Shard { path: path.into(), layout }, Arc::new(memory)))
     };
-    let mut opened: Vec<Option<(Shard, Mapping)>> = Vec::new();
+    let mut opened: Vec<Option<(Shard, Arc<M>)>> = Vec::new();
     opened.resize_with(place.files.len(), || None);
     let jobs = place.files.iter().zip(&mut opened).collect();
     map::each_in_parallel(jobs, |(path, slot): (&PathBuf, &mut Option<_>)| {
         *slot = Some(open(path)?);
         Ok(())
     })?;
-    let (shards, mappings) = opened.into_iter().flatten().unzip();
+    let (shards, memories) = opened.into_iter().flatten().unzip();
     let catalog = Catalog::new(shards)?;
     if let Some(index) = &place.index {
         check_index(index, &catalog, &place.path)?;
     }
-    Ok(Model::new(catalog, mappings))
+    Ok((catalog, memories))
 }
 
 /// One descriptor: open, length, header. Returns the length as the address space can hold it.
@@ -380,7 +381,7 @@ pub(super) fn from_bytes(bytes: &[u8]) -> Result<Model> {
         Ok(())
     });
     debug_assert!(copied.is_ok());
-    Ok(Model::new(Catalog::new(vec![Shard { path: path.into(), layout }])?, vec![mapping]))
+    Ok(Model::new(Catalog::new(vec![Shard { path: path.into(), layout }])?, vec![Arc::new(mapping)]))
 }
 
 /// As [`ModelMut::open`], for tests in rooms without `unsafe`.

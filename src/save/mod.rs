@@ -29,6 +29,7 @@ mod edit;
 mod fill;
 mod pending;
 pub(crate) mod sharded;
+mod slot;
 
 #[cfg(feature = "python")]
 pub(crate) use checkpoint::Create;

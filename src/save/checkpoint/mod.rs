@@ -21,7 +21,6 @@
 //! one output made ready, and in memory (the page cache) that output's pages.
 
 mod queue;
-mod slot;
 mod store;
 
 pub use queue::{Saved, Saving};

@@ -1,8 +1,8 @@
 //! What is done in the background: commits in their order, and the next output made ready.
 
+use super::super::slot::Slot;
 use super::super::{Commit, Draft, DraftOptions};
 use super::Ready;
-use super::slot::Slot;
 use super::store::Store;
 use crate::error::{Error, Result};
 use crate::layout::Layout;

@@ -11,6 +11,7 @@ use crate::save::{Target, fill};
 use crate::tensor::TensorViewMut;
 use std::collections::{HashMap, HashSet};
 use std::path::Path;
+use std::sync::Arc;
 
 /// As [`apply_delta`](crate::apply_delta).
 pub(crate) fn apply(mut model: ModelMut, deltas: &[Model]) -> Result<ModelMut> {
@@ -131,5 +132,5 @@ fn rebuilt(model: &Model, delta: &Delta<'_>) -> Result<ModelMut> {
     fill(Target::Memory(memory.as_bytes_mut()), jobs.collect(), &|_| ())
         .map_err(Error::io(&path, "copying tensor data"))?;
     let catalog = Catalog::new(vec![Shard { path, layout }])?;
-    Ok(ModelMut::new(Model::new(catalog, vec![memory]), false))
+    Ok(ModelMut::new(Model::new(catalog, vec![Arc::new(memory)]), false))
 }

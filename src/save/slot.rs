@@ -1,7 +1,7 @@
 //! An output made ready before it is needed.
 
-use super::super::draft::map_output;
-use super::super::{Draft, DraftOptions, Pending, checksum};
+use super::draft::map_output;
+use super::{Draft, DraftOptions, Pending, checksum};
 use crate::error::{Error, Result};
 use crate::format::safetensors;
 use crate::layout::Layout;
@@ -10,7 +10,7 @@ use std::path::Path;
 
 /// A file without a name yet, its blocks allocated and its pages in memory, so that saving into it is
 /// copying and nothing else: new, or a checkpoint that nobody has any more.
-pub(super) struct Slot {
+pub(crate) struct Slot {
     memory: Mapping,
     recycled: bool,
     // Declared last: the mapping goes before the file does.
@@ -19,7 +19,7 @@ pub(super) struct Slot {
 
 impl Slot {
     /// A new file of `len` bytes in a directory. `None` where the file system cannot allocate ahead.
-    pub(super) fn fresh(directory: &Path, len: u64) -> Result<Option<Self>> {
+    pub(crate) fn fresh(directory: &Path, len: u64) -> Result<Option<Self>> {
         let Some(slot) = Self::new(Pending::unnamed(directory)?, len, false)? else { return Ok(None) };
         // Blocks are given zeroed pages now, which is most of what writing a new file costs.
         let populated = slot.memory.populate_write();
@@ -30,7 +30,7 @@ impl Slot {
     /// Out of the file at `path`, which is gone afterwards. `None` where somebody still has it, or its pages
     /// have left memory: writing a part of a page that is not there would read it first.
     #[cfg(target_os = "linux")]
-    pub(super) fn recycle(path: &Path, len: u64) -> Result<Option<Self>> {
+    pub(crate) fn recycle(path: &Path, len: u64) -> Result<Option<Self>> {
         let Some(pending) = Pending::adopt(path)? else { return Ok(None) };
         let slot = Self::new(pending, len, true)?;
         // Its pages are not touched here: that would make them dirty, and have old content written out.
@@ -49,13 +49,13 @@ impl Slot {
         Ok(Some(Self { memory, recycled, pending }))
     }
 
-    pub(super) fn is_recycled(&self) -> bool {
+    pub(crate) fn is_recycled(&self) -> bool {
         self.recycled
     }
 
     /// A draft in it, of a file at `path` in the same directory. `None` where somebody waits for the file
     /// that this was, or has removed it.
-    pub(super) fn draft(
+    pub(crate) fn draft(
         mut self,
         path: &Path,
         layout: &Layout,

@@ -1,0 +1,337 @@
+//! A range of memory backed by a file, or owned in the same shape.
+
+#[cfg(target_os = "linux")]
+use super::promote;
+use super::{Advice, CHUNK, Residency, each_in_parallel, residency};
+use memmap2::{MmapOptions, MmapRaw};
+use std::fs::File;
+use std::io;
+use std::ops::Range;
+use std::os::unix::fs::{FileExt as _, MetadataExt as _};
+use std::sync::Arc;
+
+/// What a [`Mapping`] is backed by, and what writing to it does.
+///
+/// ```
+/// use maptensors::{Backing, Model};
+///
+/// let model = Model::read("models/digits.safetensors")?;
+/// assert_eq!(model.mapping(0).unwrap().backing(), Backing::Owned);
+/// # Ok::<(), maptensors::Error>(())
+/// ```
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum Backing {
+    /// A file, `MAP_PRIVATE` and `PROT_READ`.
+    ReadOnly,
+    /// A file, `MAP_PRIVATE`: a page written becomes this process's own; the file never changes.
+    CopyOnWrite,
+    /// A file that this process is writing, `MAP_SHARED`.
+    Output,
+    /// Memory of this process, page aligned.
+    Owned,
+}
+
+/// A range of memory backed by a file, or owned in the same shape.
+///
+/// A mapping of a file is made by [`Model::open`](crate::Model::open) and its kin, under
+/// the stable-file contract stated there.
+///
+/// ```
+/// use maptensors::Model;
+///
+/// let model = Model::read("models/digits.safetensors")?;
+/// let mapping = model.mapping(0).unwrap();
+/// assert_eq!(mapping.len() as u64, std::fs::metadata("models/digits.safetensors").unwrap().len());
+/// assert!(mapping.as_bytes()[8..].starts_with(b"{"));
+/// # Ok::<(), maptensors::Error>(())
+/// ```
+pub struct Mapping {
+    // INVARIANT: start + len <= raw.len(); both set only in the constructors below.
+    // INVARIANT: writable memory unless backing is ReadOnly; exclusively reachable through this value,
+    // other processes and descriptors excluded by the stable-file contract.
+    // Counted: what only advises the kernel about these pages may outlive this value, and keeps them mapped.
+    pub(super) raw: Arc<MmapRaw>,
+    pub(super) start: usize,
+    pub(super) len: usize,
+    pub(super) backing: Backing,
+    /// Under a copy-on-write mapping: the same file, as it is, to compare with. Costs addresses only.
+    pub(super) base: Option<Box<Mapping>>,
+    /// Of a copy-on-write mapping's file: device and inode. Nobody else gets them while it is mapped.
+    identity: Option<(u64, u64)>,
+}
+
+impl Mapping {
+    /// Maps the first `len` bytes of `file`, read-only.
+    ///
+    /// # Safety
+    /// The stable-file contract (see the module) holds for `file`, and it has at least `len` bytes.
+    pub(crate) unsafe fn open_read_only(file: &File, len: usize) -> io::Result<Self> {
+        // SAFETY: the caller vouches for the file; that is memmap2's whole requirement.
+        let map = unsafe { MmapOptions::new().len(len).map_copy_read_only(file) }?;
+        Ok(Self::huge(MmapRaw::from(map), len, Backing::ReadOnly))
+    }
+
+    /// Maps the first `len` bytes of `file`, copy-on-write. Reserves no swap, so that a model larger
+    /// than memory maps and pays only for pages it writes.
+    ///
+    /// # Safety
+    /// As [`Mapping::open_read_only`].
+    pub(crate) unsafe fn open_copy_on_write(file: &File, len: usize) -> io::Result<Self> {
+        // SAFETY: the caller vouches for the file; that is memmap2's whole requirement.
+        let map = unsafe { MmapOptions::new().len(len).no_reserve_swap().map_copy(file) }?;
+        let mut mapping = Self::huge(MmapRaw::from(map), len, Backing::CopyOnWrite);
+        // SAFETY: as above. Where there are no addresses for it, nothing is lost but being told changes.
+        mapping.base = unsafe { Self::open_read_only(file, len) }.ok().map(Box::new);
+        mapping.identity = file.metadata().ok().map(|metadata| (metadata.dev(), metadata.ino()));
+        Ok(mapping)
+    }
+
+    /// Whether this is a copy-on-write mapping of `file`.
+    pub(crate) fn is_of(&self, file: &File) -> bool {
+        let found = file.metadata().ok().map(|metadata| (metadata.dev(), metadata.ino()));
+        found.is_some() && self.identity == found
+    }
+
+    /// Owned zeroed memory of `len` bytes in which byte `data_start` lies on a 64-byte boundary, so that
+    /// the tensors of a file read into it are aligned even where they are not in the file.
+    pub(crate) fn owned(len: usize, data_start: usize) -> io::Result<Self> {
+        let start = data_start.next_multiple_of(64) - data_start;
+        let size = len.checked_add(start).ok_or_else(|| io::Error::from(io::ErrorKind::OutOfMemory))?;
+        let map = MmapOptions::new().len(size.max(1)).map_anon()?;
+        let mapping = Self {
+            raw: Arc::new(MmapRaw::from(map)),
+            start,
+            len,
+            backing: Backing::Owned,
+            base: None,
+            identity: None,
+        };
+        mapping.advise(Advice::HugePage).ok();
+        Ok(mapping)
+    }
+
+    /// Reads the first `len` bytes of `file` into owned memory, on several threads.
+    pub(crate) fn read(file: &File, len: usize, data_start: usize) -> io::Result<Self> {
+        let mut mapping = Self::owned(len, data_start)?;
+        let chunks: Vec<_> = mapping.as_bytes_mut().chunks_mut(CHUNK).enumerate().collect();
+        each_in_parallel(chunks, |(i, chunk)| file.read_exact_at(chunk, (i * CHUNK) as u64))?;
+        Ok(mapping)
+    }
+
+    pub(super) fn huge(raw: MmapRaw, len: usize, backing: Backing) -> Self {
+        let mapping = Self { raw: Arc::new(raw), start: 0, len, backing, base: None, identity: None };
+        // Before the first touch, or the page tables fill with 4 KiB entries. Only advice: a kernel
+        // without huge pages for files says no, and nothing changes.
+        mapping.advise(Advice::HugePage).ok();
+        mapping
+    }
+
+    /// Makes every page present and writable, on several threads, so that writing them faults no more. For an
+    /// output: its content stays, and its pages count as written.
+    pub(crate) fn populate_write(&self) -> io::Result<()> {
+        #[cfg(target_os = "linux")]
+        return each_in_parallel((0..self.len.div_ceil(CHUNK)).collect(), |i: usize| {
+            let range = i * CHUNK..((i + 1) * CHUNK).min(self.len);
+            let start = self.start + range.start;
+            match self.raw.advise_range(memmap2::Advice::PopulateWrite, start, range.len()) {
+                // A kernel before 5.14: pages come when they are touched.
+                Err(error) if error.raw_os_error() == Some(libc::EINVAL) => Ok(()),
+                done => done,
+            }
+        });
+        #[cfg(not(target_os = "linux"))]
+        Ok(())
+    }
+
+    /// Length in bytes.
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    /// Whether there are no bytes.
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    /// What the bytes are backed by.
+    pub fn backing(&self) -> Backing {
+        self.backing
+    }
+
+    pub(super) fn ptr(&self) -> *mut u8 {
+        self.raw.as_mut_ptr().wrapping_add(self.start)
+    }
+
+    /// All bytes, from the start of the file.
+    pub fn as_bytes(&self) -> &[u8] {
+        // SAFETY: start + len <= raw.len() (field invariant), the memory is mapped readable for the life
+        // of `raw`, which `self` owns, and only `as_bytes_mut(&mut self)` or a breach of the contract
+        // could change it while the slice lives. File lengths fit isize: the kernel mapped them.
+        unsafe { std::slice::from_raw_parts(self.ptr(), self.len) }
+    }
+
+    /// All bytes, to write; `None` if the mapping is read-only.
+    pub fn try_as_bytes_mut(&mut self) -> Option<&mut [u8]> {
+        (self.backing != Backing::ReadOnly).then(|| self.as_bytes_mut())
+    }
+
+    /// All bytes, to write; none if the mapping is read-only.
+    pub(crate) fn as_bytes_mut(&mut self) -> &mut [u8] {
+        let len = if self.backing == Backing::ReadOnly { 0 } else { self.len };
+        // SAFETY: as in `as_bytes`; the memory is writable unless read-only (field invariant), where the
+        // slice is empty, and `&mut self` makes it the only one.
+        unsafe { std::slice::from_raw_parts_mut(self.ptr(), len) }
+    }
+
+    /// Tells the kernel how the bytes will be used.
+    ///
+    /// # Errors
+    /// What madvise(2) answers.
+    ///
+    /// ```
+    /// use maptensors::{Advice, Model};
+    ///
+    /// let model = Model::read("models/digits.safetensors")?;
+    /// model.mapping(0).unwrap().advise(Advice::Sequential).unwrap();
+    /// # Ok::<(), maptensors::Error>(())
+    /// ```
+    pub fn advise(&self, advice: Advice) -> io::Result<()> {
+        self.advise_range(advice, 0..self.len)
+    }
+
+    /// As [`Mapping::advise`], for the pages that hold a part of the bytes.
+    ///
+    /// # Errors
+    /// As [`Mapping::advise`]; a range outside the mapping is `InvalidInput`.
+    pub fn advise_range(&self, advice: Advice, range: Range<usize>) -> io::Result<()> {
+        self.check(&range)?;
+        match advice.kernel() {
+            Some(advice) => self.raw.advise_range(advice, self.start + range.start, range.len()),
+            None => Ok(()),
+        }
+    }
+
+    /// Which pages of a part of the bytes are in memory, and whose.
+    ///
+    /// # Errors
+    /// `InvalidInput` for a range outside the mapping; what mincore(2) or reading
+    /// `/proc/self/pagemap` answers.
+    ///
+    /// ```
+    /// use maptensors::ModelMut;
+    ///
+    /// // SAFETY: nobody writes to the file while it is mapped.
+    /// let mut model = unsafe { ModelMut::open("models/digits.safetensors")? };
+    /// let before = model.residency()?;
+    /// model.tensor_mut("fc1.bias")?.as_mut_slice::<f32>()?[0] += 1.0;
+    /// let after = model.residency()?;
+    /// assert_eq!((before.private, after.private), (0, 1)); // one page became ours
+    /// # Ok::<(), maptensors::Error>(())
+    /// ```
+    pub fn residency(&self, range: Range<usize>) -> io::Result<Residency> {
+        self.check(&range)?;
+        residency::of(self.ptr().wrapping_add(range.start), range.len())
+    }
+
+    /// Makes the pages that hold a part of the bytes this process's own, in bulk: for a range that will be
+    /// written all over, several times as fast as the kernel's copying of each page as it is first written.
+    /// Takes that much memory at once. Nothing to do, and nothing done, for memory that is owned already.
+    ///
+    /// # Errors
+    /// `InvalidInput` for a range outside the mapping; what mmap(2) and mremap(2) answer, with the bytes
+    /// as they were.
+    ///
+    /// ```
+    /// use maptensors::ModelMut;
+    ///
+    /// // SAFETY: nobody writes to the file while it is mapped.
+    /// let mut model = unsafe { ModelMut::open("models/digits.safetensors")? };
+    /// model.promote()?;
+    /// let pages = model.residency()?;
+    /// assert_eq!(pages.private, pages.pages);
+    /// # Ok::<(), maptensors::Error>(())
+    /// ```
+    pub fn promote(&mut self, range: Range<usize>) -> io::Result<()> {
+        self.check(&range)?;
+        // SAFETY: `&mut self`: nobody else writes meanwhile.
+        unsafe { self.promote_shared(range) }
+    }
+
+    /// The part of a range that is whole pages: what no neighbour has a share in.
+    pub(crate) fn whole_pages(&self, range: &Range<usize>) -> Range<usize> {
+        let page = rustix::param::page_size();
+        let base = self.ptr().addr();
+        let start = (base + range.start).next_multiple_of(page) - base;
+        let end = ((base + range.end) / page * page).saturating_sub(base);
+        start..end.max(start)
+    }
+
+    /// # Safety
+    /// The range lies inside, and nobody writes to its pages meanwhile.
+    pub(super) unsafe fn promote_shared(&self, range: Range<usize>) -> io::Result<()> {
+        if self.backing != Backing::CopyOnWrite {
+            return Ok(());
+        }
+        #[cfg(target_os = "linux")]
+        // SAFETY: pages of `raw`, private and writable because the backing is copy-on-write; the last page
+        // of a file's mapping is mapped whole.
+        return unsafe { promote::promote(self.ptr().wrapping_add(range.start), range.len()) };
+        #[cfg(not(target_os = "linux"))]
+        Ok(drop(range))
+    }
+
+    pub(super) fn check(&self, range: &Range<usize>) -> io::Result<()> {
+        if range.start <= range.end && range.end <= self.len {
+            Ok(())
+        } else {
+            Err(io::Error::new(io::ErrorKind::InvalidInput, "a range outside the mapping"))
+        }
+    }
+}
+
+impl std::fmt::Debug for Mapping {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Mapping")
+            .field("backing", &self.backing)
+            .field("len", &self.len)
+            .finish_non_exhaustive()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn owned_memory_puts_the_data_on_a_64_byte_boundary() {
+        for data_start in [8, 64, 11_409, 4096] {
+            let mapping = Mapping::owned(20_000, data_start).unwrap();
+            let data = &mapping.as_bytes()[data_start..];
+            assert_eq!(data.as_ptr().addr() % 64, 0);
+            assert_eq!(mapping.len(), 20_000);
+        }
+    }
+
+    #[test]
+    fn reading_equals_the_file_at_every_chunk_boundary() {
+        for len in [0, 1, CHUNK - 1, CHUNK, CHUNK + 1, 3 * CHUNK + 5] {
+            let bytes: Vec<u8> = (0..len).map(|i| u8::try_from(i % 251).unwrap()).collect();
+            let file = tempfile::tempfile().unwrap();
+            file.write_all_at(&bytes, 0).unwrap();
+            assert!(Mapping::read(&file, len, 7).unwrap().as_bytes() == bytes, "{len}");
+            assert!(Mapping::read(&file, len + 1, 0).is_err());
+        }
+    }
+
+    #[test]
+    fn a_range_outside_the_mapping_is_refused() {
+        let mapping = Mapping::owned(10, 0).unwrap();
+        #[allow(clippy::reversed_empty_ranges)]
+        for range in [0..11, 11..11, 5..4, usize::MAX..usize::MAX] {
+            assert!(mapping.residency(range.clone()).is_err(), "{range:?}");
+            assert!(mapping.advise_range(Advice::Normal, range).is_err());
+        }
+        assert!(mapping.residency(10..10).is_ok());
+    }
+}
