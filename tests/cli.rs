@@ -47,8 +47,10 @@ fn measured<'a>(text: &'a str, label: &str) -> Vec<&'a str> {
 #[test]
 fn help_teaches_by_example_and_goes_to_standard_output() {
     for (args, words) in [
-        (&["--help"][..], &["inspect", "demo", "Examples:", "Exit codes:"][..]),
+        (&["--help"][..], &["inspect", "--map", "top", "demo", "Examples:", "Exit codes:"][..]),
         (&["inspect", "--help"], &["--filter", "--json", "--summary", "--no-tensors", "jq"]),
+        (&["inspect", "--help"], &["--map", "--svg", "--color", "cell", "Exit codes:"]),
+        (&["top", "--help"], &["--interval", "--json", "PSS", "Examples:", "Exit codes:", "Ctrl-C"]),
         (&["edit", "--help"], &["--set", "--unset", "--rename", "Examples:", "in place"]),
         (&["demo", "--help"], &["--dir", "Examples:"]),
         (&["diff", "--help"], &["--json", "Examples:", "Exit codes: 0 the same, 1 different, 2 trouble"]),
@@ -318,6 +320,17 @@ fn what_is_not_understood_is_a_usage_error() {
         &["load", "x"],
         &["inspect", "x", "--filter", "[a"],
         &["demo", "x"],
+        &["top"],
+        &["top", "x", "--interval", "0"],
+        &["top", "x", "--interval", "-1"],
+        &["top", "x", "--interval", "soon"],
+        &["top", "x", "--interval", "1e300"],
+        &["inspect", "x", "--map", "--json"],
+        &["inspect", "x", "--map", "--summary"],
+        &["inspect", "x", "--map", "--filter", "*"],
+        &["inspect", "x", "--map", "--color", "maybe"],
+        &["inspect", "x", "--svg", "y"],
+        &["inspect", "x", "y", "--map", "--svg", "z"],
     ] {
         let output = run(args);
         assert_eq!(output.status.code(), Some(2), "{args:?}");

@@ -4,107 +4,17 @@ use super::Job;
 use super::compare::{Check, Compare};
 use super::delta::{Apply, Make};
 use super::edit::Edit;
+use super::help;
 use super::inspect::{Format, Inspect};
+use super::picture::{Color, Draw};
+use super::top::Top;
 use crate::HeaderEdit;
 use clap::{Args, Parser, Subcommand};
 use globset::{Glob, GlobSet, GlobSetBuilder};
 use std::error::Error;
 use std::ffi::OsString;
 use std::path::PathBuf;
-
-const EXAMPLES: &str = "\
-Examples:
-  maptensors inspect model.safetensors   what is in a file
-  maptensors inspect checkpoint/         the same for a sharded set, or a directory
-  maptensors edit model.safetensors --set license=MIT
-                                         change metadata, not the data behind it
-  maptensors diff a.safetensors b.safetensors
-  maptensors verify checkpoint/          hold it against its own checksums
-  maptensors demo                        open, use, edit and save a small model
-
-Exit codes: 0 done, 1 failed, 2 the command line is not understood; diff, changed
-and verify have their own.";
-
-const DIFF_EXAMPLES: &str = "\
-Examples:
-  maptensors diff model.safetensors tuned.safetensors
-  maptensors diff a/ b/ --json | jq '.changed[].name'
-  maptensors diff a.safetensors b.safetensors > /dev/null && echo the same
-
-Tensors are compared bit by bit, whatever their order and the files they are in.
-Nobody may write to the files meanwhile; renaming over them is fine.
-
-Exit codes: 0 the same, 1 different, 2 trouble.";
-
-const CHANGED_EXAMPLES: &str = "\
-Examples:
-  maptensors changed model.safetensors tuned.safetensors
-  maptensors changed base/ tuned/ --filter '*.bias'
-  maptensors changed base/ tuned/ --frozen 'embed.*' --frozen 'layers.0.*'
-
-Only what changed is listed, the largest share first.
-
-Exit codes: 0 done, 1 a frozen tensor changed, 2 trouble.";
-
-const VERIFY_EXAMPLES: &str = "\
-Examples:
-  maptensors verify model.safetensors
-  maptensors verify --missing-ok *.safetensors
-
-Files carry checksums when they were saved so: SaveOptions::checksums in Rust,
-checksums=True in Python. They find damage, not deceit.
-
-Exit codes: 0 as saved, 1 damaged (the tensors are named), 2 trouble, such as
-a file without checksums.";
-
-const DELTA_EXAMPLES: &str = "\
-Examples:
-  maptensors delta model.safetensors tuned.safetensors tuned.delta.safetensors
-  maptensors apply model.safetensors tuned.delta.safetensors again.safetensors
-
-A delta holds the elements that differ, bit for bit, and knows which model it
-is for. Where BASE carries checksums, applying it does not read all of BASE.";
-
-const APPLY_EXAMPLES: &str = "\
-Examples:
-  maptensors apply model.safetensors one.delta.safetensors tuned.safetensors
-  maptensors apply model.safetensors 1.delta 2.delta 3.delta tuned.safetensors
-
-Each delta must have been made against what the ones before it make; another
-model is refused. A base that carries checksums is known by them: verify it where
-they may be stale. On xfs and btrfs the result shares unchanged blocks with BASE.";
-
-const INSPECT_EXAMPLES: &str = "\
-Examples:
-  maptensors inspect model.safetensors
-  maptensors inspect checkpoint/ --summary
-  maptensors inspect model.safetensors --filter '*.bias' --filter 'layers.0.*'
-  maptensors inspect *.safetensors --json | jq '.totals.nbytes'
-  maptensors inspect model.safetensors --json \\
-      | jq -r '.tensors[] | select(.aligned | not) | .name'
-
-`align` is the largest power of two, at most 4096, that divides a tensor's place
-in the file. A `!` behind it: too little for the dtype, so Python gets a copy.";
-
-const EDIT_EXAMPLES: &str = "\
-Examples:
-  maptensors edit model.safetensors --set license=MIT --set step=1000
-  maptensors edit model.safetensors --unset draft
-  maptensors edit model.safetensors --rename transformer.wte.weight=wte.weight
-  maptensors edit a.safetensors --rename w=v --rename v=w    two exchange names
-
-Tensor data is neither read nor changed. A small change is made in place, by one
-write that a power loss cannot tear, if nobody else has the file open; otherwise
-a new file takes its place, whole or not at all. It shares the old one's blocks
-where the file system can do that, and leaves room for later edits in place.
-What stands before the first `=` is the key, or the tensor's old name.";
-
-const DEMO_EXAMPLES: &str = "\
-Examples:
-  maptensors demo
-  maptensors demo --dir demo/ && maptensors inspect demo/digits-tuned.safetensors
-
-It fails, with exit code 1, if what it shows turns out not to be so.";
+use std::time::Duration;
 
 /// Look into safetensors models, and change their headers, without loading them.
 #[derive(Parser)]
@@ -113,7 +23,7 @@ It fails, with exit code 1, if what it shows turns out not to be so.";
     bin_name = "maptensors",
     version,
     arg_required_else_help = true,
-    after_help = EXAMPLES,
+    after_help = help::MAIN,
     max_term_width = 80
 )]
 pub(super) struct Typed {
@@ -124,6 +34,7 @@ pub(super) struct Typed {
 #[derive(Subcommand)]
 enum Command {
     Inspect(InspectArgs),
+    Top(TopArgs),
     Edit(EditArgs),
     Diff(DiffArgs),
     Changed(ChangedArgs),
@@ -135,7 +46,7 @@ enum Command {
 
 /// Show tensors, metadata and totals of models; only headers are read.
 #[derive(Args)]
-#[command(after_help = INSPECT_EXAMPLES)]
+#[command(after_help = help::INSPECT)]
 struct InspectArgs {
     /// A .safetensors file, a .safetensors.index.json, or a directory with either
     #[arg(required = true, value_name = "PATH")]
@@ -152,12 +63,41 @@ struct InspectArgs {
     /// Leave out the list of tensors
     #[arg(short, long, visible_alias = "no-tensors")]
     summary: bool,
+
+    /// Draw the files instead: what lies where, and what of it is in memory
+    #[arg(short, long, conflicts_with_all = ["filters", "json", "summary"])]
+    map: bool,
+
+    /// Draw to a file, of one model
+    #[arg(long, value_name = "OUT", requires = "map")]
+    svg: Option<PathBuf>,
+
+    /// Whether the map has colors
+    #[arg(long, value_name = "WHEN", value_enum, default_value_t = Color::Auto)]
+    color: Color,
+}
+
+/// Show which processes map a model's files, and how much of them each has in memory.
+#[derive(Args)]
+#[command(after_help = help::TOP)]
+struct TopArgs {
+    /// A file of any kind, a .safetensors.index.json, or a directory: of a model, or all files in it
+    #[arg(required = true, value_name = "PATH")]
+    paths: Vec<PathBuf>,
+
+    /// Look again every so many seconds, until interrupted
+    #[arg(short, long, value_name = "SECONDS", value_parser = seconds)]
+    interval: Option<Duration>,
+
+    /// One JSON document each time, on a line, with exact numbers
+    #[arg(long)]
+    json: bool,
 }
 
 /// Change metadata or rename tensors, without rewriting the data.
 #[derive(Args)]
 #[command(
-    after_help = EDIT_EXAMPLES,
+    after_help = help::EDIT,
     override_usage = "maptensors edit PATH... [--set K=V] [--unset K] [--rename OLD=NEW]"
 )]
 struct EditArgs {
@@ -192,7 +132,7 @@ struct ChangeArgs {
 
 /// Show how two models differ: elements, tensors, shapes, metadata.
 #[derive(Args)]
-#[command(after_help = DIFF_EXAMPLES)]
+#[command(after_help = help::DIFF)]
 struct DiffArgs {
     /// A .safetensors file, a .safetensors.index.json, or a directory with either
     #[arg(value_name = "A")]
@@ -209,7 +149,7 @@ struct DiffArgs {
 
 /// Show which tensors a fine-tune changed, and how much of each.
 #[derive(Args)]
-#[command(after_help = CHANGED_EXAMPLES)]
+#[command(after_help = help::CHANGED)]
 struct ChangedArgs {
     /// The model before
     #[arg(value_name = "BASE")]
@@ -234,7 +174,7 @@ struct ChangedArgs {
 
 /// Hold models against the checksums they carry; reads everything.
 #[derive(Args)]
-#[command(after_help = VERIFY_EXAMPLES)]
+#[command(after_help = help::VERIFY)]
 struct VerifyArgs {
     /// A .safetensors file, a .safetensors.index.json, or a directory with either
     #[arg(required = true, value_name = "PATH")]
@@ -247,7 +187,7 @@ struct VerifyArgs {
 
 /// Write what turns one model into another to a small file.
 #[derive(Args)]
-#[command(after_help = DELTA_EXAMPLES)]
+#[command(after_help = help::DELTA)]
 struct DeltaArgs {
     /// The model that is there already where the delta goes
     #[arg(value_name = "BASE")]
@@ -264,7 +204,7 @@ struct DeltaArgs {
 
 /// Write the model that a base and deltas make to one file.
 #[derive(Args)]
-#[command(after_help = APPLY_EXAMPLES, override_usage = "maptensors apply <BASE> <DELTA>... <OUT>")]
+#[command(after_help = help::APPLY, override_usage = "maptensors apply <BASE> <DELTA>... <OUT>")]
 struct ApplyArgs {
     /// The base, deltas in order, and the file to write
     #[arg(required = true, num_args = 3.., value_name = "PATH")]
@@ -273,7 +213,7 @@ struct ApplyArgs {
 
 /// Open, use, fine-tune and save a small model, measuring each step.
 #[derive(Args)]
-#[command(after_help = DEMO_EXAMPLES)]
+#[command(after_help = help::DEMO)]
 struct DemoArgs {
     /// Keep the demo's files in DIR [default: a temporary directory, removed at the end]
     #[arg(long, value_name = "DIR")]
@@ -289,6 +229,13 @@ impl Typed {
     /// What it means, on a terminal of so many columns.
     pub(super) fn meaning(self, width: Option<usize>) -> Result<Job, Box<dyn Error>> {
         Ok(match self.command {
+            Command::Inspect(InspectArgs { map: true, paths, svg, color, .. }) => {
+                if svg.is_some() && paths.len() > 1 {
+                    return Err("--svg draws one model: run it once for each path, with another OUT".into());
+                }
+                Job::Draw(Draw { paths, width, color, svg })
+            }
+            Command::Top(TopArgs { paths, interval, json }) => Job::Top(Top { paths, json, interval, width }),
             Command::Inspect(typed) => Job::Inspect(Inspect {
                 filter: filter(&typed.filters)?,
                 format: if typed.json { Format::Json } else { Format::Table { width } },
@@ -342,6 +289,15 @@ impl ChangeArgs {
 fn pair(text: &str) -> Result<(String, String), String> {
     let (key, value) = text.split_once('=').ok_or("there is no `=` in it")?;
     Ok((key.into(), value.into()))
+}
+
+fn seconds(text: &str) -> Result<Duration, String> {
+    let seconds = text.parse().map_err(|_| "it is not a number of seconds")?;
+    let interval = Duration::try_from_secs_f64(seconds).map_err(|_| "there is no such time")?;
+    if interval < Duration::from_millis(10) {
+        return Err("the least is 0.01".into());
+    }
+    Ok(interval)
 }
 
 /// `None`: every tensor.

@@ -61,7 +61,7 @@ impl Inspect {
 }
 
 #[allow(unsafe_code)]
-fn open(path: &Path) -> crate::Result<Model> {
+pub(super) fn open(path: &Path) -> crate::Result<Model> {
     // SAFETY: opening reads headers with read(2), and what is shown comes from them: no byte of the
     // mapping is looked at, so it does not matter whether someone writes to the file meanwhile.
     unsafe { Model::open(path) }

@@ -1,14 +1,20 @@
 //! The command line: what was typed (`args`), what it means (`Job`), doing it.
 
 mod args;
+mod cached;
 mod compare;
 mod delta;
 mod demo;
 mod edit;
+mod help;
 mod inspect;
+mod picture;
+mod process;
 mod report;
+mod smaps;
 mod table;
 mod text;
+mod top;
 
 use std::error::Error;
 use std::ffi::OsString;
@@ -26,6 +32,8 @@ const TROUBLE: u8 = 2;
 /// What was asked for.
 enum Job {
     Inspect(inspect::Inspect),
+    Draw(picture::Draw),
+    Top(top::Top),
     Edit(edit::Edit),
     Diff(compare::Compare),
     Changed(compare::Compare),
@@ -83,6 +91,8 @@ impl Job {
     fn run(&self, out: &mut impl Write) -> Result<u8, Box<dyn Error>> {
         match self {
             Self::Inspect(inspect) => inspect.run(out),
+            Self::Draw(draw) => draw.run(out),
+            Self::Top(top) => top.run(out),
             Self::Edit(edit) => edit.run(out).map(|()| DONE),
             Self::Diff(compare) => compare.diff(out),
             Self::Changed(compare) => compare.changed(out),

@@ -105,6 +105,15 @@ pub(super) fn shape(shape: &[usize]) -> String {
     format!("[{}]", dims.join(","))
 }
 
+/// As [`shape`], cut when long: a stranger's file may have a thousand dimensions.
+pub(super) fn short_shape(dims: &[usize]) -> String {
+    const MOST: usize = 16;
+    match dims.get(..MOST) {
+        Some(first) if dims.len() > MOST => format!("{}… of rank {}", shape(first), dims.len()),
+        _ => shape(dims),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

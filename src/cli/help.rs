@@ -1,0 +1,131 @@
+//! What `--help` teaches, by example.
+
+pub(super) const MAIN: &str = "\
+Examples:
+  maptensors inspect model.safetensors   what is in a file
+  maptensors inspect checkpoint/         the same for a sharded set, or a directory
+  maptensors inspect --map checkpoint/   drawn, with what of it is in memory
+  maptensors top checkpoint/             which processes map it
+  maptensors edit model.safetensors --set license=MIT
+                                         change metadata, not the data behind it
+  maptensors diff a.safetensors b.safetensors
+  maptensors verify checkpoint/          hold it against its own checksums
+  maptensors demo                        open, use, edit and save a small model
+
+Exit codes: 0 done, 1 failed, 2 the command line is not understood; diff, changed
+and verify have their own.";
+
+pub(super) const DIFF: &str = "\
+Examples:
+  maptensors diff model.safetensors tuned.safetensors
+  maptensors diff a/ b/ --json | jq '.changed[].name'
+  maptensors diff a.safetensors b.safetensors > /dev/null && echo the same
+
+Tensors are compared bit by bit, whatever their order and the files they are in.
+Nobody may write to the files meanwhile; renaming over them is fine.
+
+Exit codes: 0 the same, 1 different, 2 trouble.";
+
+pub(super) const CHANGED: &str = "\
+Examples:
+  maptensors changed model.safetensors tuned.safetensors
+  maptensors changed base/ tuned/ --filter '*.bias'
+  maptensors changed base/ tuned/ --frozen 'embed.*' --frozen 'layers.0.*'
+
+Only what changed is listed, the largest share first.
+
+Exit codes: 0 done, 1 a frozen tensor changed, 2 trouble.";
+
+pub(super) const VERIFY: &str = "\
+Examples:
+  maptensors verify model.safetensors
+  maptensors verify --missing-ok *.safetensors
+
+Files carry checksums when they were saved so: SaveOptions::checksums in Rust,
+checksums=True in Python. They find damage, not deceit.
+
+Exit codes: 0 as saved, 1 damaged (the tensors are named), 2 trouble, such as
+a file without checksums.";
+
+pub(super) const DELTA: &str = "\
+Examples:
+  maptensors delta model.safetensors tuned.safetensors tuned.delta.safetensors
+  maptensors apply model.safetensors tuned.delta.safetensors again.safetensors
+
+A delta holds the elements that differ, bit for bit, and knows which model it
+is for. Where BASE carries checksums, applying it does not read all of BASE.";
+
+pub(super) const APPLY: &str = "\
+Examples:
+  maptensors apply model.safetensors one.delta.safetensors tuned.safetensors
+  maptensors apply model.safetensors 1.delta 2.delta 3.delta tuned.safetensors
+
+Each delta must have been made against what the ones before it make; another
+model is refused. A base that carries checksums is known by them: verify it where
+they may be stale. On xfs and btrfs the result shares unchanged blocks with BASE.";
+
+pub(super) const INSPECT: &str = "\
+Examples:
+  maptensors inspect model.safetensors
+  maptensors inspect checkpoint/ --summary
+  maptensors inspect model.safetensors --filter '*.bias' --filter 'layers.0.*'
+  maptensors inspect *.safetensors --json | jq '.totals.nbytes'
+  maptensors inspect model.safetensors --json \\
+      | jq -r '.tensors[] | select(.aligned | not) | .name'
+
+`align` is the largest power of two, at most 4096, that divides a tensor's place
+in the file. A `!` behind it: too little for the dtype, so Python gets a copy.
+
+  maptensors inspect --map model.safetensors
+  maptensors inspect --map --color always checkpoint/ | less -R
+  maptensors inspect --map checkpoint/ --svg checkpoint.svg
+
+Each row of a map starts with its offset in the file, and each cell is so many
+bytes: colored by the dtype that most of them have, shaded by how much of them
+is in memory, in the page cache (cachestat(2), or mincore(2)). Without color,
+letters stand for the dtypes, to the left, and the shades to the right. On a
+wide terminal a row ends with the first tensor that starts in it. Padding is the
+spaces that a header ends with: nothing may lie between tensors.
+
+Looking brings nothing into memory; what is shown is how it was before the
+header was read. A map has no use for --json, --summary and --filter, and
+refuses them.
+
+Exit codes: 0 done, 1 a model could not be shown, 2 the command line is not
+understood.";
+
+pub(super) const TOP: &str = "\
+Examples:
+  maptensors top model.safetensors
+  maptensors top checkpoint/ --interval 2
+  maptensors top model.safetensors --json | jq '.totals.pss'
+  sudo maptensors top /dev/shm/weights/    other users' processes too
+
+RSS is what a process has of the files in its page tables; PSS divides each page
+by the processes that have it, so that its total is what all of them take
+together. PRIVATE is a process's alone: written copies, and what only it has
+looked at so far. Files are known by device and inode: one that was renamed is
+found under its new name, one that was replaced is another file.
+
+Exit codes: 0 done, also where no process maps it; 1 failed; 2 the command line
+is not understood. Ctrl-C ends --interval.";
+
+pub(super) const EDIT: &str = "\
+Examples:
+  maptensors edit model.safetensors --set license=MIT --set step=1000
+  maptensors edit model.safetensors --unset draft
+  maptensors edit model.safetensors --rename transformer.wte.weight=wte.weight
+  maptensors edit a.safetensors --rename w=v --rename v=w    two exchange names
+
+Tensor data is neither read nor changed. A small change is made in place, by one
+write that a power loss cannot tear, if nobody else has the file open; otherwise
+a new file takes its place, whole or not at all. It shares the old one's blocks
+where the file system can do that, and leaves room for later edits in place.
+What stands before the first `=` is the key, or the tensor's old name.";
+
+pub(super) const DEMO: &str = "\
+Examples:
+  maptensors demo
+  maptensors demo --dir demo/ && maptensors inspect demo/digits-tuned.safetensors
+
+It fails, with exit code 1, if what it shows turns out not to be so.";
