@@ -1,7 +1,6 @@
 //! The command line: what was typed (`args`), what it means (`Job`), doing it.
 
 mod args;
-mod cached;
 mod compare;
 mod delta;
 mod demo;

@@ -1,11 +1,11 @@
 //! `maptensors top`: which processes map a model's files, and what that costs them.
 
-use super::cached::Album;
 use super::process::{Process, users};
 use super::smaps::{Id, Usage, each_mapping};
 use super::table::Table;
 use super::{DONE, inspect, text};
 use crate::error::printable;
+use crate::map::cached::Album;
 use crate::map::open_regular;
 use crate::{Error, Model};
 use memmap2::MmapOptions;

@@ -15,6 +15,8 @@
 #![allow(unsafe_code)]
 
 mod advice;
+#[cfg(feature = "cli")]
+pub(crate) mod cached;
 mod copy;
 pub(crate) mod disk;
 mod exclusive;

@@ -1,8 +1,8 @@
 //! A file as cells of so many bytes: what a picture shows, before it is drawn.
 
 use super::kind::Kind;
-use crate::cli::cached::Cached;
 use crate::cli::text;
+use crate::map::cached::Cached;
 use crate::{Layout, TensorInfo};
 use std::ops::Range;
 use std::path::PathBuf;

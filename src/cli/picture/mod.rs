@@ -5,10 +5,10 @@ mod kind;
 mod svg;
 mod terminal;
 
-use super::cached::Album;
 use super::{DONE, FAILED, complain, inspect, text};
 use crate::Error;
 use crate::error::printable;
+use crate::map::cached::Album;
 use crate::map::open_regular;
 use crate::save::Pending;
 use grid::{Grid, Total, cell_size};

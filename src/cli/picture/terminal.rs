@@ -154,7 +154,7 @@ mod tests {
         let path = std::path::Path::new("models/digits.safetensors");
         let model = crate::Model::read(path).unwrap();
         let drawn = |width, colored| {
-            let mut album = crate::cli::cached::Album::of(path);
+            let mut album = crate::map::cached::Album::of(path);
             let picture = Picture::of(path, &model, &mut album, columns(width, colored)).unwrap();
             let mut text = Vec::new();
             draw(&mut text, &picture, colored, width).unwrap();

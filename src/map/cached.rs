@@ -1,6 +1,6 @@
 //! How much of a file is in memory, asked without touching it.
 
-use crate::map::open_regular;
+use super::open_regular;
 use memmap2::{Mmap, MmapOptions};
 use std::collections::{HashMap, VecDeque};
 use std::fs::File;
@@ -11,7 +11,7 @@ use std::path::Path;
 
 /// What the page cache holds of a file: a photograph, in stretches that each are in memory, or not, or in
 /// part. However long the file, it takes only so many questions and so much memory.
-pub(super) struct Cached {
+pub(crate) struct Cached {
     /// Where each stretch starts, and the bytes in memory before it; last the file's length, and all of them.
     // INVARIANT: neither ever decreases; the first is (0, 0).
     marks: Vec<(u64, u64)>,
@@ -23,7 +23,7 @@ const QUESTIONS: usize = 1 << 16;
 impl Cached {
     /// Takes the photograph of a file of `len` bytes. `None` where the kernel will not tell: since 5.2 it
     /// tells only who owns a file or may write to it, and mincore(2) answers others that all is there.
-    pub(super) fn of(file: &File, path: &Path, len: u64) -> io::Result<Option<Self>> {
+    pub(crate) fn of(file: &File, path: &Path, len: u64) -> io::Result<Option<Self>> {
         let taken = if is_stacked(file)? { None } else { Some(Self::by_range(file, len, QUESTIONS)) };
         match taken {
             Some(Ok(cached)) => Ok(Some(cached)),
@@ -112,12 +112,12 @@ impl Cached {
     }
 
     /// Bytes of this range that are in memory; a part of a mixed stretch counts as its share of the bytes.
-    pub(super) fn bytes(&self, range: &Range<u64>) -> u64 {
+    pub(crate) fn bytes(&self, range: &Range<u64>) -> u64 {
         self.up_to(range.end).saturating_sub(self.up_to(range.start))
     }
 
     /// Bytes of the whole file that are in memory.
-    pub(super) fn total(&self) -> u64 {
+    pub(crate) fn total(&self) -> u64 {
         self.marks.last().map_or(0, |&(_, total)| total)
     }
 
@@ -175,7 +175,6 @@ fn may_ask(file: &File, path: &Path) -> io::Result<bool> {
 
 /// Pages of the file that are in memory and hold any of these bytes, which are not none.
 #[cfg(target_os = "linux")]
-#[allow(unsafe_code)]
 fn cachestat(file: &File, bytes: &Range<u64>) -> io::Result<u64> {
     use std::os::fd::AsRawFd as _;
     // The same wherever numbers are shared; elsewhere (mips) it is nobody's, and answered with ENOSYS.
@@ -206,7 +205,6 @@ impl Pages {
     const AT_ONCE: usize = 64;
     const MOST: u64 = Self::AT_ONCE as u64;
 
-    #[allow(unsafe_code)]
     fn map(file: &File, len: u64) -> io::Result<Self> {
         let len = usize::try_from(len).map_err(|_| io::ErrorKind::OutOfMemory)?;
         // SAFETY: what the contract protects is the bytes, and none is looked at (field invariant).
@@ -215,7 +213,6 @@ impl Pages {
     }
 
     /// How many of `n` pages from the `first` on are in memory.
-    #[allow(unsafe_code)]
     fn resident(&self, first: u64, n: u64) -> io::Result<u64> {
         let page = rustix::param::page_size();
         let mut core = [0u8; Self::AT_ONCE];
@@ -234,10 +231,10 @@ impl Pages {
 
 /// Photographs of the files that a path may stand for, taken before a model is opened: reading its header
 /// brings pages in, and some behind it.
-pub(super) struct Album(HashMap<(u64, u64), Option<Cached>>);
+pub(crate) struct Album(HashMap<(u64, u64), Option<Cached>>);
 
 impl Album {
-    pub(super) fn of(path: &Path) -> Self {
+    pub(crate) fn of(path: &Path) -> Self {
         let mut album = Self(HashMap::new());
         let name = path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
         let dir = match path.parent() {
@@ -266,7 +263,7 @@ impl Album {
     }
 
     /// The photograph of the file at `path`, or one taken now.
-    pub(super) fn find(&mut self, path: &Path) -> crate::Result<Option<Cached>> {
+    pub(crate) fn find(&mut self, path: &Path) -> crate::Result<Option<Cached>> {
         let id = std::fs::metadata(path).map(|metadata| (metadata.dev(), metadata.ino()));
         match id.ok().and_then(|id| self.0.remove(&id)) {
             Some(cached) => Ok(cached),
