@@ -107,8 +107,11 @@ pub use dtype::{
 pub use error::{Error, Result};
 pub use half::{bf16, f16};
 pub use layout::{Layout, LayoutBuilder, MAX_RANK, TensorInfo};
-pub use map::{Advice, Backing, Mapping, Residency};
-pub use model::{Change, Changes, Differences, Model, ModelMut, OpenOptions, Reshaped, Verify, diff};
+pub use map::{Advice, Backing, Evicted, Mapping, Residency};
+pub use model::{
+    Change, Changes, Differences, Model, ModelMut, ModelShard, OpenOptions, Order, Prefetch, Reshaped,
+    Select, ShardPlan, Split, Stream, StreamOptions, Verify, diff,
+};
 pub use num_complex::Complex32;
 pub use save::{
     CheckpointOptions, Checkpointer, Draft, DraftOptions, Edited, HeaderEdit, Ready, SaveOptions, Saved,

@@ -23,6 +23,7 @@ from collections.abc import Mapping as _Mapping
 
 from maptensors._api import edit, save, save_bytes
 from maptensors._checkpoint import Checkpointer, Saved, Saving
+from maptensors._lazy import Evicted, Prefetch, Shard, Stream
 from maptensors._native import (
     Changes,
     Draft,
@@ -52,11 +53,15 @@ __all__ = [
     "Changes",
     "Checkpointer",
     "Draft",
+    "Evicted",
     "MapTensorsError",
     "Model",
+    "Prefetch",
     "SafetensorError",
     "Saved",
     "Saving",
+    "Shard",
+    "Stream",
     "Tensor",
     "__version__",
     "apply_delta",

@@ -13,6 +13,7 @@ from typing import Any, Self
 
 from maptensors import _native
 from maptensors._api import parse_size
+from maptensors._progress import Bar
 from maptensors._state import flatten, unflatten
 
 _FRAMEWORKS = (None, "maptensors", "numpy", "torch", "jax")
@@ -142,7 +143,7 @@ class Checkpointer:
             if value is not None and value < 1:
                 raise ValueError(f"{name} is at least 1, not {value}")
         self.directory = os.path.abspath(os.fspath(directory))
-        self._bar = _Bar() if progress is True else None
+        self._bar = Bar("staging") if progress is True else None
         self._checkpoints = _native.Checkpoints(
             directory,
             keep=keep,
@@ -275,27 +276,3 @@ def _close_all() -> None:
             checkpoints.close()
         except Exception as error:
             print(f"maptensors: {checkpoints}: {error}", file=sys.stderr)
-
-
-class _Bar:
-    """A progress bar for each save, where tqdm is installed."""
-
-    def __init__(self) -> None:
-        self._bar: Any = None
-
-    def __call__(self, done: int, total: int) -> None:
-        if self._bar is None:
-            try:
-                from tqdm.auto import tqdm
-            except ImportError:
-                return
-            self._bar = tqdm(total=total, unit="B", unit_scale=True, unit_divisor=1024, desc="staging")
-        # Pieces may be told of out of order.
-        self._bar.update(max(0, done - self._bar.n))
-        if done >= total:
-            self.close()
-
-    def close(self) -> None:
-        if self._bar is not None:
-            self._bar.close()
-            self._bar = None

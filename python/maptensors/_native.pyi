@@ -5,12 +5,16 @@ from typing import Any, Literal, Self, final
 
 import numpy as np
 
+from maptensors import _lazy
+
 __all__ = [
     "Changes",
     "Checkpoints",
     "Draft",
     "Model",
+    "Prefetch",
     "Saving",
+    "Stream",
     "Tensor",
     "__version__",
     "apply_delta",
@@ -22,15 +26,19 @@ __all__ = [
     "materialize",
     "open",
     "planned_size",
+    "prefetch",
     "save",
     "save_bytes",
     "save_delta",
     "save_diff",
+    "shard",
+    "stream",
     "verify",
 ]
 
 __version__: str
 
+_Names = str | Iterable[str]
 _Path = str | bytes | os.PathLike[str] | os.PathLike[bytes]
 
 @final
@@ -91,7 +99,35 @@ class Model:
     def values(self) -> ValuesView[Tensor]: ...
     def items(self) -> ItemsView[str, Tensor]: ...
     def info(self, name: str) -> dict[str, Any]: ...
-    def residency(self) -> dict[str, int]: ...
+    def residency(self, names: _Names | None = None) -> dict[str, int]: ...
+    def residency_by_tensor(self, names: _Names | None = None) -> dict[str, dict[str, int]]: ...
+    def prefetch(
+        self,
+        names: _Names | None = None,
+        *,
+        wait: bool = False,
+        progress: Callable[[int, int], object] | bool | None = None,
+        lock: bool = False,
+    ) -> _lazy.Prefetch: ...
+    def evict(self, names: _Names | None = None) -> _lazy.Evicted: ...
+    def lock(self, names: _Names | None = None) -> None: ...
+    def unlock(self, names: _Names | None = None) -> None: ...
+    def stream(
+        self,
+        *,
+        budget: int | str | None = None,
+        names: _Names | None = None,
+        order: Literal["file", "name"] | Iterable[str] | None = None,
+        progress: Callable[[int, int], object] | bool | None = None,
+    ) -> _lazy.Stream: ...
+    def shard(
+        self,
+        rank: int,
+        world: int,
+        plan: Mapping[str, int | str],
+        *,
+        default: int | str | None = None,
+    ) -> _lazy.Shard: ...
     def changed(self) -> Changes: ...
     def mark(self) -> None: ...
     def promote(self, names: list[str] | None = None) -> None: ...
@@ -276,4 +312,22 @@ class Saving:
     def wait(self, timeout: float | None = None) -> dict[str, Any] | None: ...
     def done(self) -> bool: ...
 
+@final
+class Prefetch:
+    def wait(self, timeout: float | None = None) -> bool | None: ...
+    def done(self) -> bool: ...
+    def cancel(self) -> None: ...
+    def progress(self) -> tuple[int, int]: ...
+
+@final
+class Stream:
+    def next(self) -> tuple[str, Tensor] | None: ...
+    def progress(self) -> tuple[int, int]: ...
+    def close(self) -> None: ...
+
+def prefetch(model: Model, names: _Names | None, lock: bool) -> Prefetch: ...
+def stream(model: Model, names: _Names | None, budget: int, order: list[str] | None) -> Stream: ...
+def shard(
+    model: Model, rank: int, world: int, rules: list[tuple[str, int | None]]
+) -> tuple[dict[str, Tensor], int, int, int]: ...
 def cli(args: list[str]) -> int: ...

@@ -2,7 +2,7 @@
 
 #[cfg(target_os = "linux")]
 use super::promote;
-use super::{Advice, CHUNK, Residency, each_in_parallel, residency};
+use super::{Advice, CHUNK, Residency, each_in_parallel, lock, residency};
 use memmap2::{MmapOptions, MmapRaw};
 use std::fs::File;
 use std::io;
@@ -57,8 +57,8 @@ pub struct Mapping {
     pub(super) backing: Backing,
     /// Under a copy-on-write mapping: the same file, as it is, to compare with. Costs addresses only.
     pub(super) base: Option<Box<Mapping>>,
-    /// Of a copy-on-write mapping's file: device and inode. Nobody else gets them while it is mapped.
-    identity: Option<(u64, u64)>,
+    /// Of the file: device and inode. Nobody else gets them while it is mapped.
+    pub(super) identity: Option<(u64, u64)>,
 }
 
 impl Mapping {
@@ -69,7 +69,9 @@ impl Mapping {
     pub(crate) unsafe fn open_read_only(file: &File, len: usize) -> io::Result<Self> {
         // SAFETY: the caller vouches for the file; that is memmap2's whole requirement.
         let map = unsafe { MmapOptions::new().len(len).map_copy_read_only(file) }?;
-        Ok(Self::huge(MmapRaw::from(map), len, Backing::ReadOnly))
+        let mut mapping = Self::huge(MmapRaw::from(map), len, Backing::ReadOnly);
+        mapping.identity = identity(file);
+        Ok(mapping)
     }
 
     /// Maps the first `len` bytes of `file`, copy-on-write. Reserves no swap, so that a model larger
@@ -83,14 +85,13 @@ impl Mapping {
         let mut mapping = Self::huge(MmapRaw::from(map), len, Backing::CopyOnWrite);
         // SAFETY: as above. Where there are no addresses for it, nothing is lost but being told changes.
         mapping.base = unsafe { Self::open_read_only(file, len) }.ok().map(Box::new);
-        mapping.identity = file.metadata().ok().map(|metadata| (metadata.dev(), metadata.ino()));
+        mapping.identity = identity(file);
         Ok(mapping)
     }
 
     /// Whether this is a copy-on-write mapping of `file`.
     pub(crate) fn is_of(&self, file: &File) -> bool {
-        let found = file.metadata().ok().map(|metadata| (metadata.dev(), metadata.ino()));
-        found.is_some() && self.identity == found
+        self.backing == Backing::CopyOnWrite && self.identity.is_some() && self.identity == identity(file)
     }
 
     /// Owned zeroed memory of `len` bytes in which byte `data_start` lies on a 64-byte boundary, so that
@@ -231,7 +232,7 @@ impl Mapping {
     /// ```
     pub fn residency(&self, range: Range<usize>) -> io::Result<Residency> {
         self.check(&range)?;
-        residency::of(self.ptr().wrapping_add(range.start), range.len())
+        residency::of(self.ptr().wrapping_add(range.start), range.len(), &lock::locked()?)
     }
 
     /// Makes the pages that hold a part of the bytes this process's own, in bulk: for a range that will be
@@ -288,6 +289,11 @@ impl Mapping {
             Err(io::Error::new(io::ErrorKind::InvalidInput, "a range outside the mapping"))
         }
     }
+}
+
+/// Device and inode of a file.
+pub(super) fn identity(file: &File) -> Option<(u64, u64)> {
+    file.metadata().ok().map(|metadata| (metadata.dev(), metadata.ino()))
 }
 
 impl std::fmt::Debug for Mapping {

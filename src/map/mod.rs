@@ -23,8 +23,10 @@ mod exclusive;
 mod file;
 #[cfg(target_os = "linux")]
 pub(crate) mod lease;
+mod lock;
 mod mapping;
 mod memory;
+mod pages;
 mod parallel;
 #[cfg(target_os = "linux")]
 mod private;
@@ -42,6 +44,8 @@ pub(crate) use exclusive::{ExclusiveFile, mode_of_new_files};
 pub(crate) use file::{open_regular, read_exact_at};
 pub use mapping::{Backing, Mapping};
 pub(crate) use memory::Memory;
+pub use pages::Evicted;
+pub(crate) use pages::Pages;
 pub(crate) use parallel::each_in_parallel;
 pub use residency::Residency;
 #[cfg(feature = "python")]

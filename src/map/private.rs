@@ -44,6 +44,21 @@ const PAGEMAP_SCAN: u64 = 0xc000_0000 | ((size_of::<ScanArg>() as u64) << 16) | 
 const PAGE_IS_FILE: u64 = 1 << 2;
 const PAGE_IS_PRESENT: u64 = 1 << 3;
 const PAGE_IS_SWAPPED: u64 = 1 << 4;
+const PAGE_IS_HUGE: u64 = 1 << 6;
+
+/// Which pages are asked for.
+struct Wanted {
+    inverted: u64,
+    all_of: u64,
+    any_of: u64,
+}
+
+/// Not of a file, and either present or swapped out.
+const PRIVATE: Wanted =
+    Wanted { inverted: PAGE_IS_FILE, all_of: PAGE_IS_FILE, any_of: PAGE_IS_PRESENT | PAGE_IS_SWAPPED };
+
+/// Mapped by a page-table entry for a huge page.
+const HUGE: Wanted = Wanted { inverted: 0, all_of: PAGE_IS_HUGE, any_of: 0 };
 
 /// Ranges asked for at once, and pages where they are asked for one by one.
 const REGIONS: usize = 4096;
@@ -82,8 +97,16 @@ pub(super) fn pages(ptr: *const u8, len: usize) -> io::Result<Vec<Range<usize>>>
     Ok(found)
 }
 
+/// Bytes of the pages in `span` that are mapped by page-table entries for huge pages; 0 where the kernel does
+/// not tell, before 6.7.
+pub(super) fn huge(pagemap: &File, span: Range<usize>) -> usize {
+    let found = scanned(pagemap, span.clone(), &HUGE).unwrap_or_default();
+    // A range may reach beyond: a huge page is one.
+    found.into_iter().map(|run| run.end.min(span.end).saturating_sub(run.start.max(span.start))).sum()
+}
+
 fn piece(pagemap: &File, span: Range<usize>, page: usize) -> io::Result<Vec<Range<usize>>> {
-    match scanned(pagemap, span.clone()) {
+    match scanned(pagemap, span.clone(), &PRIVATE) {
         // An older kernel, or a sandbox that knows no such request.
         Err(error)
             if [Errno::NOTTY, Errno::INVAL, Errno::NOSYS, Errno::PERM]
@@ -97,7 +120,7 @@ fn piece(pagemap: &File, span: Range<usize>, page: usize) -> io::Result<Vec<Rang
 }
 
 /// By `ioctl(PAGEMAP_SCAN)`.
-fn scanned(pagemap: &File, span: Range<usize>) -> io::Result<Vec<Range<usize>>> {
+fn scanned(pagemap: &File, span: Range<usize>, wanted: &Wanted) -> io::Result<Vec<Range<usize>>> {
     let mut found = Vec::new();
     let mut regions = vec![Region::default(); REGIONS];
     let mut start = span.start as u64;
@@ -108,10 +131,9 @@ fn scanned(pagemap: &File, span: Range<usize>) -> io::Result<Vec<Range<usize>>> 
             end: span.end as u64,
             vec: regions.as_mut_ptr().expose_provenance() as u64,
             vec_len: regions.len() as u64,
-            // Not of a file, and either present or swapped out.
-            category_inverted: PAGE_IS_FILE,
-            category_mask: PAGE_IS_FILE,
-            category_anyof_mask: PAGE_IS_PRESENT | PAGE_IS_SWAPPED,
+            category_inverted: wanted.inverted,
+            category_mask: wanted.all_of,
+            category_anyof_mask: wanted.any_of,
             // Nothing is told about a range but that it matches, so neighbours come as one.
             return_mask: 0,
             ..ScanArg::default()
@@ -202,6 +224,7 @@ mod tests {
             match scanned(
                 &File::open("/proc/self/pagemap").unwrap(),
                 base..(base + len).next_multiple_of(page),
+                &PRIVATE,
             ) {
                 Ok(scanned) => assert_eq!(scanned, by_word),
                 Err(error) => eprintln!("!!! PAGEMAP_SCAN not tested: {error}"),

@@ -2,6 +2,7 @@
 
 use std::fs::File;
 use std::io;
+use std::ops::Range;
 use std::os::unix::fs::FileExt as _;
 
 /// Which pages of a range are in memory, and whose. Counts are pages of [`Residency::page_size`] bytes.
@@ -29,6 +30,10 @@ pub struct Residency {
     pub touched: usize,
     /// Pages that belong to this process alone: copied because they were written.
     pub private: usize,
+    /// Pages that are held in memory by a lock, and there.
+    pub locked: usize,
+    /// Pages mapped by page-table entries for huge pages; 0 where the kernel does not tell (Linux before 6.7).
+    pub huge: usize,
 }
 
 impl std::ops::AddAssign for Residency {
@@ -39,6 +44,8 @@ impl std::ops::AddAssign for Residency {
         self.resident += other.resident;
         self.touched += other.touched;
         self.private += other.private;
+        self.locked += other.locked;
+        self.huge += other.huge;
     }
 }
 
@@ -55,8 +62,9 @@ pub(super) fn is_private(entry: u64) -> bool {
     entry & (PRESENT | SWAPPED) != 0 && entry & FILE_OR_SHARED == 0
 }
 
-/// Asks about the pages that hold `len` bytes at `ptr`, which must be mapped.
-pub(super) fn of(ptr: *const u8, len: usize) -> io::Result<Residency> {
+/// Asks about the pages that hold `len` bytes at `ptr`, which must be mapped. `locked` are the addresses under a
+/// lock, as [`super::lock::locked`] tells.
+pub(super) fn of(ptr: *const u8, len: usize, locked: &[Range<usize>]) -> io::Result<Residency> {
     let page_size = rustix::param::page_size();
     let mut found = Residency { page_size, ..Residency::default() };
     if len == 0 {
@@ -80,11 +88,18 @@ pub(super) fn of(ptr: *const u8, len: usize) -> io::Result<Residency> {
         }
         found.resident += core[..n].iter().filter(|&&b| b & 1 == 1).count();
         pagemap.read_exact_at(bytemuck::cast_slice_mut(&mut entries[..n]), (block * 8) as u64)?;
-        for &entry in &entries[..n] {
+        for (i, &entry) in entries[..n].iter().enumerate() {
             let present = entry & PRESENT != 0;
+            let at = (block + i) * page_size;
             found.touched += usize::from(present);
             found.private += usize::from(is_private(entry));
+            found.locked += usize::from(present && locked.iter().any(|range| range.contains(&at)));
         }
+    }
+    #[cfg(target_os = "linux")]
+    {
+        let span = first * page_size..(last + 1) * page_size;
+        found.huge = super::private::huge(&pagemap, span) / page_size;
     }
     Ok(found)
 }

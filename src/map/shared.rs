@@ -1,9 +1,10 @@
 //! Memory that Python holds as well: raw pointers only, never a `&[u8]`.
 
-use super::{Backing, Mapping, Memory, Residency, Source};
+use super::{Backing, Mapping, Memory, Pages, Source};
 use std::fs::File;
 use std::io;
 use std::ops::Range;
+use std::path::Path;
 use std::sync::Arc;
 
 /// 64 aligned bytes: what a SIMD register, a cache line and JAX ask for.
@@ -113,10 +114,11 @@ impl SharedMemory {
         unsafe { from.copy_to_raw(self.ptr(part)) };
     }
 
-    pub(crate) fn residency(&self, part: Range<usize>) -> io::Result<Residency> {
+    /// As [`Mapping::pages`]; none for a copy on the heap.
+    pub(crate) fn pages(&self, path: &Path) -> Option<Pages> {
         match &self.owner {
-            Owner::Mapping(mapping) => mapping.residency(part),
-            Owner::Heap { .. } => Ok(Residency::default()),
+            Owner::Mapping(mapping) => Some(mapping.pages(path)),
+            Owner::Heap { .. } => None,
         }
     }
 

@@ -40,6 +40,11 @@ impl Source<'_> {
         self.len
     }
 
+    /// Whether the address of a byte is a multiple of `align`.
+    pub(crate) fn is_aligned(&self, at: usize, align: usize) -> bool {
+        (self.ptr.addr() + at).is_multiple_of(align)
+    }
+
     /// A part of the bytes.
     ///
     /// # Panics

@@ -5,8 +5,18 @@ mod changes;
 mod compare;
 mod contents;
 mod diff;
+#[cfg(any(feature = "cli", feature = "python"))]
+mod glob;
+mod lazy;
 mod model_mut;
 mod open;
+mod paging;
+mod prefetch;
+mod schedule;
+mod select;
+mod shard;
+mod shard_plan;
+mod stream;
 mod verify;
 
 pub(crate) use catalog::{Catalog, Shard};
@@ -20,11 +30,23 @@ pub(crate) use model_mut::split;
 pub use open::OpenOptions;
 #[cfg(feature = "python")]
 pub(crate) use open::{Place, locate};
+pub(crate) use paging::{Locks, Paging};
+pub use prefetch::Prefetch;
+pub use select::Select;
+pub use shard::ModelShard;
+#[cfg(feature = "python")]
+pub(crate) use shard::{At, Shards};
+pub use shard_plan::{ShardPlan, Split};
+#[cfg(feature = "python")]
+pub(crate) use stream::ReadAhead;
+pub use stream::{Order, Stream, StreamOptions};
 pub use verify::Verify;
 
-use crate::error::{Error, Result};
+#[cfg(doc)]
+use crate::error::Error;
+use crate::error::Result;
 use crate::layout::{Layout, TensorInfo};
-use crate::map::{Mapping, Memory, Residency};
+use crate::map::{Mapping, Memory};
 use crate::tensor::TensorView;
 use std::collections::{BTreeMap, HashMap};
 use std::path::Path;
@@ -48,6 +70,8 @@ pub struct Model {
     // INVARIANT: one for each shard of the catalog, as long as its layout's file.
     // Counted: generations of a publication share theirs.
     mappings: Vec<Arc<Mapping>>,
+    /// What [`Model::lock`] holds.
+    locks: Arc<Locks>,
 }
 
 impl Model {
@@ -116,7 +140,7 @@ impl Model {
 
     pub(crate) fn new(catalog: Catalog, mappings: Vec<Arc<Mapping>>) -> Self {
         debug_assert_eq!(catalog.shards().len(), mappings.len());
-        Self { catalog, mappings }
+        Self { catalog, mappings, locks: Arc::default() }
     }
 
     /// What there is, and where it lies in memory.
@@ -208,19 +232,6 @@ impl Model {
     /// The memory behind the `shard`-th file.
     pub fn mapping(&self, shard: usize) -> Option<&Mapping> {
         self.mappings.get(shard).map(AsRef::as_ref)
-    }
-
-    /// Pages of all tensor data: in memory, touched, private. Headers do not count.
-    ///
-    /// # Errors
-    /// [`Error::Io`] where the kernel does not tell.
-    pub fn residency(&self) -> Result<Residency> {
-        let mut total = Residency { page_size: rustix::param::page_size(), ..Residency::default() };
-        for (shard, mapping) in self.catalog.shards().iter().zip(&self.mappings) {
-            let range = shard.layout.data_range();
-            total += mapping.residency(range).map_err(Error::io(&shard.path, "asking about its pages"))?;
-        }
-        Ok(total)
     }
 }
 

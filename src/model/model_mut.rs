@@ -80,7 +80,7 @@ impl ModelMut {
     /// # Errors
     /// [`Error::Missing`](crate::Error::Missing), with near names.
     pub fn tensor_mut(&mut self, name: &str) -> Result<TensorViewMut<'_>> {
-        let Model { catalog, mappings } = &mut self.model;
+        let Model { catalog, mappings, .. } = &mut self.model;
         let found = catalog.find(name).and_then(|(s, i)| Some((s, i, catalog.shards()[s].layout.at(i)?)));
         let (shard, index, info) = found.ok_or_else(|| catalog.missing(name))?;
         let mapping = exclusive(&mut mappings[shard])?;
@@ -102,7 +102,7 @@ impl ModelMut {
     /// # Errors
     /// [`Error::Io`] where memory cannot be had; the model is as it was.
     pub fn promote(&mut self) -> Result<()> {
-        let Model { catalog, mappings } = &mut self.model;
+        let Model { catalog, mappings, .. } = &mut self.model;
         for (shard, mapping) in catalog.shards().iter().zip(mappings) {
             let promoted = exclusive(mapping)?.promote(shard.layout.data_range());
             promoted.map_err(Error::io(&shard.path, "copying its pages"))?;
@@ -123,7 +123,7 @@ impl ModelMut {
     /// # Ok::<(), maptensors::Error>(())
     /// ```
     pub fn promote_tensor(&mut self, name: &str) -> Result<()> {
-        let Model { catalog, mappings } = &mut self.model;
+        let Model { catalog, mappings, .. } = &mut self.model;
         let found = catalog.find(name).and_then(|(s, i)| Some((s, catalog.shards()[s].layout.at(i)?)));
         let (shard, info) = found.ok_or_else(|| catalog.missing(name))?;
         let promoted = exclusive(&mut mappings[shard])?.promote(info.bytes());
@@ -199,7 +199,7 @@ impl ModelMut {
         if self.promoted.take().is_some() {
             self.promote().ok();
         }
-        let Model { catalog, mappings } = &mut self.model;
+        let Model { catalog, mappings, .. } = &mut self.model;
         let mappings = mappings.iter_mut().filter_map(Arc::get_mut);
         catalog.shards().iter().zip(mappings).flat_map(|(shard, mapping)| split(&shard.layout, mapping))
     }

@@ -18,6 +18,7 @@ mod dlpack;
 mod draft;
 mod error;
 mod given;
+mod lazy;
 mod model;
 mod open;
 mod save;
@@ -36,6 +37,8 @@ mod native {
     use crate::python::delta::{apply_delta, diff, materialize, save_delta, save_diff, verify};
     #[pymodule_export]
     use crate::python::draft::{Draft, create};
+    #[pymodule_export]
+    use crate::python::lazy::{Prefetch, Stream, prefetch, shard, stream};
     #[pymodule_export]
     use crate::python::model::Model;
     #[pymodule_export]

@@ -2,11 +2,12 @@
 
 use super::arrays::Array;
 use super::changes::Changes;
+use super::lazy::{self, Names};
 use super::tensor::Tensor;
 use crate::error::Error;
 use crate::layout::TensorInfo;
 use crate::map::{CHUNK, Memory, SharedMemory};
-use crate::model::{Catalog, Contents, Marks, Model as Opened};
+use crate::model::{Catalog, Contents, Locks, Marks, Model as Opened};
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 use pyo3::types::{PyDict, PyList};
@@ -27,16 +28,18 @@ pub(super) struct Model {
 /// What an open model consists of.
 pub(super) struct Parts {
     pub(super) catalog: Catalog,
-    memories: Vec<Arc<SharedMemory>>,
+    pub(super) memories: Vec<Arc<SharedMemory>>,
     /// By the mode, also where the memory could be written.
-    read_only: bool,
+    pub(super) read_only: bool,
     /// Aligned copies of tensors that lie misaligned in their file, made when first asked for and kept, so
     /// that every access sees the same bytes.
-    copies: Mutex<HashMap<(usize, usize), Arc<SharedMemory>>>,
+    pub(super) copies: Mutex<HashMap<(usize, usize), Arc<SharedMemory>>>,
     /// With `dense_edits`: which tensors have been promoted.
     promoted: Option<Mutex<HashSet<(usize, usize)>>>,
     /// What `changed` compares with in place of the files.
     marks: Mutex<Option<Arc<Marks>>>,
+    /// What `lock` holds.
+    pub(super) locks: Arc<Locks>,
 }
 
 impl Parts {
@@ -85,7 +88,7 @@ impl Parts {
         }
     }
 
-    fn tensor(&self, shard: usize, index: usize, info: &TensorInfo<'_>) -> Tensor {
+    pub(super) fn tensor(&self, shard: usize, index: usize, info: &TensorInfo<'_>) -> Tensor {
         let (memory, offset) = self.place(shard, index, info);
         Tensor::whole(memory, offset, info.dtype(), info.shape(), info.name(), self.read_only)
     }
@@ -109,6 +112,7 @@ impl Model {
             copies: Mutex::default(),
             promoted,
             marks: Mutex::default(),
+            locks: Arc::default(),
         };
         Self { open: RwLock::new(Some(Arc::new(parts))), mode }
     }
@@ -279,24 +283,84 @@ impl Model {
         Ok(dict)
     }
 
-    /// Pages of the tensor data: a dict of `page_size`, `pages`, `resident`, `touched` and `private`.
-    fn residency<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
-        let parts = self.parts()?;
-        let total = py.detach(|| -> Result<_, Error> {
-            let mut total = crate::map::Residency::default();
-            for (shard, memory) in parts.catalog.shards().iter().zip(&parts.memories) {
-                let pages = memory.residency(shard.layout.data_range());
-                total += pages.map_err(Error::io(&shard.path, "asking about its pages"))?;
-            }
-            Ok(total)
-        })?;
-        let dict = PyDict::new(py);
-        dict.set_item("page_size", total.page_size)?;
-        dict.set_item("pages", total.pages)?;
-        dict.set_item("resident", total.resident)?;
-        dict.set_item("touched", total.touched)?;
-        dict.set_item("private", total.private)?;
-        Ok(dict)
+    /// Pages of the tensors, or of those that `names` selects: a dict of `page_size`, and of numbers of `pages`,
+    /// `resident` in memory, `touched` by this process, `private` to it, `locked`, and `huge`.
+    #[pyo3(signature = (names = None))]
+    fn residency<'py>(&self, py: Python<'py>, names: Option<Names>) -> PyResult<Bound<'py, PyDict>> {
+        lazy::residency(py, &*self.parts()?, names)
+    }
+
+    /// As `residency`, for each tensor: a dict of dicts. A page of several tensors counts for each.
+    #[pyo3(signature = (names = None))]
+    fn residency_by_tensor<'py>(
+        &self,
+        py: Python<'py>,
+        names: Option<Names>,
+    ) -> PyResult<Bound<'py, PyDict>> {
+        lazy::residency_by_tensor(py, &*self.parts()?, names)
+    }
+
+    /// Brings tensors into memory in the background: all, or those that `names` selects, a name, a pattern
+    /// (`"*.mlp.*"`) or a list of them. Returns a `Prefetch` to `wait()` for, ask for its `progress`, or `cancel()`;
+    /// dropped, it goes on. Errors are raised by `wait()`. `wait` waits here; `progress` is called with the bytes
+    /// done and their total, and True shows a `tqdm` bar where it is installed; `lock` locks them then.
+    #[pyo3(signature = (names = None, *, wait = false, progress = None, lock = false))]
+    fn prefetch<'py>(
+        slf: &Bound<'py, Self>,
+        names: Option<Bound<'py, PyAny>>,
+        wait: bool,
+        progress: Option<Bound<'py, PyAny>>,
+        lock: bool,
+    ) -> PyResult<Bound<'py, PyAny>> {
+        lazy::module(slf.py())?.call_method1("prefetch", (slf, names, wait, progress, lock))
+    }
+
+    /// Gives the memory of tensors back to the system: all pages that hold nothing else. They are read again when
+    /// they are touched. What was edited stays. Returns the bytes that were `freed`, those `kept` because they were
+    /// edited, and those `remaining` because others use them.
+    #[pyo3(signature = (names = None))]
+    fn evict<'py>(&self, py: Python<'py>, names: Option<Names>) -> PyResult<Bound<'py, PyAny>> {
+        lazy::evict(py, &*self.parts()?, names)
+    }
+
+    /// Reads tensors in and holds them in memory, until `unlock` or the end of the last array. They are not copied.
+    #[pyo3(signature = (names = None))]
+    fn lock(&self, py: Python<'_>, names: Option<Names>) -> PyResult<()> {
+        lazy::lock(py, &*self.parts()?, names)
+    }
+
+    /// Ends `lock`. A page that another tensor has a part of stays locked as long as that is.
+    #[pyo3(signature = (names = None))]
+    fn unlock(&self, py: Python<'_>, names: Option<Names>) -> PyResult<()> {
+        lazy::unlock(py, &*self.parts()?, names)
+    }
+
+    /// Names and tensors, one after the other, through a bounded part of memory: read ahead in the background,
+    /// given back behind, edits excepted. `budget` is bytes, or text like "2GiB"; `order` is "file", "name", or a list
+    /// of names. `progress` as for `prefetch`. A tensor that is kept stays valid.
+    #[pyo3(signature = (*, budget = None, names = None, order = None, progress = None))]
+    fn stream<'py>(
+        slf: &Bound<'py, Self>,
+        budget: Option<Bound<'py, PyAny>>,
+        names: Option<Bound<'py, PyAny>>,
+        order: Option<Bound<'py, PyAny>>,
+        progress: Option<Bound<'py, PyAny>>,
+    ) -> PyResult<Bound<'py, PyAny>> {
+        lazy::module(slf.py())?.call_method1("stream", (slf, budget, names, order, progress))
+    }
+
+    /// The part of a rank, of `world` ranks, under a plan of tensor parallelism: a `Shard`, names to tensors. `plan`
+    /// maps patterns of names to "column" (axis 0), "row" (axis 1), another axis, or "replicate"; the first that
+    /// matches holds, and `default` for the rest.
+    #[pyo3(signature = (rank, world, plan, *, default = None))]
+    fn shard<'py>(
+        slf: &Bound<'py, Self>,
+        rank: usize,
+        world: usize,
+        plan: Bound<'py, PyAny>,
+        default: Option<Bound<'py, PyAny>>,
+    ) -> PyResult<Bound<'py, PyAny>> {
+        lazy::module(slf.py())?.call_method1("shard", (slf, rank, world, plan, default))
     }
 
     /// Which tensors changed since opening, or the last `mark()`: exact, bit by bit. Empty, and so false, if

@@ -1,5 +1,6 @@
 """What several test files need: paths, raw files, and independent looks at memory."""
 
+import contextlib
 import hashlib
 import json
 import os
@@ -11,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import pytest
 import safetensors
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -176,3 +178,37 @@ def succeed(code: str, *args: object, timeout: float = 120, env: Mapping[str, st
 def names_in(directory: Path) -> list[str]:
     """Everything in a directory, hidden files too."""
     return sorted(os.listdir(directory))
+
+
+@contextlib.contextmanager
+def limited() -> Iterator[Path]:
+    """A control group of memory, version 1 or 2; skips loudly where there can be none."""
+    roots = [
+        root for root in ("/sys/fs/cgroup/memory", "/sys/fs/cgroup") if Path(root, "cgroup.procs").exists()
+    ]
+    group = Path(roots[0] if roots else "/nowhere", f"maptensors-{os.getpid()}")
+    try:
+        group.mkdir()
+    except OSError as error:
+        pytest.skip(f"no control group can be made here: {error}")
+    try:
+        if not any((group / name).exists() for name in ("memory.max", "memory.limit_in_bytes")):
+            pytest.skip("this control group does not limit memory")
+        yield group
+    finally:
+        group.rmdir()
+
+
+def limit(group: Path, size: int) -> None:
+    """Let the processes of a group have so many bytes of memory, and no swap."""
+    for name in ("memory.max", "memory.limit_in_bytes"):
+        if (group / name).exists():
+            (group / name).write_text(str(size))
+    for name in ("memory.swap.max", "memory.memsw.limit_in_bytes"):
+        with contextlib.suppress(OSError):
+            (group / name).write_text("0" if "swap" in name else str(size))
+
+
+def in_group(group: Path, *command: str) -> list[str]:
+    """Run a command in a group from its start: memory is charged where it is first touched."""
+    return ["sh", "-c", f'echo $$ > "{group}/cgroup.procs" && exec "$0" "$@"', *command]

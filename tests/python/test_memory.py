@@ -1,13 +1,11 @@
 """What saving takes beyond the state that is saved."""
 
-import contextlib
-import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from support import in_group, limit, limited
 
 MIB = 1 << 20
 STATE = 256
@@ -50,32 +48,12 @@ print("done")
 """
 
 
-@contextlib.contextmanager
-def limited() -> Iterator[Path]:
-    """A control group of memory, version 1 or 2; skips loudly where there can be none."""
-    roots = [
-        root for root in ("/sys/fs/cgroup/memory", "/sys/fs/cgroup") if Path(root, "cgroup.procs").exists()
-    ]
-    group = Path(roots[0] if roots else "/nowhere", f"maptensors-{os.getpid()}")
-    try:
-        group.mkdir()
-    except OSError as error:
-        pytest.skip(f"no control group can be made here: {error}")
-    try:
-        if not any((group / name).exists() for name in ("memory.max", "memory.limit_in_bytes")):
-            pytest.skip("this control group does not limit memory")
-        yield group
-    finally:
-        group.rmdir()
-
-
 def run(how: str, out: Path) -> subprocess.CompletedProcess[str]:
     """Save a state in a process that has the state's memory and 64 MiB, and not a byte more."""
     with limited() as group:
         command = (sys.executable, "-c", CODE, how, str(out))
         child = subprocess.Popen(
-            # Memory is charged to the group in which it is first touched.
-            ["sh", "-c", f'echo $$ > "{group}/cgroup.procs" && exec "$0" "$@"', *command],
+            in_group(group, *command),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -85,13 +63,8 @@ def run(how: str, out: Path) -> subprocess.CompletedProcess[str]:
         anonymous = int(child.stdout.readline())
         assert anonymous > STATE * MIB
         extra = 64 + (STATE // 16 if how == "generator" else 0)
-        for name in ("memory.max", "memory.limit_in_bytes"):
-            if (group / name).exists():
-                # Kernel memory (page tables, inodes) is charged as well.
-                (group / name).write_text(str(anonymous + extra * MIB))
-        for name in ("memory.swap.max", "memory.memsw.limit_in_bytes"):
-            with contextlib.suppress(OSError):
-                (group / name).write_text("0" if "swap" in name else str(anonymous + extra * MIB))
+        # Kernel memory (page tables, inodes) is charged as well.
+        limit(group, anonymous + extra * MIB)
         output, errors = child.communicate("\n", timeout=300)
         return subprocess.CompletedProcess(child.args, child.returncode, output, errors)
 

@@ -1,0 +1,228 @@
+"""Which pages of a model are in memory, and which are to be."""
+
+import threading
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from types import TracebackType
+from typing import NamedTuple, Self
+
+from maptensors import _native
+from maptensors._api import parse_size
+from maptensors._progress import Progress, Told
+
+_TURN = 0.05
+
+
+class Evicted(NamedTuple):
+    """What giving pages back came to, in bytes."""
+
+    #: No longer in memory.
+    freed: int
+    #: In memory still, because they were edited: they are nowhere else.
+    kept: int
+    #: In the page cache still, because others use them, or the file lies in memory (tmpfs). Of another user's
+    #: file all counts here; in mode "c" such pages are given back only when memory runs out.
+    remaining: int
+
+
+class Prefetch:
+    """Tensors on their way into memory: :meth:`wait` for them, or ``with``. Dropped, it goes on."""
+
+    def __init__(self, prefetch: _native.Prefetch) -> None:
+        self._prefetch = prefetch
+        self._error: Exception | None = None
+
+    @property
+    def done(self) -> bool:
+        """Whether it has ended: all is there, it was cancelled, or it failed."""
+        return self._prefetch.done()
+
+    @property
+    def progress(self) -> tuple[int, int]:
+        """Bytes that are there, and all that will be."""
+        return self._prefetch.progress()
+
+    def cancel(self) -> None:
+        """End it early; what is there stays."""
+        self._prefetch.cancel()
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Wait until it has ended: True if all is there, False if it was cancelled.
+
+        What could not be read is raised, with the tensor's name; after ``timeout`` seconds, TimeoutError.
+        """
+        if self._error is not None:
+            raise self._error
+        try:
+            all_there = self._prefetch.wait(timeout)
+        except Exception as error:
+            self._error = error
+            raise
+        if all_there is None:
+            raise TimeoutError(f"it was not all in memory within {timeout} seconds; it still comes")
+        return all_there
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is None:
+            self.wait()
+        else:
+            self.cancel()
+
+    def __repr__(self) -> str:
+        done, total = self.progress
+        return f"Prefetch({done} of {total} bytes)"
+
+
+def _tell(prefetch: _native.Prefetch, told: Told) -> None:
+    # Sleeps in Python, so that it ends with the interpreter wherever it is.
+    while not prefetch.done():
+        told(*prefetch.progress())
+        time.sleep(_TURN)
+    told(*prefetch.progress())
+    told.close()
+
+
+def prefetch(
+    model: _native.Model,
+    names: str | Iterable[str] | None,
+    wait: bool,
+    progress: Progress | bool | None,
+    lock: bool,
+) -> Prefetch:
+    """Begin to bring tensors into memory: :meth:`maptensors.Model.prefetch`."""
+    told = Told(progress, "prefetching")
+    native = _native.prefetch(model, names, lock)
+    begun = Prefetch(native)
+    if told and not wait:
+        threading.Thread(target=_tell, args=(native, told), name="maptensors-progress", daemon=True).start()
+    elif wait:
+        try:
+            if told:
+                _tell(native, told)
+            begun.wait()
+        except BaseException:
+            begun.cancel()
+            raise
+    return begun
+
+
+class Stream(Iterator[tuple[str, _native.Tensor]]):
+    """Names and tensors, one after the other: :meth:`maptensors.Model.stream`.
+
+    An error concerns one tensor; the next may be asked for. Leaving the loop, :meth:`close` and ``with`` end
+    the reading ahead.
+    """
+
+    def __init__(self, stream: _native.Stream, told: Told) -> None:
+        self._stream = stream
+        self._told = told
+
+    @property
+    def progress(self) -> tuple[int, int]:
+        """Bytes of the tensors that have passed, and of all that will."""
+        return self._stream.progress()
+
+    def __next__(self) -> tuple[str, _native.Tensor]:
+        tensor = self._stream.next()
+        if self._told:
+            self._told(*self._stream.progress())
+        if tensor is None:
+            self.close()
+            raise StopIteration
+        return tensor
+
+    def close(self) -> None:
+        """End the reading ahead."""
+        self._stream.close()
+        self._told.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_exc: object) -> None:
+        self.close()
+
+
+def stream(
+    model: _native.Model,
+    budget: int | str | None,
+    names: str | Iterable[str] | None,
+    order: str | Iterable[str] | None,
+    progress: Progress | bool | None,
+) -> Stream:
+    """Begin to read tensors ahead: :meth:`maptensors.Model.stream`."""
+    size = parse_size("1GiB" if budget is None else budget)
+    given: list[str] | None
+    if order is None or order == "file":
+        given = None
+    elif order == "name":
+        given = []
+    elif isinstance(order, str):
+        raise ValueError(f'order is "file", "name" or a list of names, not {order!r}')
+    elif not (given := list(order)):
+        raise ValueError("order is a list of no names")
+    return Stream(_native.stream(model, names, size, given), Told(progress, "streaming"))
+
+
+class Shard(Mapping[str, _native.Tensor]):
+    """A rank's part of a model: its tensors by name.
+
+    A part that is contiguous in its file is mapped: of the same pages as the model's tensor, so that an edit
+    of one is seen in the other. Any other was read into memory of the rank's own, edits so far included; so
+    was a contiguous one that is small, where whole pages would be more than a 20th more.
+    """
+
+    def __init__(self, tensors: dict[str, _native.Tensor], asked: int, touched: int, gathered: int) -> None:
+        self._tensors = tensors
+        #: Bytes of all tensors.
+        self.nbytes = asked
+        #: Bytes that were touched for them: pages of what is mapped, exactly what was read of the rest.
+        self.touched = touched
+        #: Bytes that were read into memory of the rank's own.
+        self.gathered = gathered
+
+    def __getitem__(self, name: str) -> _native.Tensor:
+        return self._tensors[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+    def __repr__(self) -> str:
+        return f"Shard({len(self)} tensors, {self.nbytes} bytes, {self.gathered} of them gathered)"
+
+
+_SPLITS = {"column": 0, "row": 1, "replicate": None}
+
+
+def _axis(split: int | str) -> int | None:
+    if isinstance(split, str):
+        if split not in _SPLITS:
+            raise ValueError(
+                f'a split is "column", "row", "replicate" or the number of an axis, not {split!r}'
+            )
+        return _SPLITS[split]
+    if split < 0:
+        raise ValueError(f"an axis is counted from 0, not {split}")
+    return split
+
+
+def shard(
+    model: _native.Model,
+    rank: int,
+    world: int,
+    plan: Mapping[str, int | str],
+    default: int | str | None,
+) -> Shard:
+    """Return a rank's part: :meth:`maptensors.Model.shard`."""
+    rules = [(pattern, _axis(split)) for pattern, split in plan.items()]
+    if default is not None:
+        rules.append(("*", _axis(default)))
+    return Shard(*_native.shard(model, rank, world, rules))

@@ -1,0 +1,324 @@
+//! Which pages are in memory and which are to be: what `maptensors._lazy` and `Model` stand on.
+
+use super::model::{Model, Parts};
+use super::tensor::Tensor;
+use crate::error::Error;
+use crate::map::{Evicted, Residency, SharedMemory, Source};
+use crate::model::{self, At, Order, Paging, ReadAhead, Select, ShardPlan, Shards, Split, StreamOptions};
+use pyo3::exceptions::{PyRuntimeError, PyTypeError};
+use pyo3::prelude::*;
+use pyo3::types::PyDict;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+/// What waits sees signals so often.
+const TURN: Duration = Duration::from_millis(100);
+
+/// Names and patterns: one, or a list.
+pub(super) struct Names(Vec<String>);
+
+impl<'py> FromPyObject<'_, 'py> for Names {
+    type Error = PyErr;
+
+    fn extract(given: Borrowed<'_, 'py, PyAny>) -> PyResult<Self> {
+        if let Ok(one) = given.extract::<String>() {
+            return Ok(Self(vec![one]));
+        }
+        let each = given.try_iter().and_then(|names| names.map(|name| name?.extract()).collect());
+        each.map(Self).map_err(|_| PyTypeError::new_err("names are a str, or a list of them"))
+    }
+}
+
+/// `maptensors._lazy`.
+pub(super) fn module(py: Python<'_>) -> PyResult<Bound<'_, PyModule>> {
+    py.import("maptensors._lazy")
+}
+
+impl Parts {
+    fn paging(&self) -> Paging<'_> {
+        let shards = self.catalog.shards().iter().zip(&self.memories);
+        let pages = shards.filter_map(|(shard, memory)| memory.pages(&shard.path)).collect();
+        Paging { catalog: &self.catalog, pages, locks: &self.locks }
+    }
+
+    /// Calls `work` with the pages and what is selected, without the interpreter.
+    fn select<T: Send>(
+        &self,
+        py: Python<'_>,
+        names: Option<Names>,
+        work: impl FnOnce(&Paging<'_>, &Select<'_>) -> Result<T, Error> + Send,
+    ) -> PyResult<T> {
+        Ok(py.detach(|| {
+            let names = names.map(|Names(names)| Select::globs(&self.catalog, &names)).transpose()?;
+            let select = names.as_ref().map_or_else(|| Select::from(..), Select::from);
+            work(&self.paging(), &select)
+        })?)
+    }
+
+    /// Lets go of a misaligned tensor's aligned copy, if nobody has it and nobody wrote to it.
+    fn forget_copy(&self, place: (usize, usize)) {
+        let mut copies = self.copies.lock().unwrap_or_else(PoisonError::into_inner);
+        let Some(copy) = copies.get(&place) else { return };
+        // The lock is held, so nobody else can take it now.
+        if Arc::strong_count(copy) > 1 {
+            return;
+        }
+        let Some(info) = self.catalog.shards()[place.0].layout.at(place.1) else { return };
+        let (file, copy) = (self.memories[place.0].source(&info.bytes()), copy.source(&(0..copy.len())));
+        if is_same(file, copy) {
+            copies.remove(&place);
+        }
+    }
+}
+
+/// Whether both hold the same bytes.
+fn is_same(a: Source<'_>, b: Source<'_>) -> bool {
+    const BLOCK: usize = 64 << 10;
+    let (mut of_a, mut of_b) = (vec![0; BLOCK], vec![0; BLOCK]);
+    a.len() == b.len()
+        && (0..a.len()).step_by(BLOCK).all(|start| {
+            let part = start..(start + BLOCK).min(a.len());
+            let len = part.len();
+            a.copy_to(part.clone(), &mut of_a[..len]);
+            b.copy_to(part, &mut of_b[..len]);
+            of_a[..len] == of_b[..len]
+        })
+}
+
+fn numbers<'py>(py: Python<'py>, pages: &Residency) -> PyResult<Bound<'py, PyDict>> {
+    let dict = PyDict::new(py);
+    dict.set_item("page_size", pages.page_size)?;
+    dict.set_item("pages", pages.pages)?;
+    dict.set_item("resident", pages.resident)?;
+    dict.set_item("touched", pages.touched)?;
+    dict.set_item("private", pages.private)?;
+    dict.set_item("locked", pages.locked)?;
+    dict.set_item("huge", pages.huge)?;
+    Ok(dict)
+}
+
+pub(super) fn residency<'py>(
+    py: Python<'py>,
+    parts: &Parts,
+    names: Option<Names>,
+) -> PyResult<Bound<'py, PyDict>> {
+    numbers(py, &parts.select(py, names, |paging, select| paging.residency(select))?)
+}
+
+pub(super) fn residency_by_tensor<'py>(
+    py: Python<'py>,
+    parts: &Parts,
+    names: Option<Names>,
+) -> PyResult<Bound<'py, PyDict>> {
+    let found = parts.select(py, names, |paging, select| paging.residency_by_tensor(select))?;
+    let dict = PyDict::new(py);
+    for (place, pages) in &found {
+        dict.set_item(parts.catalog.name(*place), numbers(py, pages)?)?;
+    }
+    Ok(dict)
+}
+
+pub(super) fn evict<'py>(
+    py: Python<'py>,
+    parts: &Parts,
+    names: Option<Names>,
+) -> PyResult<Bound<'py, PyAny>> {
+    let Evicted { freed, kept, remaining } =
+        parts.select(py, names, |paging, select| paging.evict(select))?;
+    module(py)?.getattr("Evicted")?.call1((freed, kept, remaining))
+}
+
+pub(super) fn lock(py: Python<'_>, parts: &Parts, names: Option<Names>) -> PyResult<()> {
+    parts.select(py, names, |paging, select| paging.lock(select))
+}
+
+pub(super) fn unlock(py: Python<'_>, parts: &Parts, names: Option<Names>) -> PyResult<()> {
+    parts.select(py, names, |paging, select| paging.unlock(select))
+}
+
+/// Tensors on their way into memory.
+#[pyclass(frozen, module = "maptensors._native")]
+pub(super) struct Prefetch {
+    inner: model::Prefetch,
+}
+
+/// Begins to bring what is selected into memory.
+#[pyfunction]
+#[pyo3(signature = (model, names, lock))]
+pub(super) fn prefetch(
+    py: Python<'_>,
+    model: &Bound<'_, Model>,
+    names: Option<Names>,
+    lock: bool,
+) -> PyResult<Prefetch> {
+    let parts = model.get().parts()?;
+    let inner = parts.select(py, names, |paging, select| paging.prefetch(select, lock))?;
+    Ok(Prefetch { inner })
+}
+
+#[pymethods]
+impl Prefetch {
+    /// Waits at most so many seconds: whether all is there, or None if it goes on.
+    #[pyo3(signature = (timeout = None))]
+    fn wait(&self, py: Python<'_>, timeout: Option<f64>) -> PyResult<Option<bool>> {
+        let mut left =
+            timeout.map(|seconds| Duration::try_from_secs_f64(seconds.max(0.0)).unwrap_or(Duration::MAX));
+        loop {
+            let turn = left.map_or(TURN, |left| left.min(TURN));
+            if let Some(outcome) = py.detach(|| self.inner.wait_for(turn)) {
+                return Ok(Some(outcome?));
+            }
+            py.check_signals()?;
+            if let Some(left) = &mut left {
+                *left = left.saturating_sub(turn);
+                if left.is_zero() {
+                    return Ok(None);
+                }
+            }
+        }
+    }
+
+    /// Whether it has ended.
+    fn done(&self) -> bool {
+        self.inner.is_done()
+    }
+
+    /// Ends it early.
+    fn cancel(&self) {
+        self.inner.cancel();
+    }
+
+    /// Bytes that are there, and all that will be.
+    fn progress(&self) -> (u64, u64) {
+        self.inner.progress()
+    }
+}
+
+/// A model's tensors, one after the other.
+#[pyclass(frozen, module = "maptensors._native")]
+pub(super) struct Stream {
+    parts: Arc<Parts>,
+    ahead: Mutex<Option<Ahead>>,
+}
+
+struct Ahead {
+    reads: ReadAhead,
+    /// The tensor that was handed out last.
+    out: Option<(usize, usize)>,
+}
+
+/// Begins to read what is selected ahead.
+#[pyfunction]
+#[pyo3(signature = (model, names, budget, order))]
+pub(super) fn stream(
+    py: Python<'_>,
+    model: &Bound<'_, Model>,
+    names: Option<Names>,
+    budget: u64,
+    order: Option<Vec<String>>,
+) -> PyResult<Stream> {
+    let parts = model.get().parts()?;
+    let reads = py.detach(|| -> Result<_, Error> {
+        let names = names.map(|Names(names)| Select::globs(&parts.catalog, &names)).transpose()?;
+        let mut options = StreamOptions::new().budget(budget);
+        if let Some(names) = &names {
+            options = options.select(names);
+        }
+        match order.as_deref() {
+            None => {}
+            // The wrapper's word for it: no list of a user's is empty here.
+            Some([]) => options = options.order(Order::Name),
+            Some(order) => {
+                options = options.order(Order::Given(order.iter().map(String::as_str).collect()));
+            }
+        }
+        parts.paging().read_ahead(&options)
+    })?;
+    Ok(Stream { parts, ahead: Mutex::new(Some(Ahead { reads, out: None })) })
+}
+
+#[pymethods]
+impl Stream {
+    /// The next name and tensor, once it is in memory; None at the end.
+    fn next(&self, py: Python<'_>) -> PyResult<Option<(String, Tensor)>> {
+        loop {
+            let next = py.detach(|| {
+                let mut ahead = self.ahead.try_lock().map_err(|_| ())?;
+                let Some(Ahead { reads, out }) = ahead.as_mut() else { return Ok(None) };
+                if let Some(place) = out.take() {
+                    self.parts.forget_copy(place);
+                }
+                let next = reads.next(&self.parts.catalog, TURN);
+                if let Some(Ok(Some(place))) = &next {
+                    *out = Some(*place);
+                }
+                Ok::<_, ()>(next)
+            });
+            let next = next.map_err(|()| PyRuntimeError::new_err("another thread is taking a tensor"))?;
+            match next.transpose()? {
+                None => return Ok(None),
+                Some(None) => py.check_signals()?,
+                Some(Some((shard, index))) => {
+                    let Some(info) = self.parts.catalog.shards()[shard].layout.at(index) else {
+                        return Ok(None);
+                    };
+                    let tensor = py.detach(|| self.parts.tensor(shard, index, &info));
+                    return Ok(Some((info.name().to_owned(), tensor)));
+                }
+            }
+        }
+    }
+
+    /// Bytes of tensors that have passed, and of all that will.
+    fn progress(&self, py: Python<'_>) -> (u64, u64) {
+        py.detach(|| {
+            let ahead = self.ahead.lock().unwrap_or_else(PoisonError::into_inner);
+            ahead.as_ref().map_or((0, 0), |ahead| ahead.reads.progress())
+        })
+    }
+
+    /// Ends reading ahead.
+    fn close(&self, py: Python<'_>) {
+        py.detach(|| self.ahead.lock().unwrap_or_else(PoisonError::into_inner).take());
+    }
+}
+
+/// The part of a rank: a dict of tensors, and the bytes asked, touched and read into memory of its own.
+#[pyfunction]
+pub(super) fn shard<'py>(
+    py: Python<'py>,
+    model: &Bound<'py, Model>,
+    rank: usize,
+    world: usize,
+    rules: Vec<(String, Option<usize>)>,
+) -> PyResult<(Bound<'py, PyDict>, u64, u64, u64)> {
+    let split = |axis: Option<usize>| axis.map_or(Split::Replicate, Split::Axis);
+    let parts = model.get().parts()?;
+    let Shards { pieces, memory, sizes } = py.detach(|| -> Result<_, Error> {
+        let mut plan = ShardPlan::new();
+        for (pattern, axis) in &rules {
+            plan = plan.glob(pattern, split(*axis))?;
+        }
+        parts.with_contents(|contents| parts.paging().shard(contents, rank, world, &plan))
+    })?;
+    let memory = Arc::new(SharedMemory::from(Arc::new(memory)));
+    let dict = PyDict::new(py);
+    for piece in pieces {
+        let (shard, index) = piece.place;
+        let Some(info) = parts.catalog.shards()[shard].layout.at(index) else { continue };
+        let (memory, start) = match piece.at {
+            At::Mapped(part) => (&parts.memories[shard], part.start),
+            At::Gathered(part) => (&memory, part.start),
+        };
+        let tensor = Tensor::whole(
+            memory.clone(),
+            start,
+            info.dtype(),
+            &piece.cut.shape,
+            info.name(),
+            parts.read_only,
+        );
+        dict.set_item(info.name(), tensor)?;
+    }
+    Ok((dict, sizes.asked, sizes.touched, sizes.gathered))
+}
