@@ -51,6 +51,9 @@ fn help_teaches_by_example_and_goes_to_standard_output() {
         (&["inspect", "--help"], &["--filter", "--json", "--summary", "--no-tensors", "jq"]),
         (&["inspect", "--help"], &["--map", "--svg", "--color", "cell", "Exit codes:"]),
         (&["top", "--help"], &["--interval", "--json", "PSS", "Examples:", "Exit codes:", "Ctrl-C"]),
+        (&["prefetch", "--help"], &["--filter", "--lock", "Examples:", "ulimit -l"]),
+        (&["evict", "--help"], &["--filter", "Examples:", "/dev/shm"]),
+        (&["checksum", "--help"], &["--budget", "2GiB", "Examples:", "larger than memory"]),
         (&["edit", "--help"], &["--set", "--unset", "--rename", "Examples:", "in place"]),
         (&["demo", "--help"], &["--dir", "Examples:"]),
         (&["diff", "--help"], &["--json", "Examples:", "Exit codes: 0 the same, 1 different, 2 trouble"]),
@@ -436,4 +439,69 @@ fn edit_changes_headers_and_says_how() {
         let said = complaint(args, code);
         assert!(said.contains(words), "{args:?}: {said}");
     }
+}
+
+#[test]
+fn prefetch_and_evict_say_what_is_in_memory_and_leave_out_what_is_not_chosen() {
+    let dir = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+    let path = dir.path().join("model.safetensors");
+    let layout = maptensors::Layout::builder();
+    let layout = layout.tensor("a.weight", maptensors::DType::U8, &[4 << 20]);
+    let layout = layout.tensor("b.weight", maptensors::DType::U8, &[4 << 20]).build().unwrap();
+    maptensors::Draft::create(&path, &layout).unwrap().commit().unwrap();
+    let name = path.to_str().unwrap();
+    // SAFETY: nobody writes to the file.
+    #[allow(unsafe_code)]
+    let model = unsafe { maptensors::Model::open(&path) }.unwrap();
+    let resident = |tensor: &str| model.residency_of(tensor).unwrap().resident * 4096;
+
+    assert!(printed(&["evict", name]).contains("0 B still in memory"));
+    assert_eq!(resident("a.weight") + resident("b.weight"), 0);
+    assert_eq!(printed(&["prefetch", name, "--filter", "a.*"]), format!("{name}: 4.0 MiB in memory\n"));
+    assert_eq!(resident("a.weight"), 4 << 20);
+    printed(&["prefetch", name]);
+    let evicted = printed(&["evict", name, "-f", "b.*"]);
+    assert_eq!(evicted, format!("{name}: 4.0 MiB freed, 0 B still in memory\n"));
+    assert_eq!((resident("a.weight"), resident("b.weight")), (4 << 20, 0));
+
+    let missing = complaint(&["prefetch", "nowhere.safetensors", name], 1);
+    assert!(missing.contains("nowhere.safetensors"), "{missing}");
+    assert!(complaint(&["evict", name, "-f", "c.*"], 1).contains("none of the 2 tensors"));
+}
+
+#[test]
+fn what_is_locked_is_held_until_interrupted() {
+    use std::io::BufRead as _;
+    let mut child =
+        command(&["prefetch", "--lock", "models/digits.safetensors"]).stdout(Stdio::piped()).spawn().unwrap();
+    let lines: Vec<String> =
+        std::io::BufReader::new(child.stdout.take().unwrap()).lines().take(2).map(Result::unwrap).collect();
+    assert_eq!(lines[1], "held until interrupted");
+    let status = fs::read_to_string(format!("/proc/{}/status", child.id())).unwrap();
+    let locked = status.lines().find_map(|line| line.strip_prefix("VmLck:")).unwrap();
+    assert_eq!(locked.trim(), "20 kB");
+    assert!(child.try_wait().unwrap().is_none());
+    child.kill().unwrap();
+    child.wait().unwrap();
+}
+
+#[test]
+fn checksums_are_those_that_a_file_carries_whatever_the_budget() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("model.safetensors");
+    let model = maptensors::Model::read("models/digits.safetensors").unwrap();
+    let options = maptensors::SaveOptions::new().checksums(true);
+    options.save(model.tensors().map(|t| (t.name(), t)), &path).unwrap();
+    let model = maptensors::Model::read(&path).unwrap();
+    let carried: Value = serde_json::from_str(&model.metadata()["maptensors.checksums"]).unwrap();
+    for budget in ["1", "2GiB"] {
+        let text = printed(&["checksum", path.to_str().unwrap(), "--budget", budget]);
+        let names: Vec<&str> = model.names().collect();
+        let lines: Vec<(&str, &str)> = text.lines().map(|line| line.split_once("  ").unwrap()).collect();
+        assert_eq!(lines.iter().map(|line| line.1).collect::<Vec<_>>(), names);
+        assert!(lines.iter().all(|(sum, name)| carried[name] == *sum), "{text}");
+    }
+    let one = printed(&["checksum", path.to_str().unwrap(), "-f", "fc1.bias"]);
+    assert_eq!(one.lines().count(), 1);
+    assert!(complaint(&["checksum", "--budget", "2x", "m"], 2).contains("2GiB"));
 }

@@ -6,6 +6,7 @@ use super::delta::{Apply, Make};
 use super::edit::Edit;
 use super::help;
 use super::inspect::{Format, Inspect};
+use super::pages::{self, Checksum, Chosen, Prefetch};
 use super::picture::{Color, Draw};
 use super::top::Top;
 use crate::HeaderEdit;
@@ -35,6 +36,9 @@ pub(super) struct Typed {
 enum Command {
     Inspect(InspectArgs),
     Top(TopArgs),
+    Prefetch(PrefetchArgs),
+    Evict(EvictArgs),
+    Checksum(ChecksumArgs),
     Edit(EditArgs),
     Diff(DiffArgs),
     Changed(ChangedArgs),
@@ -92,6 +96,50 @@ struct TopArgs {
     /// One JSON document each time, on a line, with exact numbers
     #[arg(long)]
     json: bool,
+}
+
+/// Which tensors of which models.
+#[derive(Args)]
+struct ChosenArgs {
+    /// A .safetensors file, a .safetensors.index.json, or a directory with either
+    #[arg(required = true, value_name = "PATH")]
+    paths: Vec<PathBuf>,
+
+    /// Only tensors whose name matches; may be given several times. `*` also matches dots and slashes
+    #[arg(short, long = "filter", value_name = "GLOB", value_parser = Glob::new)]
+    filters: Vec<Glob>,
+}
+
+/// Read models into memory (the page cache), so that opening them finds them there.
+#[derive(Args)]
+#[command(after_help = help::PREFETCH)]
+struct PrefetchArgs {
+    #[command(flatten)]
+    chosen: ChosenArgs,
+
+    /// Hold them in memory until interrupted: nothing else can take their place
+    #[arg(long)]
+    lock: bool,
+}
+
+/// Give the memory that models take back to the system.
+#[derive(Args)]
+#[command(after_help = help::EVICT)]
+struct EvictArgs {
+    #[command(flatten)]
+    chosen: ChosenArgs,
+}
+
+/// Print the checksum of each tensor, in a bounded part of memory.
+#[derive(Args)]
+#[command(after_help = help::CHECKSUM)]
+struct ChecksumArgs {
+    #[command(flatten)]
+    chosen: ChosenArgs,
+
+    /// Bytes of memory to read ahead in: 4096, 500MB, 2GiB
+    #[arg(long, value_name = "SIZE", default_value = "1GiB", value_parser = pages::parse_size)]
+    budget: u64,
 }
 
 /// Change metadata or rename tensors, without rewriting the data.
@@ -235,6 +283,13 @@ impl Typed {
                 }
                 Job::Draw(Draw { paths, width, color, svg })
             }
+            Command::Prefetch(PrefetchArgs { chosen, lock }) => {
+                Job::Prefetch(Prefetch { chosen: chosen.meaning()?, lock })
+            }
+            Command::Evict(EvictArgs { chosen }) => Job::Evict(chosen.meaning()?),
+            Command::Checksum(ChecksumArgs { chosen, budget }) => {
+                Job::Checksum(Checksum { chosen: chosen.meaning()?, budget })
+            }
             Command::Top(TopArgs { paths, interval, json }) => Job::Top(Top { paths, json, interval, width }),
             Command::Inspect(typed) => Job::Inspect(Inspect {
                 filter: filter(&typed.filters)?,
@@ -267,6 +322,12 @@ impl Typed {
             }
             Command::Demo(typed) => Job::Demo { dir: typed.dir },
         })
+    }
+}
+
+impl ChosenArgs {
+    fn meaning(self) -> Result<Chosen, globset::Error> {
+        Ok(Chosen { filter: filter(&self.filters)?, paths: self.paths })
     }
 }
 

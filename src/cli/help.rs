@@ -6,6 +6,7 @@ Examples:
   maptensors inspect checkpoint/         the same for a sharded set, or a directory
   maptensors inspect --map checkpoint/   drawn, with what of it is in memory
   maptensors top checkpoint/             which processes map it
+  maptensors prefetch checkpoint/        read it into memory; evict gives that back
   maptensors edit model.safetensors --set license=MIT
                                          change metadata, not the data behind it
   maptensors diff a.safetensors b.safetensors
@@ -14,6 +15,33 @@ Examples:
 
 Exit codes: 0 done, 1 failed, 2 the command line is not understood; diff, changed
 and verify have their own.";
+
+pub(super) const PREFETCH: &str = "\
+Examples:
+  maptensors prefetch checkpoint/
+  maptensors prefetch model.safetensors --filter 'model.layers.[0-9].*'
+  maptensors prefetch checkpoint/ --lock &
+
+What is read stays in the page cache until other files need the room. With
+--lock it stays until interrupted, within the limit that `ulimit -l` shows.
+Nobody may write to the files meanwhile; renaming over them is fine.";
+
+pub(super) const EVICT: &str = "\
+Examples:
+  maptensors evict checkpoint/
+  maptensors evict model.safetensors --filter 'lm_head.*'
+
+What a process has mapped and touched stays in memory, and so does what was edited.
+Models in shared memory (/dev/shm) have nowhere else to be.";
+
+pub(super) const CHECKSUM: &str = "\
+Examples:
+  maptensors checksum model.safetensors
+  maptensors checksum checkpoint/ --budget 512MiB > sums
+
+A line for each tensor, its checksum (XXH3, as saving with checksums puts it into
+the file) and its name, in the order of the files. What has been read is given
+back to the system, so that a model larger than memory passes.";
 
 pub(super) const DIFF: &str = "\
 Examples:

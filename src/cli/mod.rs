@@ -7,6 +7,7 @@ mod demo;
 mod edit;
 mod help;
 mod inspect;
+mod pages;
 mod picture;
 mod process;
 mod report;
@@ -33,6 +34,9 @@ enum Job {
     Inspect(inspect::Inspect),
     Draw(picture::Draw),
     Top(top::Top),
+    Prefetch(pages::Prefetch),
+    Evict(pages::Chosen),
+    Checksum(pages::Checksum),
     Edit(edit::Edit),
     Diff(compare::Compare),
     Changed(compare::Compare),
@@ -92,6 +96,9 @@ impl Job {
             Self::Inspect(inspect) => inspect.run(out),
             Self::Draw(draw) => draw.run(out),
             Self::Top(top) => top.run(out),
+            Self::Prefetch(prefetch) => prefetch.run(out),
+            Self::Evict(chosen) => pages::evict(chosen, out),
+            Self::Checksum(checksum) => checksum.run(out),
             Self::Edit(edit) => edit.run(out).map(|()| DONE),
             Self::Diff(compare) => compare.diff(out),
             Self::Changed(compare) => compare.changed(out),
