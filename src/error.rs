@@ -56,7 +56,7 @@ pub enum Error {
         expected: u64,
     },
 
-    /// A number is larger than any sound file has.
+    /// A number is larger than any sound file has, or than this process may have.
     #[error("{}{what} is {found}, more than the limit of {limit}{}", at(path), hint.map(|h| format!(" ({h})")).unwrap_or_default())]
     Limit {
         /// The file concerned.
@@ -67,7 +67,7 @@ pub enum Error {
         found: u64,
         /// The largest accepted.
         limit: u64,
-        /// What the file probably is instead.
+        /// What the file probably is instead, or what to do.
         hint: Option<&'static str>,
     },
 
@@ -252,6 +252,19 @@ pub enum Error {
         what: String,
     },
 
+    /// A file is not as it was when it was opened under a guard.
+    #[error("{}the file has changed since it was opened: {what} is {found}, and was {expected}", at(path))]
+    Changed {
+        /// The file concerned.
+        path: PathBuf,
+        /// What differs.
+        what: &'static str,
+        /// As it is now.
+        found: String,
+        /// As it was.
+        expected: String,
+    },
+
     /// The new file is in place and visible, but the directory could not be synced:
     /// after a power loss the old file may be back.
     #[error("{}saved and visible, but perhaps not durable: syncing its directory failed: {source}", at(path))]
@@ -286,6 +299,7 @@ impl Error {
             Self::Checksum { .. } => "Checksum",
             Self::Base { .. } => "Base",
             Self::Delta { .. } => "Delta",
+            Self::Changed { .. } => "Changed",
             Self::NotDurable { .. } => "NotDurable",
         }
     }

@@ -65,12 +65,29 @@
 //! # Ok::<(), maptensors::Error>(())
 //! ```
 //!
+//! # Edit the file itself
+//!
+//! ```
+//! use maptensors::ModelShared;
+//!
+//! # let path = std::env::temp_dir().join("maptensors-doc-lib-shared.safetensors");
+//! # std::fs::copy("models/digits.safetensors", &path).unwrap();
+//! // SAFETY: nobody truncates the file. Others may write to it: elements are copied, never borrowed.
+//! let live = unsafe { ModelShared::open(&path)? };
+//! live.tensor("fc1.bias")?.store(0, 0.5_f32)?; // in the file, for everyone who maps it
+//! live.flush_all()?; // and on the disk
+//! # std::fs::remove_file(path).unwrap();
+//! # Ok::<(), maptensors::Error>(())
+//! ```
+//!
 //! # What you may rely on
 //!
 //! - **Zero-copy.** [`Model::open`] reads headers; [`TensorView::as_slice`] is a pointer into the mapping. A
 //!   page is read when it is first touched, and copied when [`ModelMut`] first writes it.
 //! - **The stable-file contract.** Mapping a file that others write to is undefined behaviour, hence
 //!   `unsafe fn open`; its text is under [`Model::open`]. [`Model::read`] is the safe twin, over owned memory.
+//!   [`OpenOptions::guard`] turns most breaches into errors, and says which not; [`MapOptions`] goes through
+//!   everything that mmap(2) can do.
 //! - **Hostile files are errors.** Sizes, counts and offsets are checked before anything is allocated or
 //!   touched; what is accepted is what the `safetensors` crate accepts, less its leniencies.
 //! - **Saves are atomic.** A reader sees the old file or the new one; a failed save leaves the old one and
@@ -107,14 +124,16 @@ pub use dtype::{
 pub use error::{Error, Result};
 pub use half::{bf16, f16};
 pub use layout::{Layout, LayoutBuilder, MAX_RANK, TensorInfo};
-pub use map::{Advice, Backing, Evicted, Mapping, Residency};
+pub use map::{Advice, Backing, Evicted, MapOptions, Mapping, Residency, SharedMemory};
+#[cfg(target_os = "linux")]
+pub use map::{Memfd, SealedMemfd};
 pub use model::{
-    Change, Changes, Differences, Model, ModelMut, ModelShard, OpenOptions, Order, Prefetch, Reshaped,
-    Select, ShardPlan, Split, Stream, StreamOptions, Verify, diff,
+    Change, Changes, Differences, Model, ModelMut, ModelShard, ModelShared, OpenOptions, Order, Prefetch,
+    Reshaped, Select, ShardPlan, Split, Stream, StreamOptions, Verify, diff,
 };
 pub use num_complex::Complex32;
 pub use save::{
     CheckpointOptions, Checkpointer, Draft, DraftOptions, Edited, HeaderEdit, Ready, SaveOptions, Saved,
     Saving, apply_delta, materialize, save, save_delta, save_diff,
 };
-pub use tensor::{Index, TensorSlice, TensorView, TensorViewMut};
+pub use tensor::{Index, TensorShared, TensorSlice, TensorView, TensorViewMut};

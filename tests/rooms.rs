@@ -25,6 +25,7 @@ const UNSAFE: &[&str] = &[
     "map/",
     "model/mod.rs",
     "model/model_mut.rs",
+    "model/model_shared.rs",
     "model/open.rs",
     "python/",
     "python.rs",

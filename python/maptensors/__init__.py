@@ -10,7 +10,12 @@
 it until the model and every array taken from it are gone: the arrays would change, or the process would die
 of ``SIGBUS``. Replacing it by renaming another file over it, as every save here does, and deleting it
 are fine. For files that others rewrite in place, open with ``backend="pread"``: the same interface over
-memory of its own.
+memory of its own; or ``backend="memfd"``, whose pages forked children share. ``guard=True`` makes such
+changes errors at the next access through the model (:func:`open` says what it cannot).
+
+Mode ``"r+"`` edits the file itself: arrays are its pages, shared with whoever else maps it, and what is
+written to them is in the file at once; ``model.flush()`` has it reach the disk. Only truncating the file and
+punching holes in it are forbidden then.
 
 In mode ``"r"`` the memory cannot be written at all. numpy and JAX know; torch does not look at DLPack's
 read-only flag, and a write through ``torch.from_dlpack`` would crash: use mode ``"c"``, the default, with it.

@@ -25,7 +25,7 @@ class TruncatedError(MapTensorsError):
 
 
 class LimitError(MapTensorsError):
-    """A number is larger than any sound file has; often the file is something else."""
+    """A number is larger than any sound file has, or than this process may have (locked memory)."""
 
     kind = "Limit"
 
@@ -73,7 +73,7 @@ class ShapeError(MapTensorsError):
 
 
 class AlignError(MapTensorsError):
-    """Packed elements end, or would be cut, inside a byte."""
+    """Packed elements are cut inside a byte, or a tensor to be edited in its file is misaligned."""
 
     kind = "Align"
 
@@ -121,6 +121,12 @@ class DeltaError(MapTensorsError):
     kind = "Delta"
 
 
+class ChangedError(MapTensorsError):
+    """A file is not as it was when it was opened with ``guard=True``."""
+
+    kind = "Changed"
+
+
 class NotDurableError(MapTensorsError, OSError):
     """The new file is in place and visible, but may be gone after a power loss."""
 
@@ -149,6 +155,7 @@ BY_KIND: dict[str, type[MapTensorsError]] = {
         ChecksumError,
         BaseMismatchError,
         DeltaError,
+        ChangedError,
         NotDurableError,
     )
 }

@@ -145,7 +145,9 @@ pub(super) fn parse_size(text: &str) -> Result<u64, String> {
     let unit = unit.strip_suffix('B').unwrap_or(&unit);
     let powers = ["", "K", "M", "G", "T"];
     let (base, unit) = unit.strip_suffix('I').map_or((1000u64, unit), |unit| (1024, unit));
-    let power = powers.iter().position(|known| *known == unit).ok_or_else(wrong)?;
+    // There is no "iB".
+    let known = powers.iter().position(|known| *known == unit).filter(|power| base == 1000 || *power > 0);
+    let power = known.ok_or_else(wrong)?;
     let scale = base.pow(u32::try_from(power).unwrap_or_default());
     let (whole, part) = number.split_once('.').unwrap_or((number, "0"));
     let part: f64 = format!("0.{part}").parse().map_err(|_| wrong())?;

@@ -14,10 +14,24 @@ const LONGEST_LEASE: Duration = Duration::from_secs(60);
 /// # Errors
 /// [`Error::Io`], [`Error::NotRegular`].
 pub(crate) fn open_regular(path: &Path) -> Result<(File, u64)> {
+    open(path, false)
+}
+
+/// As [`open_regular`], for reading and writing.
+///
+/// # Errors
+/// As [`open_regular`].
+pub(crate) fn open_regular_to_edit(path: &Path) -> Result<(File, u64)> {
+    open(path, true)
+}
+
+fn open(path: &Path, edit: bool) -> Result<(File, u64)> {
+    let mut options = File::options();
+    // O_NONBLOCK: open(2) of a FIFO would wait for a writer.
+    options.read(true).write(edit).custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY);
     let begun = Instant::now();
     let file = loop {
-        // O_NONBLOCK: open(2) of a FIFO would wait for a writer.
-        match File::options().read(true).custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY).open(path) {
+        match options.open(path) {
             Ok(file) => break file,
             // A regular file under a lease (fcntl(2)) that its holder is asked to give up.
             Err(error)
@@ -29,6 +43,10 @@ pub(crate) fn open_regular(path: &Path) -> Result<(File, u64)> {
             Err(error) if error.raw_os_error() == Some(libc::ENXIO) => {
                 let found = "a socket or a device that is not there";
                 return Err(Error::NotRegular { path: path.into(), found });
+            }
+            // What it says of a directory that is to be written.
+            Err(error) if error.raw_os_error() == Some(libc::EISDIR) => {
+                return Err(Error::NotRegular { path: path.into(), found: "a directory" });
             }
             Err(error) => return Err(Error::io(path, "opening the file")(error)),
         }

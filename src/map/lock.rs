@@ -26,6 +26,18 @@ pub(crate) fn lock_range(path: &Path, ptr: *const u8, len: usize) -> Result<()> 
     })
 }
 
+/// Has the pages that hold some bytes stay in memory from when they come there.
+///
+/// # Errors
+/// What mlock2(2) answers.
+pub(super) fn lock_pages(ptr: *const u8, len: usize) -> io::Result<()> {
+    if len == 0 {
+        return Ok(());
+    }
+    let (start, len) = whole_pages(ptr, len);
+    lock(start, len)
+}
+
 /// Ends what [`lock_range`] began. Pages that were not locked are as they were.
 ///
 /// # Errors
@@ -76,7 +88,7 @@ fn unlock(start: *const u8, len: usize) -> io::Result<()> {
 }
 
 /// What a refusal means: mostly the limit.
-fn refused(path: &Path, asked: usize, error: io::Error) -> Error {
+pub(super) fn refused(path: &Path, asked: usize, error: io::Error) -> Error {
     let limit = rustix::process::getrlimit(rustix::process::Resource::Memlock).current;
     let together = asked as u64 + locked_bytes();
     match limit {
@@ -87,7 +99,7 @@ fn refused(path: &Path, asked: usize, error: io::Error) -> Error {
             limit,
             hint: Some(
                 "RLIMIT_MEMLOCK; raise it with `ulimit -l`, limits.conf, systemd's LimitMEMLOCK= or \
-                 `docker run --ulimit memlock=`, or lock fewer tensors",
+                 `docker run --ulimit memlock=`, give the process CAP_IPC_LOCK, or lock less",
             ),
         },
         _ => Error::io(path, "locking pages in memory")(error),

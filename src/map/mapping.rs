@@ -1,13 +1,16 @@
 //! A range of memory backed by a file, or owned in the same shape.
 
+#[cfg(test)]
+use super::Window;
+use super::options::{MapOptions, aligning};
 #[cfg(target_os = "linux")]
 use super::promote;
 use super::{Advice, CHUNK, Residency, each_in_parallel, lock, residency};
-use memmap2::{MmapOptions, MmapRaw};
+use memmap2::MmapRaw;
 use std::fs::File;
 use std::io;
 use std::ops::Range;
-use std::os::unix::fs::{FileExt as _, MetadataExt as _};
+use std::os::unix::fs::MetadataExt as _;
 use std::sync::Arc;
 
 /// What a [`Mapping`] is backed by, and what writing to it does.
@@ -28,6 +31,9 @@ pub enum Backing {
     CopyOnWrite,
     /// A file that this process is writing, `MAP_SHARED`.
     Output,
+    /// A file, `MAP_SHARED`, that others may have as well: what is written reaches it. Reached through
+    /// [`SharedMemory`](crate::SharedMemory) only, never as a slice.
+    Shared,
     /// Memory of this process, page aligned.
     Owned,
 }
@@ -35,7 +41,7 @@ pub enum Backing {
 /// A range of memory backed by a file, or owned in the same shape.
 ///
 /// A mapping of a file is made by [`Model::open`](crate::Model::open) and its kin, under
-/// the stable-file contract stated there.
+/// the stable-file contract stated there, or by hand with [`MapOptions`].
 ///
 /// ```
 /// use maptensors::Model;
@@ -49,7 +55,8 @@ pub enum Backing {
 pub struct Mapping {
     // INVARIANT: start + len <= raw.len(); both set only in the constructors below.
     // INVARIANT: writable memory unless backing is ReadOnly; exclusively reachable through this value,
-    // other processes and descriptors excluded by the stable-file contract.
+    // other processes and descriptors excluded by the stable-file contract. Where backing is Shared, others
+    // may write: such a mapping lives inside a SharedMemory, which gives no slices.
     // Counted: what only advises the kernel about these pages may outlive this value, and keeps them mapped.
     pub(super) raw: Arc<MmapRaw>,
     pub(super) start: usize,
@@ -59,34 +66,20 @@ pub struct Mapping {
     pub(super) base: Option<Box<Mapping>>,
     /// Of the file: device and inode. Nobody else gets them while it is mapped.
     pub(super) identity: Option<(u64, u64)>,
+    /// Where in the file the first byte lies.
+    pub(super) offset: u64,
 }
 
 impl Mapping {
-    /// Maps the first `len` bytes of `file`, read-only.
-    ///
-    /// # Safety
-    /// The stable-file contract (see the module) holds for `file`, and it has at least `len` bytes.
-    pub(crate) unsafe fn open_read_only(file: &File, len: usize) -> io::Result<Self> {
-        // SAFETY: the caller vouches for the file; that is memmap2's whole requirement.
-        let map = unsafe { MmapOptions::new().len(len).map_copy_read_only(file) }?;
-        let mut mapping = Self::huge(MmapRaw::from(map), len, Backing::ReadOnly);
-        mapping.identity = identity(file);
-        Ok(mapping)
-    }
-
     /// Maps the first `len` bytes of `file`, copy-on-write. Reserves no swap, so that a model larger
     /// than memory maps and pays only for pages it writes.
     ///
     /// # Safety
-    /// As [`Mapping::open_read_only`].
+    /// The stable-file contract (see the module) holds for `file`, and it has at least `len` bytes.
+    #[cfg(test)]
     pub(crate) unsafe fn open_copy_on_write(file: &File, len: usize) -> io::Result<Self> {
-        // SAFETY: the caller vouches for the file; that is memmap2's whole requirement.
-        let map = unsafe { MmapOptions::new().len(len).no_reserve_swap().map_copy(file) }?;
-        let mut mapping = Self::huge(MmapRaw::from(map), len, Backing::CopyOnWrite);
-        // SAFETY: as above. Where there are no addresses for it, nothing is lost but being told changes.
-        mapping.base = unsafe { Self::open_read_only(file, len) }.ok().map(Box::new);
-        mapping.identity = identity(file);
-        Ok(mapping)
+        // SAFETY: the caller's promise is passed on.
+        unsafe { MapOptions::new().place(file, Window { offset: 0, len }, Backing::CopyOnWrite) }
     }
 
     /// Whether this is a copy-on-write mapping of `file`.
@@ -97,31 +90,26 @@ impl Mapping {
     /// Owned zeroed memory of `len` bytes in which byte `data_start` lies on a 64-byte boundary, so that
     /// the tensors of a file read into it are aligned even where they are not in the file.
     pub(crate) fn owned(len: usize, data_start: usize) -> io::Result<Self> {
-        let start = data_start.next_multiple_of(64) - data_start;
-        let size = len.checked_add(start).ok_or_else(|| io::Error::from(io::ErrorKind::OutOfMemory))?;
-        let map = MmapOptions::new().len(size.max(1)).map_anon()?;
-        let mapping = Self {
-            raw: Arc::new(MmapRaw::from(map)),
-            start,
-            len,
-            backing: Backing::Owned,
-            base: None,
-            identity: None,
-        };
-        mapping.advise(Advice::HugePage).ok();
-        Ok(mapping)
+        MapOptions::new().owned(len, aligning(data_start))
     }
 
     /// Reads the first `len` bytes of `file` into owned memory, on several threads.
+    #[cfg(test)]
     pub(crate) fn read(file: &File, len: usize, data_start: usize) -> io::Result<Self> {
         let mut mapping = Self::owned(len, data_start)?;
-        let chunks: Vec<_> = mapping.as_bytes_mut().chunks_mut(CHUNK).enumerate().collect();
-        each_in_parallel(chunks, |(i, chunk)| file.read_exact_at(chunk, (i * CHUNK) as u64))?;
+        super::options::read_all_at(mapping.as_bytes_mut(), file, 0)?;
         Ok(mapping)
     }
 
+    /// `start + len` bytes lie inside `raw`, writable unless `backing` says otherwise.
+    pub(super) fn new(raw: MmapRaw, start: usize, len: usize, backing: Backing) -> Self {
+        debug_assert!(start + len <= raw.len());
+        let raw = Arc::new(raw);
+        Self { raw, start, len, backing, base: None, identity: None, offset: 0 }
+    }
+
     pub(super) fn huge(raw: MmapRaw, len: usize, backing: Backing) -> Self {
-        let mapping = Self { raw: Arc::new(raw), start: 0, len, backing, base: None, identity: None };
+        let mapping = Self::new(raw, 0, len, backing);
         // Before the first touch, or the page tables fill with 4 KiB entries. Only advice: a kernel
         // without huge pages for files says no, and nothing changes.
         mapping.advise(Advice::HugePage).ok();
@@ -164,7 +152,20 @@ impl Mapping {
         self.raw.as_mut_ptr().wrapping_add(self.start)
     }
 
-    /// All bytes, from the start of the file.
+    /// Where in the file the first byte lies: the start of the window that is mapped.
+    ///
+    /// ```
+    /// # let file = std::fs::File::open("models/digits.safetensors").unwrap();
+    /// // SAFETY: nobody writes to the file while it is mapped.
+    /// let mapping = unsafe { maptensors::MapOptions::new().window(8..100).map(&file)? };
+    /// assert_eq!((mapping.offset(), mapping.len()), (8, 92));
+    /// # Ok::<(), maptensors::Error>(())
+    /// ```
+    pub fn offset(&self) -> u64 {
+        self.offset
+    }
+
+    /// All bytes, from the start of the file, or of the window that is mapped.
     pub fn as_bytes(&self) -> &[u8] {
         // SAFETY: start + len <= raw.len() (field invariant), the memory is mapped readable for the life
         // of `raw`, which `self` owns, and only `as_bytes_mut(&mut self)` or a breach of the contract
@@ -275,11 +276,23 @@ impl Mapping {
             return Ok(());
         }
         #[cfg(target_os = "linux")]
-        // SAFETY: pages of `raw`, private and writable because the backing is copy-on-write; the last page
-        // of a file's mapping is mapped whole.
-        return unsafe { promote::promote(self.ptr().wrapping_add(range.start), range.len()) };
+        {
+            let (ptr, len) = (self.ptr().wrapping_add(range.start), range.len());
+            let locked = lock::locked()?;
+            // SAFETY: pages of `raw`, private and writable because the backing is copy-on-write; the last page
+            // of a file's mapping is mapped whole.
+            unsafe { promote::promote(ptr, len) }?;
+            // The new pages are of a mapping of their own, which nobody has locked.
+            for run in locked {
+                let (start, end) = (run.start.max(ptr.addr()), run.end.min(ptr.addr() + len));
+                if start < end {
+                    lock::lock_pages(ptr.with_addr(start), end - start)?;
+                }
+            }
+        }
         #[cfg(not(target_os = "linux"))]
-        Ok(drop(range))
+        drop(range);
+        Ok(())
     }
 
     pub(super) fn check(&self, range: &Range<usize>) -> io::Result<()> {
@@ -308,6 +321,7 @@ impl std::fmt::Debug for Mapping {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::os::unix::fs::FileExt as _;
 
     #[test]
     fn owned_memory_puts_the_data_on_a_64_byte_boundary() {

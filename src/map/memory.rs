@@ -16,6 +16,9 @@ pub(crate) trait Memory: Sync {
     /// Whether the bytes can differ from the file's.
     fn backing(&self) -> Backing;
 
+    /// Where in its page the first byte lies.
+    fn in_page(&self) -> usize;
+
     /// The pages of a part that became this process's own, as ranges of bytes.
     fn private(&self, part: Range<usize>) -> io::Result<Vec<Range<usize>>>;
 }
@@ -34,6 +37,10 @@ impl Memory for Mapping {
 
     fn backing(&self) -> Backing {
         self.backing
+    }
+
+    fn in_page(&self) -> usize {
+        self.ptr().addr() % rustix::param::page_size()
     }
 
     fn private(&self, part: Range<usize>) -> io::Result<Vec<Range<usize>>> {

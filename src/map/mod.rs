@@ -11,21 +11,31 @@
 //!
 //! Hence [`Model::open`](crate::Model::open) is an `unsafe fn`, next to the safe
 //! [`Model::read`](crate::Model::read): the same interface over owned memory, and the answer on file
-//! systems where mapping is refused or slow.
+//! systems where mapping is refused or slow. What becomes of a model where the contract is broken, kind by kind, is a
+//! table under [`OpenOptions::guard`](crate::OpenOptions::guard), which turns most of it into errors.
+//!
+//! A smaller contract is [`ModelShared::open`](crate::ModelShared::open)'s: nobody truncates the file or punches
+//! holes in it. Others may write, so its bytes are reached by atomic copies ([`SharedMemory`]) and never borrowed.
+//! Sealed memory ([`SealedMemfd`]) has none: the kernel keeps it.
 #![allow(unsafe_code)]
 
 mod advice;
+mod atomic;
 #[cfg(feature = "cli")]
 pub(crate) mod cached;
 mod copy;
 pub(crate) mod disk;
 mod exclusive;
 mod file;
+mod guard;
 #[cfg(target_os = "linux")]
 pub(crate) mod lease;
 mod lock;
 mod mapping;
+#[cfg(target_os = "linux")]
+mod memfd;
 mod memory;
+mod options;
 mod pages;
 mod parallel;
 #[cfg(target_os = "linux")]
@@ -33,7 +43,6 @@ mod private;
 #[cfg(target_os = "linux")]
 mod promote;
 mod residency;
-#[cfg(feature = "python")]
 mod shared;
 mod source;
 mod text;
@@ -41,15 +50,19 @@ mod text;
 pub use advice::Advice;
 pub(crate) use copy::{clone, clone_or_copy, copy_range};
 pub(crate) use exclusive::{ExclusiveFile, mode_of_new_files};
-pub(crate) use file::{open_regular, read_exact_at};
+pub(crate) use file::{open_regular, open_regular_to_edit, read_exact_at};
+pub(crate) use guard::{Guard, Stamp};
 pub use mapping::{Backing, Mapping};
+#[cfg(target_os = "linux")]
+pub use memfd::{Memfd, SealedMemfd};
 pub(crate) use memory::Memory;
+pub use options::MapOptions;
+pub(crate) use options::Window;
 pub use pages::Evicted;
 pub(crate) use pages::Pages;
 pub(crate) use parallel::each_in_parallel;
 pub use residency::Residency;
-#[cfg(feature = "python")]
-pub(crate) use shared::SharedMemory;
+pub use shared::SharedMemory;
 pub(crate) use source::Source;
 pub(crate) use text::FileText;
 

@@ -17,6 +17,8 @@ pub(crate) struct Pages {
     // INVARIANT: start + len <= raw.len(), as in the mapping this is of.
     start: usize,
     len: usize,
+    /// Where in the file the first byte lies.
+    offset: u64,
     backing: Backing,
     /// The other mapping of the same file that a copy-on-write one has, as long.
     base: Option<Arc<MmapRaw>>,
@@ -66,6 +68,7 @@ impl Mapping {
             raw: self.raw.clone(),
             start: self.start,
             len: self.len,
+            offset: self.offset,
             backing: self.backing,
             base: self.base.as_ref().map(|base| base.raw.clone()),
             path: path.into(),
@@ -123,7 +126,7 @@ impl Pages {
         #[cfg(target_os = "linux")]
         {
             if exact && let Some(file) = self.file() {
-                read_ahead(file, part.clone());
+                read_ahead(file, self.in_file(&part));
             }
             match self.raw.advise_range(memmap2::Advice::PopulateRead, self.start + part.start, part.len()) {
                 // A kernel before 5.14: at least their reading is begun.
@@ -140,6 +143,11 @@ impl Pages {
         }
     }
 
+    /// A part, as bytes of the file.
+    fn in_file(&self, part: &Range<usize>) -> Range<u64> {
+        self.offset + part.start as u64..self.offset + part.end as u64
+    }
+
     /// Reads runs of the file, each from its offset on; only where there is a [`Pages::file`].
     ///
     /// # Errors
@@ -150,10 +158,11 @@ impl Pages {
         // All of it is asked of the disk before the first is waited for.
         #[cfg(target_os = "linux")]
         {
-            let page = rustix::param::page_size();
+            let page = rustix::param::page_size() as u64;
             let mut asked = 0..0;
             for (at, to) in &runs {
-                let pages = at / page * page..(at + to.len()).next_multiple_of(page);
+                let bytes = self.in_file(&(*at..at + to.len()));
+                let pages = bytes.start / page * page..bytes.end.next_multiple_of(page);
                 if pages.start <= asked.end && asked.end > 0 {
                     asked.end = pages.end;
                 } else {
@@ -163,7 +172,7 @@ impl Pages {
             }
             read_ahead(file, asked);
         }
-        runs.into_iter().try_for_each(|(at, to)| file.read_exact_at(to, at as u64))
+        runs.into_iter().try_for_each(|(at, to)| file.read_exact_at(to, self.offset + at as u64))
     }
 
     /// The pages of a part that are this process's own, as addresses.
@@ -210,7 +219,7 @@ impl Pages {
         }
         // A page mapped twice is not reclaimed.
         if let Some(base) = &self.base {
-            let at = base.as_mut_ptr().wrapping_add(part.start).cast();
+            let at = base.as_mut_ptr().wrapping_add(self.start + part.start).cast();
             // SAFETY: pages of a read-only mapping of the file: they are read again when they are touched, with the
             // same bytes.
             unsafe { madvise(at, end - start, Advice::LinuxDontNeed) }?;
@@ -248,7 +257,7 @@ impl Pages {
         // What is cached and mapped by nobody; under a page that was edited, too.
         if let Some(file) = self.file() {
             let len = std::num::NonZeroU64::new((end - start) as u64);
-            rustix::fs::fadvise(file, part.start as u64, len, rustix::fs::Advice::DontNeed).ok();
+            rustix::fs::fadvise(file, self.in_file(&part).start, len, rustix::fs::Advice::DontNeed).ok();
         }
         let after = count();
         let held = |found: Residency| found.resident.max(found.touched).saturating_sub(found.private);
@@ -334,15 +343,16 @@ impl Pages {
 
 /// Begins to read exactly the pages of a range; best effort.
 #[cfg(target_os = "linux")]
-fn read_ahead(file: &File, range: Range<usize>) {
+fn read_ahead(file: &File, range: Range<u64>) {
     use std::os::fd::AsRawFd as _;
     // One call does no more than the disk's read-ahead window, which is 128 KiB at least.
     const STEP: usize = 128 << 10;
-    let page = rustix::param::page_size();
-    let (start, end) = (range.start / page * page, range.end.next_multiple_of(page));
-    for from in (start..end).step_by(STEP) {
-        let len = STEP.min(end - from);
+    let page = rustix::param::page_size() as u64;
+    let (mut from, end) = (range.start / page * page, range.end.next_multiple_of(page));
+    while from < end {
+        let len = usize::try_from(end - from).unwrap_or(STEP).min(STEP);
         // SAFETY: a system call on a descriptor that is open, with numbers.
         unsafe { libc::readahead(file.as_raw_fd(), from.cast_signed() as _, len) };
+        from += len as u64;
     }
 }

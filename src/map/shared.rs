@@ -1,12 +1,18 @@
-//! Memory that Python holds as well: raw pointers only, never a `&[u8]`.
+//! Memory that others may write: Python's arrays, other processes. Raw pointers only, never a `&[u8]`.
 
-use super::{Backing, Mapping, Memory, Pages, Source};
+#[cfg(feature = "python")]
+use super::Pages;
+use super::{Advice, Backing, Mapping, Memory, Residency, Source, atomic};
+use crate::error::{Error, Result};
+#[cfg(feature = "python")]
 use std::fs::File;
 use std::io;
 use std::ops::Range;
+#[cfg(feature = "python")]
 use std::path::Path;
 use std::sync::Arc;
 
+#[cfg(feature = "python")]
 /// 64 aligned bytes: what a SIMD register, a cache line and JAX ask for.
 #[derive(Clone, Copy)]
 #[repr(C, align(64))]
@@ -15,13 +21,21 @@ struct Line([u8; 64]);
 /// Keeps the bytes where they are. Nothing looks at them through it.
 enum Owner {
     Mapping(Arc<Mapping>),
-    Heap { _lines: Vec<Line> },
+    #[cfg(feature = "python")]
+    Heap {
+        _lines: Vec<Line>,
+    },
 }
 
-/// Bytes that are reachable, and perhaps being written, from outside Rust.
+/// Bytes that others may be writing: other processes that map the file, or Python's arrays.
 ///
-/// Reads and writes are copies; no reference to the bytes is ever kept.
-pub(crate) struct SharedMemory {
+/// Reads and writes are copies, a machine word at a time by atomic operations (relaxed: neither orders the other,
+/// nor anything else). No reference to the bytes is ever made. What is copied while others write is some mixture
+/// of old and new words; a word of 8 bytes at a multiple of 8 is never torn.
+///
+/// Made by [`MapOptions::map_shared`](crate::MapOptions::map_shared), or as part of a
+/// [`ModelShared`](crate::ModelShared).
+pub struct SharedMemory {
     // INVARIANT: ptr is valid for len bytes as long as owner lives, and for writes unless read-only.
     ptr: *mut u8,
     len: usize,
@@ -47,6 +61,7 @@ impl Memory for SharedMemory {
     fn base(&self) -> Option<Source<'_>> {
         match &self.owner {
             Owner::Mapping(mapping) => mapping.base(),
+            #[cfg(feature = "python")]
             Owner::Heap { .. } => None,
         }
     }
@@ -54,39 +69,127 @@ impl Memory for SharedMemory {
     fn backing(&self) -> Backing {
         match &self.owner {
             Owner::Mapping(mapping) => mapping.backing,
+            #[cfg(feature = "python")]
             Owner::Heap { .. } => Backing::Owned,
         }
+    }
+
+    fn in_page(&self) -> usize {
+        self.ptr.addr() % rustix::param::page_size()
     }
 
     fn private(&self, part: Range<usize>) -> io::Result<Vec<Range<usize>>> {
         match &self.owner {
             Owner::Mapping(mapping) => mapping.private(part),
+            #[cfg(feature = "python")]
             Owner::Heap { .. } => Ok(Vec::new()),
         }
     }
 }
 
 impl SharedMemory {
-    /// A copy on the heap, 64-byte aligned: for what is misaligned where it lies.
-    pub(crate) fn copy_of(source: Source<'_>) -> Self {
-        let mut lines = vec![Line([0; 64]); source.len().div_ceil(64)];
-        let memory =
-            Self { ptr: lines.as_mut_ptr().cast(), len: source.len(), owner: Owner::Heap { _lines: lines } };
-        memory.write(&(0..source.len()), source);
-        memory
-    }
-
-    /// Whether the bytes are a file's pages.
-    pub(crate) fn is_mapped(&self) -> bool {
-        matches!(&self.owner, Owner::Mapping(mapping) if mapping.backing != Backing::Owned)
-    }
-
-    pub(crate) fn is_read_only(&self) -> bool {
-        matches!(&self.owner, Owner::Mapping(mapping) if mapping.backing == Backing::ReadOnly)
-    }
-
-    pub(crate) fn len(&self) -> usize {
+    /// Length in bytes.
+    pub fn len(&self) -> usize {
         self.len
+    }
+
+    /// Whether there are no bytes.
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    /// Copies the bytes at `at` to `to`.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] where they reach past the end.
+    pub fn read_at(&self, at: usize, to: &mut [u8]) -> Result<()> {
+        let part = self.part(at, to.len())?;
+        // SAFETY: inside (checked), and mapped: so are the whole words around, since pages are made of them.
+        unsafe { atomic::load(self.ptr(&part), to) };
+        Ok(())
+    }
+
+    /// Copies `from` to the bytes at `at`. Everyone who maps the file, or reads it, sees them at once.
+    ///
+    /// # Errors
+    /// As [`SharedMemory::read_at`]; [`Error::Argument`] for memory that is not written to.
+    pub fn write_at(&self, at: usize, from: &[u8]) -> Result<()> {
+        let part = self.part(at, from.len())?;
+        if !matches!(&self.owner, Owner::Mapping(mapping) if mapping.backing == Backing::Shared) {
+            return Err(Error::Argument("this memory is not written to".into()));
+        }
+        // SAFETY: as above; a shared mapping is writable.
+        unsafe { atomic::store(self.ptr(&part), from) };
+        Ok(())
+    }
+
+    /// Has the kernel write the pages that hold a part of the bytes to the disk, and waits for it: msync(2) with
+    /// `MS_SYNC`. Other processes see what was written without it: it is for power losses.
+    ///
+    /// # Errors
+    /// `InvalidInput` for a range outside; what the disk answers. An error is reported once: the kernel holds the
+    /// pages to be clean afterwards, and a second call would say that all is well.
+    pub fn flush(&self, part: Range<usize>) -> io::Result<()> {
+        self.mapping(&part)?.map_or(Ok(()), |(raw, start)| raw.flush_range(start, part.len()))
+    }
+
+    /// As [`SharedMemory::flush`], without waiting: msync(2) with `MS_ASYNC`. On Linux that does nothing; the
+    /// kernel writes by itself, within about half a minute.
+    ///
+    /// # Errors
+    /// `InvalidInput` for a range outside.
+    pub fn flush_async(&self, part: Range<usize>) -> io::Result<()> {
+        self.mapping(&part)?.map_or(Ok(()), |(raw, start)| raw.flush_async_range(start, part.len()))
+    }
+
+    /// Which pages of a part of the bytes are in memory.
+    ///
+    /// # Errors
+    /// As [`Mapping::residency`].
+    pub fn residency(&self, part: Range<usize>) -> io::Result<Residency> {
+        match &self.owner {
+            Owner::Mapping(mapping) => mapping.residency(part),
+            #[cfg(feature = "python")]
+            Owner::Heap { .. } => Ok(Residency::default()),
+        }
+    }
+
+    /// As [`Mapping::advise_range`].
+    ///
+    /// # Errors
+    /// As there.
+    pub fn advise_range(&self, advice: Advice, part: Range<usize>) -> io::Result<()> {
+        match &self.owner {
+            Owner::Mapping(mapping) => mapping.advise_range(advice, part),
+            #[cfg(feature = "python")]
+            Owner::Heap { .. } => Ok(()),
+        }
+    }
+
+    /// As [`Mapping::populate_read`].
+    pub(crate) fn populate_read(&self, part: Range<usize>) -> io::Result<()> {
+        match &self.owner {
+            Owner::Mapping(mapping) => mapping.populate_read(part),
+            #[cfg(feature = "python")]
+            Owner::Heap { .. } => Ok(()),
+        }
+    }
+
+    fn part(&self, at: usize, len: usize) -> Result<Range<usize>> {
+        let end = at.checked_add(len).filter(|&end| end <= self.len);
+        end.map(|end| at..end).ok_or_else(|| Error::Argument(format!("bytes {at}.. are outside the memory")))
+    }
+
+    /// What a part's bytes are mapped by, and where in it they start; `None` on the heap.
+    fn mapping(&self, part: &Range<usize>) -> io::Result<Option<(&memmap2::MmapRaw, usize)>> {
+        match &self.owner {
+            Owner::Mapping(mapping) => {
+                mapping.check(part)?;
+                Ok(Some((&mapping.raw, mapping.start + part.start)))
+            }
+            #[cfg(feature = "python")]
+            Owner::Heap { .. } => Ok(None),
+        }
     }
 
     /// The address of a part, which stays valid as long as this value.
@@ -102,6 +205,46 @@ impl SharedMemory {
     pub(crate) fn source(&self, part: &Range<usize>) -> Source<'_> {
         // SAFETY: the part lies inside (`ptr` asserts it) and stays readable while borrowed.
         unsafe { Source::from_raw(self.ptr(part), part.len()) }
+    }
+}
+
+impl std::fmt::Debug for SharedMemory {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("SharedMemory").field("len", &self.len).finish_non_exhaustive()
+    }
+}
+
+#[cfg(feature = "python")]
+impl SharedMemory {
+    /// A copy on the heap, 64-byte aligned: for what is misaligned where it lies.
+    pub(crate) fn copy_of(source: Source<'_>) -> Self {
+        let mut lines = vec![Line([0; 64]); source.len().div_ceil(64)];
+        let memory =
+            Self { ptr: lines.as_mut_ptr().cast(), len: source.len(), owner: Owner::Heap { _lines: lines } };
+        memory.write(&(0..source.len()), source);
+        memory
+    }
+
+    /// Whether the bytes are a file's pages.
+    pub(crate) fn is_mapped(&self) -> bool {
+        matches!(&self.owner, Owner::Mapping(mapping) if mapping.backing != Backing::Owned)
+    }
+
+    /// Where in its file the first byte lies.
+    pub(crate) fn file_offset(&self) -> u64 {
+        match &self.owner {
+            Owner::Mapping(mapping) => mapping.offset,
+            Owner::Heap { .. } => 0,
+        }
+    }
+
+    /// Whether what is written reaches a file that others may have.
+    pub(crate) fn is_shared(&self) -> bool {
+        matches!(&self.owner, Owner::Mapping(mapping) if mapping.backing == Backing::Shared)
+    }
+
+    pub(crate) fn is_read_only(&self) -> bool {
+        matches!(&self.owner, Owner::Mapping(mapping) if mapping.backing == Backing::ReadOnly)
     }
 
     /// Copies into a part; not for read-only memory.

@@ -31,7 +31,6 @@ impl<'a> From<&'a [u8]> for Source<'a> {
 impl Source<'_> {
     /// # Safety
     /// `ptr` is readable for `len` bytes from any thread as long as the value lives.
-    #[cfg(feature = "python")]
     pub(crate) unsafe fn from_raw(ptr: *const u8, len: usize) -> Self {
         Self { ptr, len, life: PhantomData }
     }

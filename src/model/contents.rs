@@ -56,6 +56,8 @@ pub(crate) struct Found<'a> {
     pub(crate) info: TensorInfo<'a>,
     /// The tensor's place among all of the model, in file order.
     pub(crate) place: usize,
+    /// Where in a page the shard's first byte lies.
+    pub(super) in_page: usize,
     pub(crate) difference: Difference,
 }
 
@@ -96,7 +98,7 @@ impl<'a> Contents<'a> {
                 continue;
             }
             let base = memory.base().filter(|_| memory.backing() == Backing::CopyOnWrite);
-            let base = base.ok_or_else(|| nothing_to_compare_with(&shard.path))?;
+            let base = base.ok_or_else(|| nothing_to_compare_with(&shard.path, memory.backing()))?;
             let patches: &[Patch] = marks.patches.get(s).map_or(&[], Vec::as_slice);
             let runs = if span == Span::UntilMark {
                 patches.iter().map(|patch| patch.at..patch.at + patch.bytes.len()).collect()
@@ -129,13 +131,20 @@ impl<'a> Contents<'a> {
                     Span::UntilMark => (mark, file),
                 };
                 pairs.push(Pair { now, before, blocks, unit: info.dtype().itemsize().unwrap_or(1) });
-                places.push((s, i, info, first_place + i));
+                places.push((s, i, info, first_place + i, memory.in_page()));
             }
         }
         let found = compare(&pairs, hash).into_iter().zip(places);
-        let found = found
-            .filter(|(difference, _)| !difference.is_empty())
-            .map(|(difference, (shard, index, info, place))| Found { shard, index, info, place, difference });
+        let found = found.filter(|(difference, _)| !difference.is_empty()).map(
+            |(difference, (shard, index, info, place, in_page))| Found {
+                shard,
+                index,
+                info,
+                place,
+                in_page,
+                difference,
+            },
+        );
         Ok((found.collect(), private))
     }
 
@@ -153,7 +162,7 @@ impl<'a> Contents<'a> {
             let mut patches = Vec::new();
             if memory.backing() != Backing::ReadOnly {
                 if memory.backing() != Backing::CopyOnWrite || memory.base().is_none() {
-                    return Err(nothing_to_compare_with(&shard.path));
+                    return Err(nothing_to_compare_with(&shard.path, memory.backing()));
                 }
                 let runs = memory.private(shard.layout.data_range());
                 for run in runs.map_err(Error::io(&shard.path, "asking about its pages"))? {
@@ -191,7 +200,7 @@ impl<'a> Contents<'a> {
             return Ok(sums.clone());
         }
         let bases: Option<Vec<Source<'a>>> = self.memories.iter().map(|memory| memory.base()).collect();
-        let bases = bases.ok_or_else(|| nothing_to_compare_with(self.path(0)))?;
+        let bases = bases.ok_or_else(|| nothing_to_compare_with(self.path(0), Backing::Owned))?;
         let sums = self.hashed(|s, _, info| bases[s].part(info.bytes()))?;
         Ok(self.catalog.keep_sums(sums).clone())
     }
@@ -226,7 +235,7 @@ pub(crate) enum Until {
 
 impl Found<'_> {
     pub(crate) fn change(&self) -> Change {
-        let pages = self.difference.pages(self.info.offset());
+        let pages = self.difference.pages(self.in_page as u64 + self.info.offset());
         Change {
             name: self.info.name().into(),
             elements: self.difference.elements,
@@ -285,10 +294,13 @@ fn kept(source: Source<'_>) -> Vec<u8> {
     bytes
 }
 
-fn nothing_to_compare_with(path: &Path) -> Error {
+fn nothing_to_compare_with(path: &Path, backing: Backing) -> Error {
+    let why = match backing {
+        Backing::Shared => "it is edited in its file",
+        _ => "it is in memory of its own (read, or made anew by a delta)",
+    };
     Error::Argument(format!(
-        "{}: what changed cannot be told: it is in memory of its own (read, or made anew by a delta), and \
-         nothing is left to compare with; open it mapped and copy-on-write",
+        "{}: what changed cannot be told: {why}, and nothing is left to compare with; open it mapped and copy-on-write",
         crate::error::printable(&path.to_string_lossy())
     ))
 }

@@ -138,7 +138,14 @@ pub(crate) fn compare_contents<'a>(a: &Contents<'a>, b: &Contents<'a>, hash: boo
         .into_iter()
         .zip(places)
         .filter(|(difference, _)| !difference.is_empty())
-        .map(|(difference, (shard, index, info, place))| Found { shard, index, info, place, difference })
+        .map(|(difference, (shard, index, info, place))| Found {
+            shard,
+            index,
+            info,
+            place,
+            in_page: 0,
+            difference,
+        })
         .collect();
     compared
 }

@@ -1,5 +1,6 @@
 //! A model: one file or a sharded set, its tensors by name.
 
+mod assemble;
 mod catalog;
 mod changes;
 mod compare;
@@ -7,10 +8,13 @@ mod contents;
 mod diff;
 #[cfg(any(feature = "cli", feature = "python"))]
 mod glob;
+mod guards;
 mod lazy;
 mod model_mut;
+mod model_shared;
 mod open;
 mod paging;
+mod place;
 mod prefetch;
 mod schedule;
 mod select;
@@ -25,12 +29,13 @@ pub(crate) use compare::Difference;
 pub(crate) use contents::{Contents, Found, Marks, Span, Until, hash_all};
 pub(crate) use diff::compare_contents;
 pub use diff::{Differences, Reshaped, diff};
+pub(crate) use guards::Guards;
 pub use model_mut::ModelMut;
 pub(crate) use model_mut::split;
+pub use model_shared::ModelShared;
 pub use open::OpenOptions;
-#[cfg(feature = "python")]
-pub(crate) use open::{Place, locate};
 pub(crate) use paging::{Locks, Paging};
+pub(crate) use place::{Place, locate};
 pub use prefetch::Prefetch;
 pub use select::Select;
 pub use shard::ModelShard;
@@ -72,6 +77,8 @@ pub struct Model {
     mappings: Vec<Arc<Mapping>>,
     /// What [`Model::lock`] holds.
     locks: Arc<Locks>,
+    /// Under [`OpenOptions::guard`].
+    guards: Option<Guards>,
 }
 
 impl Model {
@@ -140,7 +147,33 @@ impl Model {
 
     pub(crate) fn new(catalog: Catalog, mappings: Vec<Arc<Mapping>>) -> Self {
         debug_assert_eq!(catalog.shards().len(), mappings.len());
-        Self { catalog, mappings, locks: Arc::default() }
+        Self { catalog, mappings, locks: Arc::default(), guards: None }
+    }
+
+    pub(crate) fn guarded(mut self, guards: Option<Guards>) -> Self {
+        self.guards = guards;
+        self
+    }
+
+    #[cfg(feature = "python")]
+    pub(crate) fn take_guards(&mut self) -> Option<Guards> {
+        self.guards.take()
+    }
+
+    /// Under [`OpenOptions::guard`], whether the files are still as they were when they were opened. Else it is
+    /// not known, and this answers that all is well.
+    ///
+    /// # Errors
+    /// [`Error::Changed`], [`Error::Io`].
+    pub fn check(&self) -> Result<()> {
+        self.guards.as_ref().map_or(Ok(()), |guards| guards.check(&self.catalog))
+    }
+
+    /// Under [`OpenOptions::guard`], brings a tensor's pages in while its file is as it was.
+    fn hand_out(&self, shard: usize, info: &TensorInfo<'_>) -> Result<()> {
+        let Some(guards) = &self.guards else { return Ok(()) };
+        let path = &self.catalog.shards()[shard].path;
+        guards.hand_out(shard, path, || self.mappings[shard].populate_read(info.bytes()))
     }
 
     /// What there is, and where it lies in memory.
@@ -177,12 +210,18 @@ impl Model {
     /// The tensor called `name`.
     ///
     /// # Errors
-    /// [`Error::Missing`], with near names.
+    /// [`Error::Missing`], with near names; those of [`OpenOptions::guard`] where that is on.
     pub fn tensor(&self, name: &str) -> Result<TensorView<'_>> {
+        if self.guards.is_some()
+            && let Some((shard, index)) = self.catalog.find(name)
+            && let Some(info) = self.catalog.shards()[shard].layout.at(index)
+        {
+            self.hand_out(shard, &info)?;
+        }
         self.get(name).ok_or_else(|| self.catalog.missing(name))
     }
 
-    /// The tensor called `name`, if there is one.
+    /// The tensor called `name`, if there is one. Not guarded, as [`Model::tensors`] is not.
     pub fn get(&self, name: &str) -> Option<TensorView<'_>> {
         let (shard, index) = self.catalog.find(name)?;
         let info = self.catalog.shards()[shard].layout.at(index)?;

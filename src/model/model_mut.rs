@@ -78,8 +78,11 @@ impl ModelMut {
     /// The tensor called `name`, to write.
     ///
     /// # Errors
-    /// [`Error::Missing`](crate::Error::Missing), with near names.
+    /// [`Error::Missing`](crate::Error::Missing), with near names; those of [`OpenOptions::guard`] where that is on.
     pub fn tensor_mut(&mut self, name: &str) -> Result<TensorViewMut<'_>> {
+        if self.model.guards.is_some() {
+            self.model.tensor(name)?;
+        }
         let Model { catalog, mappings, .. } = &mut self.model;
         let found = catalog.find(name).and_then(|(s, i)| Some((s, i, catalog.shards()[s].layout.at(i)?)));
         let (shard, index, info) = found.ok_or_else(|| catalog.missing(name))?;
@@ -148,6 +151,7 @@ impl ModelMut {
     /// # Ok::<(), maptensors::Error>(())
     /// ```
     pub fn changed(&self) -> Result<Changes> {
+        self.check()?;
         self.contents().changes()
     }
 
@@ -166,6 +170,7 @@ impl ModelMut {
     /// # Ok::<(), maptensors::Error>(())
     /// ```
     pub fn mark(&mut self) -> Result<()> {
+        self.check()?;
         self.marks = Some(self.contents().mark()?);
         Ok(())
     }

@@ -1,13 +1,18 @@
 //! From a path to a model.
 
-use super::{Catalog, Model, ModelMut, Shard, Verify};
+use super::assemble::{Access, assemble, read_header, read_layout};
+use super::{Catalog, Model, ModelMut, ModelShared, Place, Shard, Verify, locate};
 use crate::error::{Error, Result};
-use crate::format::{index, safetensors};
-use crate::layout::{Layout, Text};
-use crate::map::{self, Advice, Backing, FileText, Mapping};
+use crate::format::safetensors;
+use crate::layout::Text;
+#[cfg(target_os = "linux")]
+use crate::map::SealedMemfd;
+use crate::map::{self, Backing, FileText, MapOptions, Mapping, SharedMemory, Window};
 use std::fs::File;
-use std::io;
-use std::path::{Path, PathBuf};
+use std::ops::RangeBounds;
+#[cfg(target_os = "linux")]
+use std::os::fd::AsFd as _;
+use std::path::Path;
 use std::sync::Arc;
 
 /// How to open a model; [`Model::open`] and its kin are the defaults.
@@ -22,9 +27,10 @@ use std::sync::Arc;
 /// ```
 #[derive(Debug, Clone, Default)]
 pub struct OpenOptions {
-    populate: bool,
+    pub(super) map: MapOptions,
     dense_edits: bool,
     verify: Verify,
+    pub(super) guard: bool,
 }
 
 impl OpenOptions {
@@ -37,7 +43,55 @@ impl OpenOptions {
     /// instead of a later `SIGBUS`. Copies nothing: pages stay shared until written.
     #[must_use]
     pub fn populate(mut self, populate: bool) -> Self {
-        self.populate = populate;
+        self.map = self.map.populate(populate);
+        self
+    }
+
+    /// Keep all pages in RAM as long as the model lives: see [`MapOptions::lock`].
+    ///
+    /// # Errors
+    /// Opening then answers [`Error::Limit`] where `RLIMIT_MEMLOCK` does not allow it.
+    #[must_use]
+    pub fn lock(mut self, lock: bool) -> Self {
+        self.map = self.map.lock(lock);
+        self
+    }
+
+    /// Whether memory is promised for every page that may be edited: see [`MapOptions::reserve_swap`].
+    #[must_use]
+    pub fn reserve_swap(mut self, reserve: bool) -> Self {
+        self.map = self.map.reserve_swap(reserve);
+        self
+    }
+
+    /// Whether to ask for huge pages (default): see [`MapOptions::huge_pages`].
+    #[must_use]
+    pub fn huge_pages(mut self, huge: bool) -> Self {
+        self.map = self.map.huge_pages(huge);
+        self
+    }
+
+    /// The part of the file that is the model, in bytes: for one that is stored inside another file, such as a
+    /// tar archive or a zip archive without compression. For one file only, not for a sharded set.
+    ///
+    /// Tensors of such a model may be misaligned in memory: [`TensorView::as_slice`](crate::TensorView::as_slice)
+    /// then refuses, and `to_vec` copies. [`OpenOptions::read`] and its kin align them.
+    ///
+    /// ```
+    /// use maptensors::OpenOptions;
+    ///
+    /// let model = std::fs::read("models/digits.safetensors").unwrap();
+    /// let path = std::env::temp_dir().join("maptensors-doc-window");
+    /// std::fs::write(&path, [&[7; 512], &model[..], &[7; 100]].concat()).unwrap();
+    /// // SAFETY: nobody writes to the file while it is mapped.
+    /// let inside = unsafe { OpenOptions::new().window(512..512 + model.len() as u64).open(&path)? };
+    /// assert_eq!(inside.tensor("fc1.bias")?.shape(), [64]);
+    /// # std::fs::remove_file(path).unwrap();
+    /// # Ok::<(), maptensors::Error>(())
+    /// ```
+    #[must_use]
+    pub fn window(mut self, part: impl RangeBounds<u64>) -> Self {
+        self.map = self.map.window(part);
         self
     }
 
@@ -76,6 +130,13 @@ impl OpenOptions {
     #[must_use]
     pub fn verify(mut self, verify: Verify) -> Self {
         self.verify = verify;
+        self
+    }
+
+    #[doc = include_str!("guard.md")]
+    #[must_use]
+    pub fn guard(mut self, guard: bool) -> Self {
+        self.guard = guard;
         self
     }
 
@@ -133,6 +194,19 @@ impl OpenOptions {
             .map(|model| ModelMut::new(model, self.dense_edits))
     }
 
+    /// As [`ModelShared::open`].
+    ///
+    /// # Safety
+    /// As [`ModelShared::open`].
+    ///
+    /// # Errors
+    /// As [`ModelShared::open`].
+    #[allow(unsafe_code)]
+    pub unsafe fn open_shared(&self, path: impl AsRef<Path>) -> Result<ModelShared> {
+        // SAFETY: the caller's promise is passed on.
+        unsafe { self.open_place_shared(&locate(path.as_ref())?) }
+    }
+
     /// As [`Model::read`].
     ///
     /// # Errors
@@ -141,35 +215,125 @@ impl OpenOptions {
         self.read_place(&locate(path.as_ref())?)
     }
 
+    /// Reads a model into memory that is then sealed, and maps that: immune to whatever becomes of the file, as
+    /// [`OpenOptions::read`] is; but its pages are shared with processes that are forked.
+    ///
+    /// # Errors
+    /// As [`Model::read`].
+    ///
+    /// ```
+    /// use maptensors::OpenOptions;
+    ///
+    /// let model = OpenOptions::new().read_sealed("models/digits.safetensors")?;
+    /// assert_eq!(model.tensor("fc1.bias")?.shape(), [64]);
+    /// # Ok::<(), maptensors::Error>(())
+    /// ```
+    #[cfg(target_os = "linux")]
+    pub fn read_sealed(&self, path: impl AsRef<Path>) -> Result<Model> {
+        self.read_place_sealed(&locate(path.as_ref())?, Backing::ReadOnly)
+    }
+
+    /// As [`OpenOptions::read_sealed`], to edit: copy-on-write, so that [`ModelMut::changed`] knows what was
+    /// edited.
+    ///
+    /// # Errors
+    /// As [`Model::read`].
+    ///
+    /// ```
+    /// let mut model = maptensors::OpenOptions::new().read_sealed_mut("models/digits.safetensors")?;
+    /// model.tensor_mut("fc1.bias")?.as_mut_slice::<f32>()?[0] = 9.0;
+    /// assert_eq!(model.changed()?.elements(), 1);
+    /// # Ok::<(), maptensors::Error>(())
+    /// ```
+    #[cfg(target_os = "linux")]
+    pub fn read_sealed_mut(&self, path: impl AsRef<Path>) -> Result<ModelMut> {
+        let model = self.read_place_sealed(&locate(path.as_ref())?, Backing::CopyOnWrite)?;
+        Ok(ModelMut::new(model, self.dense_edits))
+    }
+
+    /// Maps a model in sealed memory. Nobody can change it, so this needs no promise.
+    ///
+    /// # Errors
+    /// As [`Model::open`]; the path in errors is empty.
+    #[cfg(target_os = "linux")]
+    pub fn open_sealed(&self, memfd: &SealedMemfd) -> Result<Model> {
+        self.open_memfd(memfd, Backing::ReadOnly)
+    }
+
+    /// As [`OpenOptions::open_sealed`], to edit: copy-on-write.
+    ///
+    /// # Errors
+    /// As [`OpenOptions::open_sealed`].
+    #[cfg(target_os = "linux")]
+    pub fn open_sealed_mut(&self, memfd: &SealedMemfd) -> Result<ModelMut> {
+        Ok(ModelMut::new(self.open_memfd(memfd, Backing::CopyOnWrite)?, self.dense_edits))
+    }
+
+    #[cfg(target_os = "linux")]
+    fn open_memfd(&self, memfd: &SealedMemfd, backing: Backing) -> Result<Model> {
+        let path = Path::new("");
+        let file = memfd.as_fd().try_clone_to_owned().map_err(Error::io(path, "copying the descriptor"))?;
+        let found = read_layout(file.into(), memfd.len()?, path, &self.map, read_header)?;
+        let mapping = self.map.bring_sealed(memfd, path, found.window, backing)?;
+        let catalog = Catalog::new(vec![Shard { path: path.into(), layout: found.layout }])?;
+        self.checked(Model::new(catalog, vec![Arc::new(mapping)]))
+    }
+
     /// Maps files already located.
     ///
     /// # Safety
     /// As [`Model::open`].
     #[allow(unsafe_code)]
     pub(crate) unsafe fn open_place(&self, place: &Place, backing: Backing) -> Result<Model> {
-        // SAFETY: the caller vouches for the files.
-        let header = |file: &File, path: &Path, len| unsafe { map_header(file, path, len) };
-        let (catalog, mappings) = assemble(place, header, |file, len, layout| {
-            let mapping = if backing == Backing::ReadOnly {
-                // SAFETY: the caller vouches for the files; `len` is this descriptor's length.
-                unsafe { Mapping::open_read_only(file, len) }
-            } else {
-                // SAFETY: as above.
-                unsafe { Mapping::open_copy_on_write(file, len) }
-            }?;
-            if self.populate {
-                populate(&mapping, layout)?;
+        let header = |file: &File, path: &Path, part: Window| {
+            if self.guard {
+                // Names are looked up without asking whether the file has changed.
+                return read_header(file, path, part);
             }
-            Ok(mapping)
+            // SAFETY: the caller vouches for the files.
+            unsafe { map_header(file, path, part) }
+        };
+        let (catalog, mappings, guards) = assemble(place, self, Access::Read, header, |found, path| {
+            // SAFETY: the caller vouches for the files; the window was held against this descriptor's length.
+            unsafe { self.map.bring(&found.file, path, found.window, backing) }
         })?;
-        self.checked(Model::new(catalog, mappings))
+        self.checked(Model::new(catalog, mappings).guarded(guards))
+    }
+
+    /// Maps files already located, to edit them. The header is copied: what others may write is never a `&str`.
+    ///
+    /// # Safety
+    /// As [`ModelShared::open`].
+    #[allow(unsafe_code)]
+    pub(crate) unsafe fn open_place_shared(&self, place: &Place) -> Result<ModelShared> {
+        let (catalog, memories, guards) = assemble(place, self, Access::Edit, read_header, |found, path| {
+            // SAFETY: the caller vouches that the files keep their length, against which the window was held;
+            // the mapping goes into a SharedMemory, which makes no slices.
+            let mapping = unsafe { self.map.bring(&found.file, path, found.window, Backing::Shared) }?;
+            Ok(SharedMemory::from(Arc::new(mapping)))
+        })?;
+        let model = ModelShared::new(catalog, memories, guards);
+        if self.verify == Verify::All {
+            model.contents().verify()?;
+        }
+        Ok(model)
     }
 
     /// Reads files already located into owned memory.
     pub(crate) fn read_place(&self, place: &Place) -> Result<Model> {
-        let header = |file: &File, path: &Path, len| read_header(file, path, len);
-        let read = |file: &File, len, layout: &Layout| Mapping::read(file, len, layout.data_range().start);
-        let (catalog, mappings) = assemble(place, header, read)?;
+        let (catalog, mappings, _) = assemble(place, self, Access::Copy, read_header, |found, path| {
+            self.map.read(&found.file, path, found.window, found.layout.data_range().start)
+        })?;
+        self.checked(Model::new(catalog, mappings))
+    }
+
+    /// Reads files already located into memory that is then sealed.
+    #[cfg(target_os = "linux")]
+    pub(crate) fn read_place_sealed(&self, place: &Place, backing: Backing) -> Result<Model> {
+        let (catalog, mappings, _) = assemble(place, self, Access::Copy, read_header, |found, path| {
+            let data_start = found.layout.data_range().start;
+            self.map.read_sealed(&found.file, path, found.window, data_start, backing)
+        })?;
         self.checked(Model::new(catalog, mappings))
     }
 
@@ -181,192 +345,20 @@ impl OpenOptions {
     }
 }
 
-/// Reads the data's pages in, cut at huge pages so that the page cache stays made of them.
-fn populate(mapping: &Mapping, layout: &Layout) -> io::Result<()> {
-    let data = layout.data_range();
-    let chunks = (data.start / map::CHUNK..data.end.div_ceil(map::CHUNK)).collect();
-    map::each_in_parallel(chunks, |i: usize| {
-        let range = (i * map::CHUNK).max(data.start)..((i + 1) * map::CHUNK).min(data.end);
-        match mapping.advise_range(Advice::PopulateRead, range) {
-            // A kernel before 5.14: pages come when they are touched.
-            Err(error) if error.raw_os_error() == Some(libc::EINVAL) => Ok(()),
-            result => result,
-        }
-    })
-}
-
-/// The files of a model.
-#[derive(Debug)]
-pub(crate) struct Place {
-    /// What the user named, for errors that concern the whole.
-    pub(crate) path: PathBuf,
-    pub(crate) files: Vec<PathBuf>,
-    /// What the index says, to be held against the files.
-    pub(crate) index: Option<index::Index>,
-}
-
-impl Place {
-    pub(crate) fn files(paths: &[impl AsRef<Path>]) -> Self {
-        let files: Vec<PathBuf> = paths.iter().map(|p| p.as_ref().to_owned()).collect();
-        Self { path: files.first().cloned().unwrap_or_default(), files, index: None }
-    }
-}
-
-const INDEX_SUFFIX: &str = ".safetensors.index.json";
-
-/// Finds the files that `path` stands for.
-///
-/// # Errors
-/// [`Error::Io`]; those of [`index::parse`]; [`Error::NotRegular`] for a directory without a model, or
-/// with several.
-pub(crate) fn locate(path: &Path) -> Result<Place> {
-    let name = path.file_name().and_then(|n| n.to_str()).unwrap_or_default();
-    if path.is_dir() {
-        return locate(&pick(path)?);
-    }
-    if !name.ends_with(".index.json") {
-        return Ok(Place::files(&[path]));
-    }
-    let (file, len) = map::open_regular(path)?;
-    let limit = index::MAX_INDEX_LEN;
-    let too_long =
-        || Error::Limit { path: path.into(), what: "the index length", found: len, limit, hint: None };
-    let len = usize::try_from(len).ok().filter(|&n| n as u64 <= limit).ok_or_else(too_long)?;
-    let index = index::parse(&map::read_exact_at(&file, path, 0, len)?, path)?;
-    // Beside the index as it was named: a hub cache's index is a link, and so are the shards beside it.
-    let dir = path.parent().unwrap_or(Path::new(""));
-    let files = index.shards.iter().map(|shard| dir.join(shard)).collect();
-    Ok(Place { path: path.into(), files, index: Some(index) })
-}
-
-/// The model in a directory: its index, or its only safetensors file.
-fn pick(dir: &Path) -> Result<PathBuf> {
-    // The whole file first, as transformers does: an index beside it is what a sharded save left before.
-    for name in ["model.safetensors", "model.safetensors.index.json"] {
-        if dir.join(name).exists() {
-            return Ok(dir.join(name));
-        }
-    }
-    let (mut indices, mut files) = (Vec::new(), Vec::new());
-    for entry in std::fs::read_dir(dir).map_err(Error::io(dir, "listing the directory"))? {
-        let name = entry.map_err(Error::io(dir, "listing the directory"))?.file_name();
-        let text = name.to_string_lossy();
-        if text.ends_with(INDEX_SUFFIX) {
-            indices.push(dir.join(&name));
-        } else if text.ends_with(".safetensors") {
-            files.push(dir.join(&name));
-        }
-    }
-    // Shards that no index lists are no model: a save that was killed has left them, beside the old file.
-    if indices.is_empty() && files.iter().filter(|path| !is_part(path)).count() == 1 {
-        files.retain(|path| !is_part(path));
-    }
-    match (indices.as_slice(), files.as_slice()) {
-        ([], [only]) if is_part(only) => Err(Error::NotRegular {
-            path: dir.into(),
-            found: "a directory with one shard of several, and no index",
-        }),
-        ([only], _) | ([], [only]) => Ok(only.clone()),
-        ([], []) => {
-            Err(Error::NotRegular { path: dir.into(), found: "a directory without a safetensors model" })
-        }
-        _ => Err(Error::NotRegular { path: dir.into(), found: "a directory with several models: name one" }),
-    }
-}
-
-/// Whether a file's name says that it is one of several: `…-00001-of-00002.safetensors`.
-fn is_part(path: &Path) -> bool {
-    let stem = path.file_stem().and_then(|stem| stem.to_str()).unwrap_or_default();
-    let parts = stem.rsplit_once("-of-").and_then(|(rest, count)| Some((rest.rsplit_once('-')?.1, count)));
-    parts.is_some_and(|(number, count)| {
-        number.parse::<u32>().is_ok() && count.parse::<u32>().is_ok_and(|count| count > 1)
-    })
-}
-
-/// Opens every file of `place`, gets its bytes with `bring`, and holds the whole against the index.
-fn assemble<M: Send + Sync>(
-    place: &Place,
-    header: impl Fn(&File, &Path, usize) -> Result<Text> + Sync,
-    bring: impl Fn(&File, usize, &Layout) -> io::Result<M> + Sync,
-) -> Result<(Catalog, Vec<Arc<M>>)> {
-    if place.files.is_empty() && place.index.is_none() {
-        return Err(Error::Argument("no file is named to be opened".into()));
-    }
-    let open = |path: &Path| -> Result<(Shard, Arc<M>)> {
-        let (file, layout, len) = read_layout(path, &header)?;
-        let memory = bring(&file, len, &layout).map_err(Error::io(path, "mapping the file"))?;
-        Ok((Shard { path: path.into(), layout }, Arc::new(memory)))
-    };
-    let mut opened: Vec<Option<(Shard, Arc<M>)>> = Vec::new();
-    opened.resize_with(place.files.len(), || None);
-    let jobs = place.files.iter().zip(&mut opened).collect();
-    map::each_in_parallel(jobs, |(path, slot): (&PathBuf, &mut Option<_>)| {
-        *slot = Some(open(path)?);
-        Ok(())
-    })?;
-    let (shards, memories) = opened.into_iter().flatten().unzip();
-    let catalog = Catalog::new(shards)?;
-    if let Some(index) = &place.index {
-        check_index(index, &catalog, &place.path)?;
-    }
-    Ok((catalog, memories))
-}
-
-/// One descriptor: open, length, header. Returns the length as the address space can hold it.
-fn read_layout(
-    path: &Path,
-    header: impl Fn(&File, &Path, usize) -> Result<Text>,
-) -> Result<(File, Layout, usize)> {
-    let (file, file_len) = map::open_regular(path)?;
-    let prefix_len = safetensors::PREFIX_LEN.min(usize::try_from(file_len).unwrap_or(usize::MAX));
-    let prefix = map::read_exact_at(&file, path, 0, prefix_len)?;
-    let header_len = safetensors::header_len(&prefix, file_len, path)?;
-    let layout = safetensors::parse_text(header(&file, path, header_len)?, file_len, path)?;
-    let too_large = || Error::io(path, "mapping the file")(io::ErrorKind::OutOfMemory.into());
-    let len = isize::try_from(file_len).map_err(|_| too_large())?.cast_unsigned();
-    Ok((file, layout, len))
-}
-
-/// A header as text of our own.
-fn read_header(file: &File, path: &Path, len: usize) -> Result<Text> {
-    let bytes = map::read_exact_at(file, path, safetensors::PREFIX_LEN as u64, len)?;
-    let text = String::from_utf8(bytes).map_err(|e| safetensors::not_utf8(e.utf8_error(), path))?;
-    Ok(Text::Owned(text))
-}
-
 /// A header where it lies, if it is long: most of what opening many tensors cost was memory to copy it to.
 ///
 /// # Safety
 /// As [`Model::open`].
 #[allow(unsafe_code)]
-unsafe fn map_header(file: &File, path: &Path, len: usize) -> Result<Text> {
+unsafe fn map_header(file: &File, path: &Path, part: Window) -> Result<Text> {
     const LONG: usize = 256 << 10;
-    if len < LONG {
-        return read_header(file, path, len);
+    if part.len < LONG {
+        return read_header(file, path, part);
     }
     // SAFETY: the caller vouches for the file, which was found long enough.
-    let text = unsafe { FileText::map(file, safetensors::PREFIX_LEN..safetensors::PREFIX_LEN + len) };
+    let text = unsafe { FileText::map(file, part) };
     let text = text.map_err(Error::io(path, "mapping the header"))?;
     Ok(Text::Held(Arc::new(text.map_err(|error| safetensors::not_utf8(error, path))?)))
-}
-
-fn check_index(index: &index::Index, catalog: &Catalog, path: &Path) -> Result<()> {
-    for (name, said) in index.tensors() {
-        let found = catalog.find(name).map(|(shard, _)| shard);
-        if found == Some(said) {
-            continue;
-        }
-        let hint = match found {
-            Some(other) => format!(
-                " in {}, where the index puts it; it is in {}",
-                crate::error::quote(&index.shards[said]),
-                crate::error::quote(&index.shards[other])
-            ),
-            None => format!(" in {}, where the index puts it", crate::error::quote(&index.shards[said])),
-        };
-        return Err(Error::Missing { path: path.into(), name: name.to_owned(), hint });
-    }
-    Ok(())
 }
 
 pub(super) fn from_bytes(bytes: &[u8]) -> Result<Model> {

@@ -11,6 +11,7 @@ use pyo3::intern;
 use pyo3::prelude::*;
 use pyo3::sync::PyOnceLock;
 use pyo3::types::{PyString, PyTuple};
+use std::ops::Range;
 use std::path::PathBuf;
 use std::sync::Arc;
 
@@ -120,20 +121,40 @@ impl Array<'_> {
         let ndarray = import(py, &NDARRAY, "numpy", "ndarray")?;
         let dtype = numpy_dtype(py, self.dtype)?;
         let shape = PyTuple::new(py, self.shape)?;
+        let offset = self.offset - self.flat_range().start;
         match self.strides {
-            None => ndarray.call1((shape, dtype, flat, self.offset)),
+            None => ndarray.call1((shape, dtype, flat, offset)),
             Some(strides) => {
                 let itemsize = self.dtype.itemsize().unwrap_or(1).cast_signed();
                 let strides = PyTuple::new(py, strides.iter().map(|stride| stride * itemsize))?;
-                ndarray.call1((shape, dtype, flat, self.offset, strides))
+                ndarray.call1((shape, dtype, flat, offset, strides))
             }
         }
     }
 
-    /// The whole memory, as a buffer of bytes.
+    /// The whole memory, as a buffer of bytes; of a file that is edited, the array's part.
     pub(super) fn flat<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, Tensor>> {
-        let len = self.memory.len();
-        Bound::new(py, Tensor::whole(self.memory.clone(), 0, DType::U8, &[len], self.name, self.read_only))
+        let Range { start, end } = self.flat_range();
+        let (memory, shape) = (self.memory.clone(), [end - start]);
+        Bound::new(py, Tensor::whole(memory, start, DType::U8, &shape, self.name, self.read_only))
+    }
+
+    /// The bytes that [`Array::flat`] shows.
+    fn flat_range(&self) -> Range<usize> {
+        if !self.memory.is_shared() {
+            return 0..self.memory.len();
+        }
+        let Some(strides) = self.strides.filter(|_| self.elements() > 0) else {
+            return self.offset..self.offset + self.nbytes();
+        };
+        // From the lowest to the highest element, by steps that may be negative.
+        let itemsize = self.dtype.itemsize().unwrap_or(1);
+        let (mut start, mut end) = (self.offset, self.offset + itemsize);
+        for (&dim, &stride) in self.shape.iter().zip(strides) {
+            let reach = stride.unsigned_abs() * (dim - 1) * itemsize;
+            if stride < 0 { start -= reach } else { end += reach }
+        }
+        start..end
     }
 
     /// 4-bit floats one to the byte, as `ml_dtypes` holds them.

@@ -4,7 +4,9 @@ use super::model::{Model, Parts};
 use super::tensor::Tensor;
 use crate::error::Error;
 use crate::map::{Evicted, Residency, SharedMemory, Source};
-use crate::model::{self, At, Order, Paging, ReadAhead, Select, ShardPlan, Shards, Split, StreamOptions};
+use crate::model::{
+    self, At, Catalog, Order, Paging, ReadAhead, Select, ShardPlan, Shards, Split, StreamOptions,
+};
 use pyo3::exceptions::{PyRuntimeError, PyTypeError};
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
@@ -16,6 +18,13 @@ const TURN: Duration = Duration::from_millis(100);
 
 /// Names and patterns: one, or a list.
 pub(super) struct Names(Vec<String>);
+
+impl Names {
+    /// The names that are meant.
+    pub(super) fn find(&self, catalog: &Catalog) -> Result<Vec<String>, Error> {
+        Select::globs(catalog, &self.0)
+    }
+}
 
 impl<'py> FromPyObject<'_, 'py> for Names {
     type Error = PyErr;
@@ -49,7 +58,7 @@ impl Parts {
         work: impl FnOnce(&Paging<'_>, &Select<'_>) -> Result<T, Error> + Send,
     ) -> PyResult<T> {
         Ok(py.detach(|| {
-            let names = names.map(|Names(names)| Select::globs(&self.catalog, &names)).transpose()?;
+            let names = names.map(|names| names.find(&self.catalog)).transpose()?;
             let select = names.as_ref().map_or_else(|| Select::from(..), Select::from);
             work(&self.paging(), &select)
         })?)
@@ -262,7 +271,7 @@ impl Stream {
                     let Some(info) = self.parts.catalog.shards()[shard].layout.at(index) else {
                         return Ok(None);
                     };
-                    let tensor = py.detach(|| self.parts.tensor(shard, index, &info));
+                    let tensor = py.detach(|| self.parts.tensor(shard, index, &info))?;
                     return Ok(Some((info.name().to_owned(), tensor)));
                 }
             }

@@ -7,13 +7,15 @@ use super::tensor::Tensor;
 use crate::error::Error;
 use crate::layout::TensorInfo;
 use crate::map::{CHUNK, Memory, SharedMemory};
-use crate::model::{Catalog, Contents, Locks, Marks, Model as Opened};
+use crate::model::{Catalog, Contents, Guards, Locks, Marks, Model as Opened, ModelShared, Select};
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 use pyo3::types::{PyDict, PyList};
+use std::collections::hash_map::Entry;
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::ffi::OsString;
 use std::ops::Range;
+use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 
 /// A model's tensors by name, as a read-only mapping (`model["w"]`, `keys()`, `items()`, `len`, `in`).
@@ -40,31 +42,50 @@ pub(super) struct Parts {
     marks: Mutex<Option<Arc<Marks>>>,
     /// What `lock` holds.
     pub(super) locks: Arc<Locks>,
+    /// With `guard`.
+    guards: Option<Guards>,
 }
 
 impl Parts {
     /// The memory that holds a tensor aligned, and its offset there.
+    ///
+    /// # Errors
+    /// [`Error::Align`] for a misaligned tensor of a file that is edited; those of a guard.
     pub(super) fn place(
         &self,
         shard: usize,
         index: usize,
         info: &TensorInfo<'_>,
-    ) -> (Arc<SharedMemory>, usize) {
+    ) -> Result<(Arc<SharedMemory>, usize), Error> {
         let memory = &self.memories[shard];
         let range = info.bytes();
+        if let Some(guards) = &self.guards {
+            let path = &self.catalog.shards()[shard].path;
+            guards.hand_out(shard, path, || memory.populate_read(range.clone()))?;
+        }
         if range.is_empty() || memory.ptr(&range).addr().is_multiple_of(info.dtype().align()) {
             self.promote_once(shard, index, range.clone());
-            return (memory.clone(), range.start);
+            return Ok((memory.clone(), range.start));
+        }
+        if memory.is_shared() {
+            return Err(misaligned(&self.catalog.shards()[shard].path, info, memory));
         }
         let mut copies = self.copies.lock().unwrap_or_else(PoisonError::into_inner);
         let copy = copies
             .entry((shard, index))
             .or_insert_with(|| Arc::new(SharedMemory::copy_of(memory.source(&range))));
-        (copy.clone(), 0)
+        Ok((copy.clone(), 0))
     }
 
     /// Calls `work` with all bytes, to compare and to hash. Copies made meanwhile are not among them.
-    pub(super) fn with_contents<T>(&self, work: impl FnOnce(&Contents<'_>) -> T) -> T {
+    ///
+    /// # Errors
+    /// Those of a guard, and of `work`.
+    pub(super) fn with_contents<T>(
+        &self,
+        work: impl FnOnce(&Contents<'_>) -> Result<T, Error>,
+    ) -> Result<T, Error> {
+        self.check()?;
         let copies = self.copies.lock().unwrap_or_else(PoisonError::into_inner).clone();
         let marks = self.marks.lock().unwrap_or_else(PoisonError::into_inner).clone();
         work(&Contents {
@@ -88,9 +109,20 @@ impl Parts {
         }
     }
 
-    pub(super) fn tensor(&self, shard: usize, index: usize, info: &TensorInfo<'_>) -> Tensor {
-        let (memory, offset) = self.place(shard, index, info);
-        Tensor::whole(memory, offset, info.dtype(), info.shape(), info.name(), self.read_only)
+    pub(super) fn tensor(&self, shard: usize, index: usize, info: &TensorInfo<'_>) -> Result<Tensor, Error> {
+        let (memory, offset) = self.place(shard, index, info)?;
+        Ok(Tensor::whole(memory, offset, info.dtype(), info.shape(), info.name(), self.read_only))
+    }
+
+    pub(super) fn check(&self) -> Result<(), Error> {
+        self.guards.as_ref().map_or(Ok(()), |guards| guards.check(&self.catalog))
+    }
+
+    /// The shards and bytes of these tensors, or of all.
+    fn ranges(&self, names: Option<&Names>) -> Result<Vec<(usize, Range<usize>)>, Error> {
+        let names = names.map(|names| names.find(&self.catalog)).transpose()?;
+        let select = names.as_ref().map_or_else(|| Select::from(..), Select::from);
+        Ok(self.catalog.runs(&self.catalog.select(&select)?))
     }
 
     /// Every tensor's shard, place in it, and info, in file order.
@@ -101,9 +133,26 @@ impl Parts {
 }
 
 impl Model {
-    pub(super) fn new(opened: Opened, mode: &'static str, dense_edits: bool) -> Self {
+    pub(super) fn new(mut opened: Opened, mode: &'static str, dense_edits: bool) -> Self {
+        let guards = opened.take_guards();
         let (catalog, mappings) = opened.into_parts();
         let memories = mappings.into_iter().map(|mapping| Arc::new(SharedMemory::from(mapping))).collect();
+        Self::of(catalog, memories, guards, mode, dense_edits)
+    }
+
+    /// Of mode "r+".
+    pub(super) fn shared(opened: ModelShared) -> Self {
+        let (catalog, memories, guards) = opened.into_parts();
+        Self::of(catalog, memories, guards, "r+", false)
+    }
+
+    fn of(
+        catalog: Catalog,
+        memories: Vec<Arc<SharedMemory>>,
+        guards: Option<Guards>,
+        mode: &'static str,
+        dense_edits: bool,
+    ) -> Self {
         let promoted = (dense_edits && mode == "c").then(Mutex::default);
         let parts = Parts {
             catalog,
@@ -113,6 +162,7 @@ impl Model {
             promoted,
             marks: Mutex::default(),
             locks: Arc::default(),
+            guards,
         };
         Self { open: RwLock::new(Some(Arc::new(parts))), mode }
     }
@@ -133,7 +183,7 @@ impl Model {
         let dict = PyDict::new(py);
         let mut flats: HashMap<*const SharedMemory, Bound<'py, Tensor>> = HashMap::new();
         for (shard, index, info) in parts.infos() {
-            let (memory, offset) = parts.place(shard, index, &info);
+            let (memory, offset) = py.detach(|| parts.place(shard, index, &info))?;
             let array = Array {
                 memory: &memory,
                 offset,
@@ -143,9 +193,16 @@ impl Model {
                 read_only: parts.read_only,
                 name: info.name(),
             };
-            let flat = match flats.entry(Arc::as_ptr(&memory)) {
-                std::collections::hash_map::Entry::Occupied(entry) => entry.into_mut(),
-                std::collections::hash_map::Entry::Vacant(entry) => entry.insert(array.flat(py)?),
+            let alone;
+            let flat = if memory.is_shared() {
+                // The buffer under an array is not to reach the header of a file that is edited.
+                alone = array.flat(py)?;
+                &alone
+            } else {
+                match flats.entry(Arc::as_ptr(&memory)) {
+                    Entry::Occupied(entry) => entry.into_mut(),
+                    Entry::Vacant(entry) => entry.insert(array.flat(py)?),
+                }
             };
             dict.set_item(info.name(), make(&array, flat)?)?;
         }
@@ -155,6 +212,18 @@ impl Model {
     fn view<'py>(slf: &Bound<'py, Self>, class: &str) -> PyResult<Bound<'py, PyAny>> {
         slf.py().import("collections.abc")?.getattr(class)?.call1((slf,))
     }
+}
+
+/// Why a tensor of a file that is edited is not handed out: a copy's writes would not reach the file.
+fn misaligned(path: &Path, info: &TensorInfo<'_>, memory: &SharedMemory) -> Error {
+    let align = info.dtype().align();
+    let off = memory.ptr(&info.bytes()).addr() % align;
+    let what = format!(
+        "starts {off} bytes past a multiple of {align}, where arrays of {} cannot lie, and an aligned copy would not be \
+         the file: it cannot be edited in place; saving the model (open it with mode=\"c\") aligns every tensor",
+        info.dtype()
+    );
+    Error::Align { path: path.into(), tensor: info.name().into(), what }
 }
 
 /// Python's cycle collector, off until this is dropped. It would go through all objects again and again while many
@@ -186,8 +255,8 @@ impl Model {
         let missing = || py.detach(|| parts.catalog.missing(name));
         let (shard, index) = parts.catalog.find(name).ok_or_else(missing)?;
         let info = parts.catalog.shards()[shard].layout.at(index).ok_or_else(missing)?;
-        // A misaligned tensor is copied here, which reads the file.
-        Ok(py.detach(|| parts.tensor(shard, index, &info)))
+        // A misaligned tensor is copied here, which reads the file; so does a guard.
+        Ok(py.detach(|| parts.tensor(shard, index, &info))?)
     }
 
     /// The tensor called `name`, or `default`.
@@ -246,7 +315,7 @@ impl Model {
         Ok(self.parts()?.catalog.shards().iter().any(|shard| shard.layout.has_metadata()))
     }
 
-    /// "r" or "c".
+    /// "r", "c" or "r+".
     #[getter]
     fn mode(&self) -> &'static str {
         self.mode
@@ -271,14 +340,14 @@ impl Model {
     fn info<'py>(&self, py: Python<'py>, name: &str) -> PyResult<Bound<'py, PyDict>> {
         let parts = self.parts()?;
         let (shard, index) = parts.catalog.find(name).ok_or_else(|| parts.catalog.missing(name))?;
-        let shard = &parts.catalog.shards()[shard];
+        let (place, shard) = (shard, &parts.catalog.shards()[shard]);
         let info = shard.layout.at(index).ok_or_else(|| parts.catalog.missing(name))?;
         let dict = PyDict::new(py);
         dict.set_item("name", info.name())?;
         dict.set_item("dtype", info.dtype().name())?;
         dict.set_item("shape", pyo3::types::PyTuple::new(py, info.shape())?)?;
         dict.set_item("path", shard.path.as_os_str())?;
-        dict.set_item("offset", info.offset())?;
+        dict.set_item("offset", parts.memories[place].file_offset() + info.offset())?;
         dict.set_item("nbytes", info.nbytes())?;
         Ok(dict)
     }
@@ -383,28 +452,17 @@ impl Model {
     /// over: several times as fast as copying each page when it is first written. Takes their size in
     /// memory at once. Nobody may write to them meanwhile: a write could be lost.
     #[pyo3(signature = (names = None))]
-    fn promote(&self, py: Python<'_>, names: Option<Vec<String>>) -> PyResult<()> {
-        if self.mode == "r" {
-            return Err(PyValueError::new_err(
-                "a model of mode \"r\" is not written to; open it with mode=\"c\"",
-            ));
+    fn promote(&self, py: Python<'_>, names: Option<Names>) -> PyResult<()> {
+        if self.mode != "c" {
+            return Err(PyValueError::new_err(format!(
+                "a model of mode {:?} has no pages of its own; open it with mode=\"c\"",
+                self.mode
+            )));
         }
         let parts = self.parts()?;
         Ok(py.detach(|| -> Result<(), Error> {
-            let mut ranges = Vec::new();
-            match &names {
-                None => {
-                    let shards = parts.catalog.shards().iter().enumerate();
-                    ranges.extend(shards.map(|(s, shard)| (s, shard.layout.data_range())));
-                }
-                Some(names) => {
-                    for name in names {
-                        let found = parts.catalog.find(name);
-                        let (s, i) = found.ok_or_else(|| parts.catalog.missing(name))?;
-                        ranges.extend(parts.catalog.shards()[s].layout.at(i).map(|info| (s, info.bytes())));
-                    }
-                }
-            }
+            parts.check()?;
+            let ranges = parts.ranges(names.as_ref())?;
             for (shard, range) in ranges {
                 // SAFETY: nobody writes meanwhile, as the documentation asks; a write would be lost, not more.
                 let promoted = unsafe { parts.memories[shard].promote(&range) };
@@ -412,6 +470,35 @@ impl Model {
             }
             Ok(())
         })?)
+    }
+
+    /// In mode "r+", has what was written reach the disk: all tensors, or those of `names` (a name or several).
+    /// Others see it without. `wait=False` only tells the kernel, which writes within half a minute by itself.
+    ///
+    /// An error of the disk is raised once: the pages count as written afterwards.
+    #[pyo3(signature = (names = None, *, wait = true))]
+    fn flush(&self, py: Python<'_>, names: Option<Names>, wait: bool) -> PyResult<()> {
+        if self.mode != "r+" {
+            return Err(PyValueError::new_err(format!(
+                "a model of mode {:?} writes nothing to its file; open it with mode=\"r+\"",
+                self.mode
+            )));
+        }
+        let parts = self.parts()?;
+        Ok(py.detach(|| -> Result<(), Error> {
+            for (shard, range) in parts.ranges(names.as_ref())? {
+                let memory = &parts.memories[shard];
+                let flushed = if wait { memory.flush(range) } else { memory.flush_async(range) };
+                flushed.map_err(Error::io(&parts.catalog.shards()[shard].path, "writing to the disk"))?;
+            }
+            Ok(())
+        })?)
+    }
+
+    /// With `guard=True`, whether the files are as they were when they were opened: raises `ChangedError` if not.
+    fn check(&self, py: Python<'_>) -> PyResult<()> {
+        let parts = self.parts()?;
+        Ok(py.detach(|| parts.check())?)
     }
 
     /// All tensors as numpy arrays of the same memory.

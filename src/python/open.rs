@@ -3,7 +3,7 @@
 use super::model::Model;
 use crate::error::Error;
 use crate::map::Backing;
-use crate::model::{self, Model as Opened, OpenOptions, Place, locate};
+use crate::model::{self, Model as Opened, ModelShared, OpenOptions, Place, locate};
 use pyo3::exceptions::{PyTypeError, PyValueError};
 use pyo3::prelude::*;
 use pyo3::sync::PyOnceLock;
@@ -45,6 +45,28 @@ impl Files {
     }
 }
 
+/// How a model is opened.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum Backend {
+    /// Its file is mapped.
+    Mmap,
+    /// It is read into memory of its own.
+    Pread,
+    /// It is read into sealed memory, which is mapped.
+    Memfd,
+}
+
+fn backend(backend: &str) -> PyResult<Backend> {
+    match backend {
+        "mmap" => Ok(Backend::Mmap),
+        "pread" => Ok(Backend::Pread),
+        "memfd" => Ok(Backend::Memfd),
+        other => {
+            Err(PyValueError::new_err(format!("backend is \"mmap\", \"pread\" or \"memfd\", not {other:?}")))
+        }
+    }
+}
+
 /// "r" or "c".
 pub(super) fn mode(mode: &str) -> PyResult<&'static str> {
     match mode {
@@ -65,15 +87,29 @@ pub(super) fn is_mapped(backend: &str) -> PyResult<bool> {
 
 /// Opens a model: a file, a directory, an index, or a list of files.
 ///
-/// `mode` is `"c"`, copy-on-write (arrays may be written, the file never changes), or `"r"`, read-only.
-/// `backend="pread"` reads everything into memory of its own instead of mapping it. `populate` reads all
-/// pages in at once, so that an I/O error shows here. `dense_edits` is for fine-tuning a whole model: each
+/// `mode` is `"c"`, copy-on-write (arrays may be written, the file never changes), `"r"`, read-only, or `"r+"`:
+/// arrays are the file's pages, shared. What is written to them reaches the file, and everyone who maps or reads it,
+/// at once; `model.flush()` has it reach the disk. The header, checksums in it included, stays as it is.
+///
+/// `backend="pread"` reads everything into memory of its own instead of mapping it. `backend="memfd"` reads it into
+/// sealed memory and maps that: as independent of the file, with pages that forked children share, and `changed()`
+/// works. `populate` reads all pages in at once, so that an I/O error shows here. `lock` has them stay in RAM
+/// (`LimitError` where `RLIMIT_MEMLOCK` does not allow it). `reserve_swap` has the kernel promise memory for every page
+/// that may be edited. `huge_pages=False` asks for none. `dense_edits` is for fine-tuning a whole model: each
 /// tensor of 2 MiB or more becomes this process's own in bulk when it is first taken, several times as fast
-/// as page by page when it is written. `verify="all"` holds every tensor against the checksum that the file
-/// carries, which reads everything.
+/// as page by page when it is written; it has no meaning in `"r+"`. `verify="all"` holds every tensor against the
+/// checksum that the file carries, which reads everything. `offset` and `length`, in bytes, are the part of the file
+/// that is the model, for one inside a tar or an uncompressed zip archive.
+///
+/// `guard=True` keeps the files open and looks at each access through the model (`model[name]`, `model.numpy()`,
+/// iterating, `changed()`, saving) whether their size and time of writing are as they were (in `"r+"` the size alone);
+/// if not, `ChangedError` is raised. The tensor's pages are read in before it is handed out, so that an I/O error
+/// is an `OSError`. What is already out can still suffer: after a truncation, touching it is `SIGBUS`; bytes
+/// overwritten in the file show in pages that this process has not written; and a page that the kernel
+/// dropped for want of memory, and cannot read again, is `SIGBUS` too. `"pread"` and `"memfd"` know none of that.
 #[pyfunction]
-#[pyo3(signature = (path, mode = "c", *, backend = "mmap", populate = false, dense_edits = false, verify = "never"))]
-#[allow(clippy::too_many_arguments)] // Python's keyword arguments
+#[pyo3(signature = (path, mode = "c", *, backend = "mmap", populate = false, dense_edits = false, verify = "never", lock = false, reserve_swap = false, huge_pages = true, offset = 0, length = None, guard = false))]
+#[allow(clippy::too_many_arguments, clippy::fn_params_excessive_bools)] // Python's keyword arguments
 pub(super) fn open(
     py: Python<'_>,
     path: &Bound<'_, PyAny>,
@@ -82,21 +118,58 @@ pub(super) fn open(
     populate: bool,
     dense_edits: bool,
     verify: &str,
+    lock: bool,
+    reserve_swap: bool,
+    huge_pages: bool,
+    offset: u64,
+    length: Option<u64>,
+    guard: bool,
 ) -> PyResult<Model> {
-    let (mode, mapped) = (self::mode(mode)?, is_mapped(backend)?);
-    let options = OpenOptions::new().populate(populate).verify(what_to_verify(verify)?);
+    let (edited, backend) = (mode == "r+", self::backend(backend)?);
+    let mode = if edited { "r+" } else { self::mode(mode).map_err(|_| not_a_mode(mode))? };
+    if edited && backend != Backend::Mmap {
+        return Err(PyValueError::new_err(
+            "mode \"r+\" edits the file itself, which only backend=\"mmap\" has in memory",
+        ));
+    }
+    let mut options = OpenOptions::new()
+        .populate(populate)
+        .verify(what_to_verify(verify)?)
+        .lock(lock)
+        .huge_pages(huge_pages)
+        .guard(guard);
+    if reserve_swap {
+        options = options.reserve_swap(true);
+    }
+    options = match length.map(|length| offset.checked_add(length)) {
+        None if offset == 0 => options,
+        None => options.window(offset..),
+        Some(Some(end)) => options.window(offset..end),
+        Some(None) => return Err(PyValueError::new_err("offset and length are past any file's end")),
+    };
     let files = Files::of(path)?;
+    if edited {
+        return Ok(Model::shared(py.detach(|| -> Result<ModelShared, Error> {
+            // SAFETY: that nobody truncates the files, which Python's documentation of `open` puts to the caller.
+            unsafe { options.open_place_shared(&files.place()?) }
+        })?));
+    }
+    let backing = if mode == "r" { Backing::ReadOnly } else { Backing::CopyOnWrite };
     let opened = py.detach(|| -> Result<Opened, Error> {
         let place = files.place()?;
-        if !mapped {
-            return options.read_place(&place);
+        match backend {
+            Backend::Pread => options.read_place(&place),
+            Backend::Memfd => options.read_place_sealed(&place, backing),
+            // SAFETY: the stable-file contract, which Python's documentation of `open` puts to the caller; no
+            // `&[u8]` of the mapping outlives this statement.
+            Backend::Mmap => unsafe { options.open_place(&place, backing) },
         }
-        let backing = if mode == "r" { Backing::ReadOnly } else { Backing::CopyOnWrite };
-        // SAFETY: the stable-file contract, which Python's documentation of `open` puts to the caller; no
-        // `&[u8]` of the mapping outlives this statement.
-        unsafe { options.open_place(&place, backing) }
     })?;
     Ok(Model::new(opened, mode, dense_edits))
+}
+
+fn not_a_mode(mode: &str) -> PyErr {
+    PyValueError::new_err(format!("mode is \"r\", \"c\" or \"r+\", not {mode:?}"))
 }
 
 /// A model from the bytes of a file, copied once into aligned memory.

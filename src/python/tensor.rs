@@ -179,7 +179,7 @@ impl Tensor {
         self.array().nbytes()
     }
 
-    /// Whether the memory is a file's pages. False for `backend="pread"`, and for a tensor whose place in
+    /// Whether the memory is a file's pages (of `backend="memfd"`, of sealed memory). False for `backend="pread"`, and for a tensor whose place in
     /// the file is misaligned for its dtype: that one is an aligned private copy.
     #[getter]
     fn mapped(&self) -> bool {
@@ -210,7 +210,8 @@ impl Tensor {
         self.tobytes(py)
     }
 
-    /// A numpy array of the same memory; writable unless `readonly`.
+    /// A numpy array of the same memory; writable unless `readonly`. Of a model of mode "r+", what is written to
+    /// it reaches the file, and everyone who maps or reads that.
     ///
     /// bfloat16 and 8-bit floats use `ml_dtypes`. 4-bit floats are unpacked, which copies.
     fn numpy<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyAny>> {
@@ -281,7 +282,11 @@ impl Tensor {
     }
 
     fn __repr__(&self) -> String {
-        let kind = if self.memory.is_mapped() { "mapped" } else { "in memory" };
+        let kind = match &self.memory {
+            memory if memory.is_shared() => "mapped, writes reach the file",
+            memory if memory.is_mapped() => "mapped",
+            _ => "in memory",
+        };
         let mode = if self.read_only { ", read-only" } else { "" };
         format!("Tensor({}, {}, {:?}, {kind}{mode})", quote(&self.name), self.dtype, self.shape)
     }

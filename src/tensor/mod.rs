@@ -1,9 +1,11 @@
 //! A place in a [`Layout`](crate::Layout) looked at through a [`Mapping`](crate::Mapping).
 
+mod shared;
 mod slice;
 mod view;
 mod view_mut;
 
+pub use shared::TensorShared;
 #[cfg(feature = "python")]
 pub(crate) use slice::Selection;
 pub use slice::{Index, TensorSlice};

@@ -2,6 +2,7 @@
 #![allow(dead_code)] // each binary uses a part
 
 pub mod mount;
+pub mod smaps;
 
 use sha2::{Digest as _, Sha256};
 use std::fmt::Write as _;

@@ -785,7 +785,7 @@ def test_an_unknown_name_gets_near_names() -> None:
         assert model.get("fc1.wieght", 3) == 3
 
 
-@pytest.mark.parametrize("mode", ["w", "r+", "rw", "", "C"])
+@pytest.mark.parametrize("mode", ["w", "r+b", "w+", "rw", "", "C"])
 def test_a_mode_that_is_none_is_refused(mode: str) -> None:
     with pytest.raises(ValueError, match="mode"):
         mt.open(MODELS / "digits.safetensors", mode)

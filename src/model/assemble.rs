@@ -1,0 +1,121 @@
+//! From files to a model's parts: opened, their headers read, held against the index.
+
+use super::{Catalog, Guards, OpenOptions, Place, Shard};
+use crate::error::{Error, Result};
+use crate::format::{index, safetensors};
+use crate::layout::{Layout, Text};
+use crate::map::{self, Guard, MapOptions, Stamp, Window};
+use std::fs::File;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+/// A file that was opened, and what its header says.
+pub(super) struct Found {
+    pub(super) file: File,
+    pub(super) layout: Layout,
+    /// The part of the file that is the model.
+    pub(super) window: Window,
+}
+
+/// What is done with a file that is opened.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum Access {
+    /// It is mapped, and not written.
+    Read,
+    /// It is mapped, and written.
+    Edit,
+    /// It is not needed any more once its bytes are copied.
+    Copy,
+}
+
+type Brought<M> = (Arc<M>, Option<Guard>);
+pub(super) type Assembled<M> = (Catalog, Vec<Arc<M>>, Option<Guards>);
+
+/// Opens every file of `place`, gets its bytes with `bring`, and holds the whole against the index.
+pub(super) fn assemble<M: Send + Sync>(
+    place: &Place,
+    options: &OpenOptions,
+    access: Access,
+    header: impl Fn(&File, &Path, Window) -> Result<Text> + Sync,
+    bring: impl Fn(&Found, &Path) -> Result<M> + Sync,
+) -> Result<Assembled<M>> {
+    if place.files.is_empty() && place.index.is_none() {
+        return Err(Error::Argument("no file is named to be opened".into()));
+    }
+    if options.map.has_window() && (place.files.len() != 1 || place.index.is_some()) {
+        return Err(Error::Argument("a window is a part of one file; this model has several".into()));
+    }
+    let watched = options.guard && access != Access::Copy;
+    let open = |path: &Path| -> Result<(Shard, Brought<M>)> {
+        let edit = access == Access::Edit;
+        let (file, len) = if edit { map::open_regular_to_edit(path) } else { map::open_regular(path) }?;
+        // Before anything is read: what changes from here on is found.
+        let stamp = watched.then(|| Stamp::of(&file, edit)).transpose();
+        let stamp = stamp.map_err(Error::io(path, "asking when it was written"))?;
+        let found = read_layout(file, len, path, &options.map, &header)?;
+        let memory = bring(&found, path)?;
+        let guard = stamp.map(|stamp| Guard::new(found.file, stamp));
+        guard.as_ref().map_or(Ok(()), |guard| guard.check(path))?;
+        Ok((Shard { path: path.into(), layout: found.layout }, (Arc::new(memory), guard)))
+    };
+    let mut opened = Vec::new();
+    opened.resize_with(place.files.len(), || None);
+    let jobs = place.files.iter().zip(&mut opened).collect();
+    map::each_in_parallel(jobs, |(path, slot): (&PathBuf, &mut Option<_>)| {
+        *slot = Some(open(path)?);
+        Ok(())
+    })?;
+    let (shards, memories): (_, Vec<_>) = opened.into_iter().flatten().unzip();
+    let (memories, guards): (_, Vec<_>) = memories.into_iter().unzip();
+    let catalog = Catalog::new(shards)?;
+    if let Some(index) = &place.index {
+        check_index(index, &catalog, &place.path)?;
+    }
+    let guards = watched.then(|| Guards::new(guards.into_iter().flatten().collect()));
+    Ok((catalog, memories, guards))
+}
+
+/// One descriptor: length, header.
+pub(super) fn read_layout(
+    file: File,
+    file_len: u64,
+    path: &Path,
+    options: &MapOptions,
+    header: impl Fn(&File, &Path, Window) -> Result<Text>,
+) -> Result<Found> {
+    let window = options.window_of(file_len, path)?;
+    let len = window.len as u64;
+    let prefix = map::read_exact_at(&file, path, window.offset, safetensors::PREFIX_LEN.min(window.len))?;
+    let part = Window {
+        offset: window.offset + safetensors::PREFIX_LEN as u64,
+        len: safetensors::header_len(&prefix, len, path)?,
+    };
+    let layout = safetensors::parse_text(header(&file, path, part)?, len, path)?;
+    Ok(Found { file, layout, window })
+}
+
+/// A header as text of our own.
+pub(super) fn read_header(file: &File, path: &Path, part: Window) -> Result<Text> {
+    let bytes = map::read_exact_at(file, path, part.offset, part.len)?;
+    let text = String::from_utf8(bytes).map_err(|e| safetensors::not_utf8(e.utf8_error(), path))?;
+    Ok(Text::Owned(text))
+}
+
+fn check_index(index: &index::Index, catalog: &Catalog, path: &Path) -> Result<()> {
+    for (name, said) in index.tensors() {
+        let found = catalog.find(name).map(|(shard, _)| shard);
+        if found == Some(said) {
+            continue;
+        }
+        let hint = match found {
+            Some(other) => format!(
+                " in {}, where the index puts it; it is in {}",
+                crate::error::quote(&index.shards[said]),
+                crate::error::quote(&index.shards[other])
+            ),
+            None => format!(" in {}, where the index puts it", crate::error::quote(&index.shards[said])),
+        };
+        return Err(Error::Missing { path: path.into(), name: name.to_owned(), hint });
+    }
+    Ok(())
+}

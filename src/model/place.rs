@@ -1,0 +1,94 @@
+//! From a path to the files that it stands for.
+
+use crate::error::{Error, Result};
+use crate::format::index;
+use crate::map;
+use std::path::{Path, PathBuf};
+
+/// The files of a model.
+#[derive(Debug)]
+pub(crate) struct Place {
+    /// What the user named, for errors that concern the whole.
+    pub(crate) path: PathBuf,
+    pub(crate) files: Vec<PathBuf>,
+    /// What the index says, to be held against the files.
+    pub(crate) index: Option<index::Index>,
+}
+
+impl Place {
+    pub(crate) fn files(paths: &[impl AsRef<Path>]) -> Self {
+        let files: Vec<PathBuf> = paths.iter().map(|p| p.as_ref().to_owned()).collect();
+        Self { path: files.first().cloned().unwrap_or_default(), files, index: None }
+    }
+}
+
+const INDEX_SUFFIX: &str = ".safetensors.index.json";
+
+/// Finds the files that `path` stands for.
+///
+/// # Errors
+/// [`Error::Io`]; those of [`index::parse`]; [`Error::NotRegular`] for a directory without a model, or
+/// with several.
+pub(crate) fn locate(path: &Path) -> Result<Place> {
+    let name = path.file_name().and_then(|n| n.to_str()).unwrap_or_default();
+    if path.is_dir() {
+        return locate(&pick(path)?);
+    }
+    if !name.ends_with(".index.json") {
+        return Ok(Place::files(&[path]));
+    }
+    let (file, len) = map::open_regular(path)?;
+    let limit = index::MAX_INDEX_LEN;
+    let too_long =
+        || Error::Limit { path: path.into(), what: "the index length", found: len, limit, hint: None };
+    let len = usize::try_from(len).ok().filter(|&n| n as u64 <= limit).ok_or_else(too_long)?;
+    let index = index::parse(&map::read_exact_at(&file, path, 0, len)?, path)?;
+    // Beside the index as it was named: a hub cache's index is a link, and so are the shards beside it.
+    let dir = path.parent().unwrap_or(Path::new(""));
+    let files = index.shards.iter().map(|shard| dir.join(shard)).collect();
+    Ok(Place { path: path.into(), files, index: Some(index) })
+}
+
+/// The model in a directory: its index, or its only safetensors file.
+fn pick(dir: &Path) -> Result<PathBuf> {
+    // The whole file first, as transformers does: an index beside it is what a sharded save left before.
+    for name in ["model.safetensors", "model.safetensors.index.json"] {
+        if dir.join(name).exists() {
+            return Ok(dir.join(name));
+        }
+    }
+    let (mut indices, mut files) = (Vec::new(), Vec::new());
+    for entry in std::fs::read_dir(dir).map_err(Error::io(dir, "listing the directory"))? {
+        let name = entry.map_err(Error::io(dir, "listing the directory"))?.file_name();
+        let text = name.to_string_lossy();
+        if text.ends_with(INDEX_SUFFIX) {
+            indices.push(dir.join(&name));
+        } else if text.ends_with(".safetensors") {
+            files.push(dir.join(&name));
+        }
+    }
+    // Shards that no index lists are no model: a save that was killed has left them, beside the old file.
+    if indices.is_empty() && files.iter().filter(|path| !is_part(path)).count() == 1 {
+        files.retain(|path| !is_part(path));
+    }
+    match (indices.as_slice(), files.as_slice()) {
+        ([], [only]) if is_part(only) => Err(Error::NotRegular {
+            path: dir.into(),
+            found: "a directory with one shard of several, and no index",
+        }),
+        ([only], _) | ([], [only]) => Ok(only.clone()),
+        ([], []) => {
+            Err(Error::NotRegular { path: dir.into(), found: "a directory without a safetensors model" })
+        }
+        _ => Err(Error::NotRegular { path: dir.into(), found: "a directory with several models: name one" }),
+    }
+}
+
+/// Whether a file's name says that it is one of several: `…-00001-of-00002.safetensors`.
+fn is_part(path: &Path) -> bool {
+    let stem = path.file_stem().and_then(|stem| stem.to_str()).unwrap_or_default();
+    let parts = stem.rsplit_once("-of-").and_then(|(rest, count)| Some((rest.rsplit_once('-')?.1, count)));
+    parts.is_some_and(|(number, count)| {
+        number.parse::<u32>().is_ok() && count.parse::<u32>().is_ok_and(|count| count > 1)
+    })
+}
