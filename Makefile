@@ -35,6 +35,7 @@ test-rust: $(VENV)/.base
 		$(CARGO) test --features cli; \
 	fi
 	$(CARGO) run --quiet --example digits
+	$(CARGO) run --quiet --example live_weights
 
 test-python: $(VENV)/.wheel $(VENV)/.test
 	$(BIN)/python -m pytest
@@ -78,9 +79,11 @@ crash: ## Look at what a power loss may leave of every kind of save, thoroughly 
 	MAPTENSORS_CRASH_STATES=$(CRASH_STATES) $(CARGO) test --release --lib crash -- --nocapture
 
 KILLS ?= 2000
-kill: ## Kill a saving process at random instants and at every system call, many times; no file may be lost
+GENERATIONS ?= 10000
+kill: ## Kill saving, publishing and reading processes at random instants, many times; no file may be lost
 	MAPTENSORS_KILLS=$(KILLS) $(CARGO) test --release --test saving kill -- --nocapture
 	MAPTENSORS_KILLS=$(KILLS) $(CARGO) test --release --test faults -- --nocapture
+	MAPTENSORS_GENERATIONS=$(GENERATIONS) $(CARGO) test --release --test share_processes -- --nocapture
 
 clean: ## Remove what the targets made
 	rm -rf $(VENV) dist

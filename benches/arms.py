@@ -11,6 +11,7 @@ import arms_delta  # noqa: F401
 import arms_load  # noqa: F401
 import arms_roof  # noqa: F401
 import arms_save  # noqa: F401
+import arms_share  # noqa: F401
 import kernel
 from body import (
     BODIES,

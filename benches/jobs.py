@@ -94,6 +94,12 @@ LABELS = {
     "delta_changed": "maptensors changed()",
     "delta_save": "maptensors save_delta, durable=False",
     "delta_save_durable": "maptensors save_delta, durable=True",
+    "share_whole": "maptensors publish, everything, new files",
+    "share_whole_recycled": "maptensors publish, everything, into files used before",
+    "share_changed": "maptensors publish, 1 tensor of 100 named as changed",
+    "share_compare": 'maptensors publish, changed="compare", 1 tensor of 100 differs',
+    "share_notice": "maptensors publish, 1 of 100, until another process has it",
+    "st_share": "safetensors save_file to shared memory and rename",
     "loop_alone": "a Python loop, nothing beside it",
     "loop_beside": "the same loop beside save_async",
     "ours_edit": "maptensors, promote()",
@@ -135,6 +141,15 @@ CHECKPOINT = (
     "st_torch_save",
     "roof_memcpy",
 )
+SHARE = (
+    "share_whole",
+    "share_whole_recycled",
+    "share_changed",
+    "share_compare",
+    "share_notice",
+    "st_share",
+    "roof_memcpy",
+)
 DELTA = ("delta_changed", "delta_save", "delta_save_durable", "st_torch_save")
 COLD = ("roof_direct", "roof_direct_few", "roof_buffered", "roof_buffered_one")
 
@@ -148,6 +163,7 @@ def benches(make: Shapes, effort: Effort) -> list[Bench]:
         [(f"model.layers.{i}.bias", "F32", (64,)) for i in range(effort.many)],
         pickle=True,
     )
+    hundred = make.single(f"hundred-{effort.big >> 20}m", shapes.equal(100, effort.big))
     lora = make.single("lora", shapes.lora(), pickle=True)
     llama = make.sharded("llama-7b", list(shapes.llama()), 3)
     deepseek = make.sharded("deepseek-v3", list(shapes.deepseek()), 163)
@@ -199,6 +215,15 @@ def benches(make: Shapes, effort: Effort) -> list[Bench]:
         *_savers("big-save", size, big, (5, 4)),
         *_savers("many-save", small_ones, many, some),
         Bench("checkpoint", f"{size}, saved again", big, arms(*CHECKPOINT), 5, 4, bytes_moved=big.nbytes),
+        Bench(
+            "share",
+            "1 GiB in 100 tensors, published to other processes",
+            hundred,
+            arms(*SHARE),
+            5,
+            4,
+            bytes_moved=hundred.nbytes,
+        ),
         Bench("delta", f"{size}, one page in a hundred edited", big, arms(*DELTA), 5, 4),
         Bench(
             "checkpoint-loop", "A Python loop beside a save", big, arms("loop_alone", "loop_beside"), *some

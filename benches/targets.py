@@ -434,6 +434,37 @@ TARGETS = (
         lambda value: f"{value:.1%}",
         lambda results: results["delta_sizes"]["bf16"],
     ),
+    faster(
+        "share-changed",
+        "1 GiB published, 1 tensor of 100 changed",
+        20,
+        "share",
+        "share_changed",
+        "published",
+        ("share_whole", "share_whole_recycled"),
+        target="≥ 20× all of it",
+    ),
+    faster(
+        "share-whole",
+        "1 GiB published, all of it",
+        1,
+        "share",
+        "share_whole_recycled",
+        "published",
+        ("st_share",),
+        target="not slower",
+    ),
+    below(
+        "share-notice",
+        "1 of 100 published until another process holds it",
+        "≤ 5 ms after publishing",
+        5e-3,
+        seconds,
+        lambda results: (
+            time_of(results, "share", "share_notice", "noticed")
+            - time_of(results, "share", "share_notice", "published")
+        ),
+    ),
     share(
         "warm-populated",
         "every byte read, warm (populated)",

@@ -204,6 +204,24 @@ pub enum Error {
     #[error("{0}")]
     Argument(String),
 
+    /// Somebody else has it, and only one can.
+    #[error("{}{what}", at(path))]
+    Busy {
+        /// What is had.
+        path: PathBuf,
+        /// By whom.
+        what: String,
+    },
+
+    /// A publication is not there yet, is gone, or is damaged.
+    #[error("{}{what}", at(path))]
+    Publication {
+        /// The publication's directory.
+        path: PathBuf,
+        /// What was found, and what to do.
+        what: String,
+    },
+
     /// Content is not what its checksum says.
     #[error(
         "{}tensor {} is damaged: its checksum is {found}, expected {expected}{}",
@@ -296,6 +314,8 @@ impl Error {
             Self::Path { .. } => "Path",
             Self::Missing { .. } => "Missing",
             Self::Argument(_) => "Argument",
+            Self::Busy { .. } => "Busy",
+            Self::Publication { .. } => "Publication",
             Self::Checksum { .. } => "Checksum",
             Self::Base { .. } => "Base",
             Self::Delta { .. } => "Delta",

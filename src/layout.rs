@@ -218,6 +218,21 @@ impl Layout {
         }
     }
 
+    /// This layout with only those of its tensors that `keep` says; their places stay, with bytes between them
+    /// that belong to none.
+    #[must_use]
+    pub(crate) fn keeping(&self, keep: impl Fn(&TensorInfo<'_>) -> bool) -> Self {
+        let entries = self.entries.iter().filter(|entry| keep(&self.info(entry))).cloned().collect();
+        let mut kept = Self { entries, lookup: HashTable::new(), ..self.clone() };
+        let hash = |i: u32| kept.hasher.hash_one(kept.name_of(&kept.entries[i as usize]));
+        let mut lookup = HashTable::with_capacity(kept.entries.len());
+        for (i, _) in (0u32..).zip(&kept.entries) {
+            lookup.insert_unique(hash(i), i, |&j| hash(j));
+        }
+        kept.lookup = lookup;
+        kept
+    }
+
     /// Other metadata, in place of what there is.
     pub(crate) fn set_metadata(&mut self, metadata: Option<BTreeMap<String, String>>) {
         self.metadata = metadata;
@@ -534,6 +549,19 @@ mod tests {
     fn a_name_given_twice_is_refused() {
         let twice = Layout::builder().tensor("a", DType::U8, &[1]).tensor("a", DType::U8, &[2]).build();
         assert!(matches!(twice, Err(Error::Duplicate { name, .. }) if name == "a"));
+    }
+
+    #[test]
+    fn what_is_kept_stays_in_its_place_and_is_found_by_name() {
+        let layout = Layout::builder();
+        let layout = layout.tensor("a", DType::U8, &[5]).tensor("b", DType::F32, &[2]);
+        let layout = layout.tensor("c", DType::U8, &[0]).tensor("d", DType::U8, &[3]).build().unwrap();
+        let kept = layout.keeping(|info| info.name() != "a");
+        assert_eq!((kept.len(), kept.data_len()), (3, layout.data_len()));
+        for info in layout.iter() {
+            assert_eq!(kept.get(info.name()), Some(info).filter(|info| info.name() != "a"));
+        }
+        assert!(layout.keeping(|_| false).is_empty());
     }
 
     #[test]

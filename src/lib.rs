@@ -111,6 +111,7 @@ mod layout;
 mod map;
 mod model;
 mod save;
+mod share;
 mod tensor;
 
 #[cfg(feature = "cli")]
@@ -136,4 +137,5 @@ pub use save::{
     CheckpointOptions, Checkpointer, Draft, DraftOptions, Edited, HeaderEdit, Ready, SaveOptions, Saved,
     Saving, apply_delta, materialize, save, save_delta, save_diff,
 };
+pub use share::{AttachOptions, PublishOptions, Publisher, Refreshed, Subscriber};
 pub use tensor::{Index, TensorShared, TensorSlice, TensorView, TensorViewMut};

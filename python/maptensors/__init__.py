@@ -46,6 +46,7 @@ from maptensors._native import (
 )
 from maptensors._native import load_bytes as load
 from maptensors._safe_open import safe_open
+from maptensors._share import Publisher, Subscriber, attach, publish
 from maptensors.errors import MapTensorsError
 
 #: What code written for safetensors catches.
@@ -62,20 +63,24 @@ __all__ = [
     "MapTensorsError",
     "Model",
     "Prefetch",
+    "Publisher",
     "SafetensorError",
     "Saved",
     "Saving",
     "Shard",
     "Stream",
+    "Subscriber",
     "Tensor",
     "__version__",
     "apply_delta",
+    "attach",
     "create",
     "diff",
     "edit",
     "load",
     "materialize",
     "open",
+    "publish",
     "safe_open",
     "save",
     "save_bytes",

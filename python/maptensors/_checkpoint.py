@@ -14,9 +14,7 @@ from typing import Any, Self
 from maptensors import _native
 from maptensors._api import parse_size
 from maptensors._progress import Bar
-from maptensors._state import flatten, unflatten
-
-_FRAMEWORKS = (None, "maptensors", "numpy", "torch", "jax")
+from maptensors._state import check_framework, flatten, unflatten
 
 
 @dataclass(frozen=True)
@@ -218,8 +216,7 @@ class Checkpointer:
         stays on disk, even removed, until its arrays are gone. A safetensors file that was not written
         by a Checkpointer is a flat dict of :class:`maptensors.Tensor`.
         """
-        if framework not in _FRAMEWORKS:
-            raise ValueError(f"framework is one of {', '.join(map(repr, _FRAMEWORKS))}, not {framework!r}")
+        check_framework(framework)
         return unflatten(self.open(step, mode), framework)
 
     def remove(self, step: int) -> None:

@@ -13,8 +13,10 @@ __all__ = [
     "Draft",
     "Model",
     "Prefetch",
+    "Publisher",
     "Saving",
     "Stream",
+    "Subscriber",
     "Tensor",
     "__version__",
     "apply_delta",
@@ -338,4 +340,42 @@ def stream(model: Model, names: _Names | None, budget: int, order: list[str] | N
 def shard(
     model: Model, rank: int, world: int, rules: list[tuple[str, int | None]]
 ) -> tuple[dict[str, Tensor], int, int, int]: ...
+
+@final
+class Publisher:
+    def __new__(
+        cls, place: str | os.PathLike[str], *, permissions: int = 0o600, recycle: bool = True
+    ) -> Self: ...
+    @property
+    def generation(self) -> int: ...
+    @property
+    def path(self) -> str: ...
+    def publish(
+        self,
+        tensors: Model | Mapping[str, Any],
+        *,
+        metadata: dict[str, str],
+        changed: list[str] | None = None,
+        compare: bool = False,
+    ) -> int: ...
+    def close(self) -> None: ...
+    def remove(self) -> None: ...
+
+@final
+class Subscriber:
+    def __new__(
+        cls, place: str | os.PathLike[str], mode: str = "c", *, timeout: float | None = None
+    ) -> Self: ...
+    @property
+    def model(self) -> Model: ...
+    @property
+    def generation(self) -> int: ...
+    @property
+    def latest(self) -> int: ...
+    @property
+    def path(self) -> str: ...
+    def wait(self, timeout: float | None = None) -> bool: ...
+    def refresh(self) -> list[str] | None: ...
+    def close(self) -> None: ...
+
 def cli(args: list[str]) -> int: ...

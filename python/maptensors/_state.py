@@ -11,6 +11,8 @@ from typing import Any
 from maptensors._native import Model, Tensor
 from maptensors.errors import MapTensorsError
 
+_FRAMEWORKS = (None, "maptensors", "numpy", "torch", "jax")
+
 #: Where the structure is kept in a file's metadata.
 STATE = "maptensors.state"
 
@@ -121,6 +123,12 @@ def _name(value: Any, framework: str, path: str, tensors: dict[str, Any], known:
     tensors[name] = value
     known[identity] = name
     return name
+
+
+def check_framework(framework: str | None) -> None:
+    """Refuse what is no framework."""
+    if framework not in _FRAMEWORKS:
+        raise ValueError(f"framework is one of {', '.join(map(repr, _FRAMEWORKS))}, not {framework!r}")
 
 
 def unflatten(model: Model, framework: str | None) -> Any:

@@ -102,6 +102,18 @@ class NotRegularError(MapTensorsError, OSError):
     kind = "NotRegular"
 
 
+class BusyError(MapTensorsError):
+    """Somebody else has it, and only one can: a second publisher."""
+
+    kind = "Busy"
+
+
+class PublicationError(MapTensorsError):
+    """A publication is not there yet, is gone, or is damaged."""
+
+    kind = "Publication"
+
+
 class ChecksumError(MapTensorsError):
     """Content is not what its checksum says; ``tensors`` names what differs."""
 
@@ -152,6 +164,8 @@ BY_KIND: dict[str, type[MapTensorsError]] = {
         ShardPathError,
         MissingError,
         NotRegularError,
+        BusyError,
+        PublicationError,
         ChecksumError,
         BaseMismatchError,
         DeltaError,

@@ -84,14 +84,28 @@ pub(super) fn read_layout(
     header: impl Fn(&File, &Path, Window) -> Result<Text>,
 ) -> Result<Found> {
     let window = options.window_of(file_len, path)?;
+    let layout = layout_in(&file, path, window, header)?;
+    Ok(Found { file, layout, window })
+}
+
+/// The layout of an open file, of so many bytes.
+pub(crate) fn layout_of(file: &File, len: u64, path: &Path) -> Result<Layout> {
+    layout_in(file, path, MapOptions::new().window_of(len, path)?, read_header)
+}
+
+fn layout_in(
+    file: &File,
+    path: &Path,
+    window: Window,
+    header: impl Fn(&File, &Path, Window) -> Result<Text>,
+) -> Result<Layout> {
     let len = window.len as u64;
-    let prefix = map::read_exact_at(&file, path, window.offset, safetensors::PREFIX_LEN.min(window.len))?;
+    let prefix = map::read_exact_at(file, path, window.offset, safetensors::PREFIX_LEN.min(window.len))?;
     let part = Window {
         offset: window.offset + safetensors::PREFIX_LEN as u64,
         len: safetensors::header_len(&prefix, len, path)?,
     };
-    let layout = safetensors::parse_text(header(&file, path, part)?, len, path)?;
-    Ok(Found { file, layout, window })
+    safetensors::parse_text(header(file, path, part)?, len, path)
 }
 
 /// A header as text of our own.

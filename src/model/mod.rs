@@ -23,6 +23,7 @@ mod shard_plan;
 mod stream;
 mod verify;
 
+pub(crate) use assemble::layout_of;
 pub(crate) use catalog::{Catalog, Shard};
 pub use changes::{Change, Changes};
 pub(crate) use compare::Difference;
@@ -31,6 +32,8 @@ pub(crate) use diff::compare_contents;
 pub use diff::{Differences, Reshaped, diff};
 pub(crate) use guards::Guards;
 pub use model_mut::ModelMut;
+#[cfg(feature = "python")]
+pub(crate) use model_mut::new_token;
 pub(crate) use model_mut::split;
 pub use model_shared::ModelShared;
 pub use open::OpenOptions;

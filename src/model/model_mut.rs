@@ -8,6 +8,7 @@ use std::collections::HashSet;
 use std::ops::Deref;
 use std::path::Path;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 /// A model, to edit: copy-on-write. A page becomes this process's own when it is first written; the
 /// file never changes, and pages not written stay shared with everyone who maps it.
@@ -33,6 +34,8 @@ pub struct ModelMut {
     promoted: Option<HashSet<(usize, usize)>>,
     /// What [`ModelMut::changed`] compares with in place of the files.
     marks: Option<Marks>,
+    /// Like no other's in this process.
+    token: u64,
 }
 
 impl ModelMut {
@@ -72,7 +75,12 @@ impl ModelMut {
 
     /// `model`'s mappings are writable, and its alone.
     pub(crate) fn new(model: Model, dense_edits: bool) -> Self {
-        Self { model, promoted: dense_edits.then(HashSet::new), marks: None }
+        Self { model, promoted: dense_edits.then(HashSet::new), marks: None, token: new_token() }
+    }
+
+    /// What tells this model from every other of this process.
+    pub(crate) fn token(&self) -> u64 {
+        self.token
     }
 
     /// The tensor called `name`, to write.
@@ -208,6 +216,12 @@ impl ModelMut {
         let mappings = mappings.iter_mut().filter_map(Arc::get_mut);
         catalog.shards().iter().zip(mappings).flat_map(|(shard, mapping)| split(&shard.layout, mapping))
     }
+}
+
+/// What tells a model from every other of this process.
+pub(crate) fn new_token() -> u64 {
+    static TOKENS: AtomicU64 = AtomicU64::new(0);
+    TOKENS.fetch_add(1, Ordering::Relaxed)
 }
 
 /// A mapping to write through. It is the model's alone (its invariant), so this does not fail.

@@ -22,6 +22,7 @@ mod lazy;
 mod model;
 mod open;
 mod save;
+mod share;
 mod tensor;
 
 use pyo3::prelude::*;
@@ -45,6 +46,8 @@ mod native {
     use crate::python::open::{load_bytes, open};
     #[pymodule_export]
     use crate::python::save::{edit, planned_size, save, save_bytes};
+    #[pymodule_export]
+    use crate::python::share::{Publisher, Subscriber};
     #[pymodule_export]
     use crate::python::tensor::Tensor;
 

@@ -7,7 +7,9 @@ use super::tensor::Tensor;
 use crate::error::Error;
 use crate::layout::TensorInfo;
 use crate::map::{CHUNK, Memory, SharedMemory};
-use crate::model::{Catalog, Contents, Guards, Locks, Marks, Model as Opened, ModelShared, Select};
+use crate::model::{
+    Catalog, Contents, Guards, Locks, Marks, Model as Opened, ModelShared, Select, new_token,
+};
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 use pyo3::types::{PyDict, PyList};
@@ -44,6 +46,8 @@ pub(super) struct Parts {
     pub(super) locks: Arc<Locks>,
     /// With `guard`.
     guards: Option<Guards>,
+    /// Like no other's in this process.
+    pub(super) token: u64,
 }
 
 impl Parts {
@@ -163,6 +167,7 @@ impl Model {
             marks: Mutex::default(),
             locks: Arc::default(),
             guards,
+            token: new_token(),
         };
         Self { open: RwLock::new(Some(Arc::new(parts))), mode }
     }

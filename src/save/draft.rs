@@ -27,12 +27,13 @@ pub struct DraftOptions {
     durable: bool,
     mapped: bool,
     checksums: bool,
+    mode: Option<u32>,
     progress: Progress,
 }
 
 impl Default for DraftOptions {
     fn default() -> Self {
-        Self { durable: true, mapped: true, checksums: false, progress: Progress::default() }
+        Self { durable: true, mapped: true, checksums: false, mode: None, progress: Progress::default() }
     }
 }
 
@@ -78,6 +79,17 @@ impl DraftOptions {
 
     pub(super) fn wants_checksums(&self) -> bool {
         self.checksums
+    }
+
+    /// A mode for the file, in place of the umask's or that of what it replaces; nobody else reads it before.
+    #[must_use]
+    pub(crate) fn mode(mut self, mode: u32) -> Self {
+        self.mode = Some(mode);
+        self
+    }
+
+    pub(super) fn wanted_mode(&self) -> Option<u32> {
+        self.mode
     }
 
     /// Calls `told(done, total)`, in bytes of tensor data, as whole tensors are copied in: from several
@@ -147,7 +159,7 @@ impl Draft {
     fn with(path: &Path, layout: &Layout, options: &DraftOptions) -> Result<Self> {
         let declared = checksum::declare(layout, options.checksums);
         let (header, layout) = safetensors::encode(declared.as_ref().unwrap_or(layout), path)?;
-        let pending = Pending::create(path)?;
+        let pending = Pending::create_with(path, options.mode)?;
         let mapped = pending.allocate(layout.file_len())? && options.mapped;
         if !mapped {
             pending.file().write_all_at(&header, 0).map_err(Error::io(path, "writing the header"))?;

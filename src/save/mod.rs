@@ -29,9 +29,8 @@ mod edit;
 mod fill;
 mod pending;
 pub(crate) mod sharded;
-mod slot;
+pub(crate) mod slot;
 
-#[cfg(feature = "python")]
 pub(crate) use checkpoint::Create;
 pub use checkpoint::{CheckpointOptions, Checkpointer, Ready, Saved, Saving};
 pub use delta::{apply_delta, materialize, save_delta, save_diff};
@@ -216,7 +215,7 @@ impl SaveOptions {
 }
 
 /// Copies tensors into a draft planned from them.
-fn fill_draft<V: View>(draft: &mut Draft, tensors: &[Pair<V>]) -> Result<()> {
+pub(crate) fn fill_draft<V: View>(draft: &mut Draft, tensors: &[Pair<V>]) -> Result<()> {
     // What is borrowed is filled in one parallel go at the end; what has to be brought (from a device,
     // by a gather) is filled at once, so that no two such copies exist together.
     let mut borrowed = Vec::with_capacity(tensors.len());
@@ -241,20 +240,25 @@ fn total(sizes: &[(&str, u64)]) -> u64 {
 }
 
 /// A tensor to save.
-struct Pair<V> {
-    name: String,
-    view: V,
+pub(crate) struct Pair<V> {
+    pub(crate) name: String,
+    pub(crate) view: V,
 }
 
 impl<V: View> Pair<V> {
-    fn declare(&self, builder: LayoutBuilder) -> Result<LayoutBuilder> {
-        let dtype = DType::try_from(self.view.dtype()).map_err(|unknown| Error::DType {
+    pub(crate) fn declare(&self, builder: LayoutBuilder) -> Result<LayoutBuilder> {
+        Ok(builder.tensor(&self.name, self.dtype()?, self.view.shape()))
+    }
+
+    /// # Errors
+    /// [`Error::DType`] for one this crate does not know.
+    pub(crate) fn dtype(&self) -> Result<DType> {
+        DType::try_from(self.view.dtype()).map_err(|unknown| Error::DType {
             path: std::path::PathBuf::new(),
             tensor: self.name.clone(),
             found: unknown.0,
             expected: "a dtype this version knows".into(),
-        })?;
-        Ok(builder.tensor(&self.name, dtype, self.view.shape()))
+        })
     }
 }
 

@@ -25,9 +25,14 @@ pub(crate) struct Pending {
 impl Pending {
     /// Step 1: a temporary sibling of `path`.
     pub(crate) fn create(path: &Path) -> Result<Self> {
+        Self::create_with(path, None)
+    }
+
+    /// As [`create`](Pending::create), of a file that is to have this mode.
+    pub(crate) fn create_with(path: &Path, mode: Option<u32>) -> Result<Self> {
         let name = file_name(path)?;
         let dir = open_dir(path)?;
-        let mode = replaced_mode(&dir, path, name)?;
+        let mode = mode.or(replaced_mode(&dir, path, name)?);
         ExclusiveFile::sweep(&dir);
         // A replacement is nobody else's to read until it has the old file's mode.
         let file = ExclusiveFile::create(&dir, if mode.is_some() { 0o600 } else { 0o666 })
@@ -68,6 +73,11 @@ impl Pending {
         self.mode = replaced_mode(&self.dir, path, name)?.or_else(mode_of_new_files);
         (self.path, self.name) = (path.into(), name.into());
         Ok(())
+    }
+
+    /// Gives the file this mode, whatever the umask or the file that it replaces.
+    pub(crate) fn set_mode(&mut self, mode: u32) {
+        self.mode = Some(mode);
     }
 
     /// Whether the file is still where it was made.

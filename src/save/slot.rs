@@ -71,6 +71,9 @@ impl Slot {
         let declared = checksum::declare(layout, options.wants_checksums());
         let (header, layout) = safetensors::encode(declared.as_ref().unwrap_or(layout), path)?;
         self.pending.aim(path)?;
+        if let Some(mode) = options.wanted_mode() {
+            self.pending.set_mode(mode);
+        }
         let len = layout.file_len();
         if self.memory.len() as u64 != len {
             // Its pages stay in memory; only the table of them is made anew.

@@ -130,6 +130,29 @@ pub fn under(tool: &str, args: &[&str], command: &Command) -> Command {
     counted
 }
 
+/// A child that does not outlive the test that started it.
+pub struct Process(pub std::process::Child);
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        self.0.kill().ok();
+        self.0.wait().ok();
+    }
+}
+
+impl std::ops::Deref for Process {
+    type Target = std::process::Child;
+    fn deref(&self) -> &Self::Target {
+        &self.0
+    }
+}
+
+impl std::ops::DerefMut for Process {
+    fn deref_mut(&mut self) -> &mut Self::Target {
+        &mut self.0
+    }
+}
+
 /// Runs a child to its end; it must have run its one test, and passed.
 pub fn pass(mut command: Command) {
     // While another test forks, its child has the copy of the binary open to write: exec(2) says ETXTBSY.

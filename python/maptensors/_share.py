@@ -1,0 +1,214 @@
+"""Live weights: published by one process, generation after generation, and held by any number of others."""
+
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from types import TracebackType
+from typing import Any, Literal, Self
+
+from maptensors import _native
+from maptensors._state import check_framework, flatten, unflatten
+
+
+class Publisher:
+    """The one process that publishes under a name or into a directory; see :func:`maptensors.publish`."""
+
+    def __init__(
+        self, place: str | os.PathLike[str], *, permissions: int = 0o600, recycle: bool = True
+    ) -> None:
+        self._publisher = _native.Publisher(place, permissions=permissions, recycle=recycle)
+
+    def publish(
+        self,
+        state: Mapping[str, Any],
+        *,
+        changed: Iterable[str] | Literal["compare"] | None = None,
+        metadata: Mapping[str, str] | None = None,
+    ) -> int:
+        """Publish a state as the next generation, whose number is returned; attached processes are woken.
+
+        ``state`` is what a :class:`Checkpointer` takes: tensors of any framework, numbers and strings in
+        nested dicts and lists; or a :class:`Model`. Tensors are copied, once. With ``changed``, the names of
+        those that changed (``"model.fc1.weight"`` for a nested one), only these are; the others are shared
+        with the generation before, and must be as they were then. ``"compare"`` finds out, by comparing
+        every tensor with what is published. Of a copy-on-write :class:`Model` nothing need be said: what it
+        has changed is known.
+        """
+        given: list[str] | None = None
+        if isinstance(changed, str) and changed != "compare":
+            raise TypeError('changed takes several names: a list, or "compare"')
+        if changed is not None and changed != "compare":
+            given = list(changed)
+        tensors: Any
+        tensors, structure = (
+            (state, dict(state.metadata)) if isinstance(state, _native.Model) else flatten(state)
+        )
+        return self._publisher.publish(
+            tensors,
+            metadata=dict(metadata or {}) | structure,
+            changed=given,
+            compare=changed == "compare",
+        )
+
+    @property
+    def generation(self) -> int:
+        """The number of the last generation published, also by a process before; 0: there is none."""
+        return self._publisher.generation
+
+    @property
+    def path(self) -> str:
+        """The directory of the publication, which other processes may attach to by its path."""
+        return self._publisher.path
+
+    def close(self) -> None:
+        """Publish no more. The last generation stays, for whoever attaches, and for the next publisher."""
+        self._publisher.close()
+
+    def remove(self) -> None:
+        """Take the publication away. Attached processes are told, and keep what they hold."""
+        self._publisher.remove()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"Publisher({self.path!r}, generation {self.generation})"
+
+
+class Subscriber:
+    """A process's hold on the current generation of a publication; see :func:`maptensors.attach`."""
+
+    def __init__(
+        self,
+        place: str | os.PathLike[str],
+        mode: Literal["r", "c"] = "c",
+        *,
+        timeout: float | None = 0.0,
+    ) -> None:
+        self._subscriber = _native.Subscriber(place, mode, timeout=timeout)
+
+    @property
+    def model(self) -> _native.Model:
+        """The generation held: its tensors by name. They stay as they are, whatever is published."""
+        return self._subscriber.model
+
+    def state(self, *, framework: str | None = None) -> Any:
+        """Return the generation held as it was published, its tensors mapped.
+
+        They are of the framework they were published from, or all of one: "torch", "numpy", "jax", or
+        "maptensors" for what reads nothing until it is used.
+        """
+        check_framework(framework)
+        return unflatten(self.model, framework)
+
+    @property
+    def generation(self) -> int:
+        """The number of the generation held."""
+        return self._subscriber.generation
+
+    @property
+    def latest(self) -> int:
+        """The number of the last generation published."""
+        return self._subscriber.latest
+
+    @property
+    def changed(self) -> bool:
+        """Whether there is a newer generation than the one held."""
+        return self.latest != self.generation
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Sleep until there is a newer generation than that held; False if ``timeout`` seconds pass first."""
+        return self._subscriber.wait(timeout)
+
+    def refresh(self) -> frozenset[str] | None:
+        """Hold the newest generation, and return the names that differ; None if it was held already.
+
+        What was taken of the generation before stays as it is.
+        """
+        names = self._subscriber.refresh()
+        return None if names is None else frozenset(names)
+
+    def updates(self, timeout: float | None = None) -> Iterator[frozenset[str]]:
+        """Go on to each newer generation as it comes, yielding the names of the tensors that differ.
+
+        Generations that come faster than they are asked for are passed over. Ends when ``timeout`` seconds
+        pass without one.
+        """
+        while self.wait(timeout):
+            names = self.refresh()
+            if names is not None:
+                yield names
+
+    def close(self) -> None:
+        """Let go. Tensors and arrays already taken keep their memory."""
+        self._subscriber.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"Subscriber({self._subscriber.path!r}, generation {self.generation})"
+
+
+def publish(
+    place: str | os.PathLike[str],
+    state: Mapping[str, Any] | None = None,
+    *,
+    changed: Iterable[str] | Literal["compare"] | None = None,
+    metadata: Mapping[str, str] | None = None,
+    permissions: int = 0o600,
+    recycle: bool = True,
+) -> Publisher:
+    """Publish a state to other processes of this machine, and return what publishes the next generations.
+
+    >>> import maptensors as mt, numpy as np, tempfile
+    >>> place = tempfile.mkdtemp() + "/policy"
+    >>> publisher = mt.publish(place, {"w": np.zeros(3), "b": np.ones(2)})
+    >>> weights = mt.attach(place)  # in any process
+    >>> publisher.publish({"w": np.full(3, 2.0), "b": np.ones(2)}, changed=["w"])
+    2
+    >>> weights.changed, weights.refresh(), weights.model["w"].numpy()
+    (True, frozenset({'w'}), array([2., 2., 2.]))
+    >>> publisher.remove()
+
+    ``place`` is a name (``"policy"``), which stands for a directory in shared memory that only this user
+    can look into, or the path of a directory (``"./policy"``, ``"/data/policy"``), which is made. There its
+    tensors lie in ordinary safetensors files. Other processes see the generation before or this one, whole.
+    Its files are never written again as long as anybody has them open or mapped; when nobody has, the next
+    generation may be written into them (``recycle``), or they are removed.
+
+    One process at a time publishes to a place, until it closes or ends, however it ends; the next one goes
+    on counting. Only this user may attach unless ``permissions``, of the files, say more; the directory's
+    follow from them.
+    """
+    publisher = Publisher(place, permissions=permissions, recycle=recycle)
+    if state is not None:
+        try:
+            publisher.publish(state, changed=changed, metadata=metadata)
+        except BaseException:
+            publisher.close()
+            raise
+    return publisher
+
+
+def attach(
+    place: str | os.PathLike[str], mode: Literal["r", "c"] = "c", *, timeout: float | None = 0.0
+) -> Subscriber:
+    """Hold the current generation of what another process publishes: no copy, the same pages for everyone.
+
+    ``mode`` is that of :func:`maptensors.open`: with ``"c"``, the default, arrays may be written and only
+    this process sees it; with ``"r"`` they cannot be written, and what generations share is mapped once.
+    ``timeout`` is how many seconds to wait for a publication that is not there yet; None: for ever.
+
+    If the publisher ends, even killed, what it published last stays.
+    """
+    return Subscriber(place, mode, timeout=timeout)

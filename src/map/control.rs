@@ -1,0 +1,307 @@
+//! The control page of a publication: which generation is the current one, and the way to wait for the next.
+//!
+//! ```text
+//!  0  magic and version
+//!  8  generation; its low half is the futex word
+//! 16  number of the generation's head segment
+//! 24  check: a mixture of the two before
+//! 32  closed: not 0 once the publication is over
+//! 40  the publisher's process id, for messages
+//! ```
+//!
+//! The words are this machine's own: a publication does not leave it. The page is made whole under another name
+//! and never resized. It is written with pwrite(2) and read with pread(2), and mapped only to have an
+//! address for futex(2): whoever truncates it gets an error out of that, and nobody a `SIGBUS`.
+//!
+//! A flip is one pwrite(2) of three words that lie in one page on both sides: a process that is killed has
+//! done it or has not. A pread(2) beside it may see a part; the check tells, and the reader looks again.
+
+use super::ExclusiveFile;
+use super::disk::{self, Dir};
+use memmap2::{MmapOptions, MmapRaw};
+use rustix::fs::FlockOperation;
+use rustix::io::Errno;
+use std::ffi::OsStr;
+use std::fs::File;
+use std::io;
+use std::time::Duration;
+
+const LEN: usize = 4096;
+const MAGIC: [u8; 8] = *b"mtshare1";
+const GENERATION: usize = 8;
+const CLOSED: usize = 32;
+const WRITER: usize = 40;
+const END: usize = 48;
+
+/// Reads that do not fit their check, before the page counts as damaged.
+const TRIES: u32 = 1000;
+
+/// What the control page says.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub(crate) struct State {
+    /// 0: there is none yet.
+    pub(crate) generation: u64,
+    /// The segment that lists the others.
+    pub(crate) head: u64,
+    /// The publication is over: closed, or its control page has been removed.
+    pub(crate) closed: bool,
+    /// Who publishes, or did last.
+    pub(crate) writer: u64,
+}
+
+/// A control page, open.
+pub(crate) struct Control {
+    file: File,
+    /// `None` where it cannot be mapped: waiting is then looking again and again.
+    // INVARIANT: LEN bytes, readable unless the file is truncated; only the kernel looks at them.
+    page: Option<MmapRaw>,
+}
+
+/// On a cache line of its own: no word of it, and no two, lie across a page's end.
+#[repr(align(64))]
+struct Line([u8; 64]);
+
+impl Control {
+    /// Makes a control page of no generation, locked by this process. `None` where there is one already.
+    pub(crate) fn create(dir: &Dir, name: &OsStr, mode: u32) -> io::Result<Option<Self>> {
+        let file = ExclusiveFile::create(dir, 0o600)?;
+        let named = Self::fill(&file, mode).and_then(|()| match dir.rename_to_new(file.name(), name) {
+            Err(error) if error.raw_os_error() == Some(libc::EEXIST) => Ok(false),
+            done => done.map(|()| true),
+        });
+        if !matches!(named, Ok(true)) {
+            dir.remove(file.name()).ok();
+        }
+        // The same open file, hence the lock that it was made with.
+        Ok(if named? { Some(Self::new(file.file().try_clone()?)) } else { None })
+    }
+
+    fn fill(file: &ExclusiveFile, mode: u32) -> io::Result<()> {
+        let mut page = [0; LEN];
+        page[..GENERATION].copy_from_slice(&MAGIC);
+        page[GENERATION..CLOSED].copy_from_slice(&record(0, 0));
+        page[WRITER..END].copy_from_slice(&u64::from(std::process::id()).to_ne_bytes());
+        file.write_all_at(&page, 0)?;
+        file.set_mode(mode)
+    }
+
+    /// Opens a control page, to write it or only to look.
+    ///
+    /// # Errors
+    /// What open(2) answers; [`io::ErrorKind::InvalidData`] for what is no file.
+    pub(crate) fn open(dir: &Dir, name: &OsStr, write: bool) -> io::Result<Self> {
+        let file = dir.open_file(name, write)?;
+        if !file.metadata()?.is_file() {
+            return Err(io::ErrorKind::InvalidData.into());
+        }
+        Ok(Self::new(file))
+    }
+
+    fn new(file: File) -> Self {
+        // Mapping raw is safe: nothing here reads or writes through it.
+        let page = MmapOptions::new().len(LEN).map_raw_read_only(&file).ok();
+        Self { file, page }
+    }
+
+    /// Locks it for the one publisher there may be; `false` where another has it. The lock ends with this value, and
+    /// with the process, fork's children included.
+    pub(crate) fn lock(&self) -> io::Result<bool> {
+        match rustix::fs::flock(&self.file, FlockOperation::NonBlockingLockExclusive) {
+            Ok(()) => Ok(true),
+            Err(Errno::WOULDBLOCK) => Ok(false),
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    /// The same open file once more, as a fork's child has it.
+    #[cfg(test)]
+    pub(crate) fn try_clone(&self) -> io::Result<File> {
+        self.file.try_clone()
+    }
+
+    /// Gives the lock back: closing would not, where a fork's child holds the file open as well.
+    pub(crate) fn unlock(&self) {
+        rustix::fs::flock(&self.file, FlockOperation::Unlock).ok();
+    }
+
+    /// Whether this is the page called `name`.
+    pub(crate) fn is(&self, dir: &Dir, name: &OsStr) -> bool {
+        let (Ok(here), Ok(there)) = (rustix::fs::fstat(&self.file), dir.stat(name)) else { return false };
+        (here.st_dev, here.st_ino) == (there.st_dev, there.st_ino)
+    }
+
+    /// What it says; `None` if that makes no sense.
+    pub(crate) fn read(&self) -> io::Result<Option<State>> {
+        for _ in 0..TRIES {
+            let mut line = Line([0; 64]);
+            let bytes = &mut line.0[..END];
+            match rustix::io::retry_on_intr(|| rustix::io::pread(&self.file, &mut *bytes, 0))? {
+                END if bytes[..GENERATION] == MAGIC => {}
+                _ => return Ok(None),
+            }
+            let word = |at: usize| bytes[at..].first_chunk().map_or(0, |word| u64::from_ne_bytes(*word));
+            let (generation, head) = (word(GENERATION), word(GENERATION + 8));
+            if bytes[GENERATION..CLOSED] == record(generation, head) {
+                let removed = rustix::fs::fstat(&self.file)?.st_nlink == 0;
+                let closed = removed || word(CLOSED) != 0;
+                return Ok(Some(State { generation, head, closed, writer: word(WRITER) }));
+            }
+            std::thread::yield_now();
+        }
+        Ok(None)
+    }
+
+    /// Makes a generation the current one, and wakes who waits for it.
+    pub(crate) fn flip(&self, generation: u64, head: u64) -> io::Result<()> {
+        self.write(GENERATION, &record(generation, head))?;
+        self.wake();
+        Ok(())
+    }
+
+    /// Says that there will be no more generations.
+    pub(crate) fn close(&self) -> io::Result<()> {
+        self.write(CLOSED, &1u64.to_ne_bytes())?;
+        self.wake();
+        Ok(())
+    }
+
+    /// Says who publishes, and gives the page its mode.
+    pub(crate) fn sign(&self, mode: u32) -> io::Result<()> {
+        self.write(WRITER, &u64::from(std::process::id()).to_ne_bytes())?;
+        disk::set_mode(&self.file, mode)
+    }
+
+    fn write(&self, at: usize, bytes: &[u8]) -> io::Result<()> {
+        let mut line = Line([0; 64]);
+        let line = &mut line.0[..bytes.len()];
+        line.copy_from_slice(bytes);
+        disk::write_all_at(&self.file, line, at as u64)
+    }
+
+    /// Sleeps until the generation is another than this, or about so long.
+    pub(crate) fn wait(&self, generation: u64, most: Duration) {
+        #[cfg(all(target_os = "linux", target_pointer_width = "64"))]
+        if let Some(word) = self.word() {
+            let expected = u32::try_from(generation & u64::from(u32::MAX)).unwrap_or_default();
+            let timeout = libc::timespec {
+                tv_sec: i64::try_from(most.as_secs()).unwrap_or(i64::MAX),
+                tv_nsec: most.subsec_nanos().into(),
+            };
+            let none = std::ptr::null::<u32>();
+            // SAFETY: FUTEX_WAIT reads the word and the timeout, and writes nothing. An address that is not
+            // there any more (a truncated file) is EFAULT.
+            let woken = unsafe {
+                libc::syscall(libc::SYS_futex, word, libc::FUTEX_WAIT, expected, &raw const timeout, none, 0)
+            };
+            let error = io::Error::last_os_error().raw_os_error();
+            if woken == 0 || matches!(error, Some(libc::EAGAIN | libc::EINTR | libc::ETIMEDOUT)) {
+                return;
+            }
+        }
+        let _ = generation;
+        std::thread::sleep(most.min(Duration::from_millis(2)));
+    }
+
+    fn wake(&self) {
+        #[cfg(all(target_os = "linux", target_pointer_width = "64"))]
+        if let Some(word) = self.word() {
+            let none = std::ptr::null::<u32>();
+            // SAFETY: FUTEX_WAKE looks at what the address maps, and writes nothing.
+            unsafe { libc::syscall(libc::SYS_futex, word, libc::FUTEX_WAKE, i32::MAX, none, none, 0) };
+        }
+    }
+
+    /// The address of the generation's low half. Not private to this process: the kernel knows the word by its
+    /// file and offset.
+    #[cfg(all(target_os = "linux", target_pointer_width = "64"))]
+    fn word(&self) -> Option<*const u8> {
+        let low = if cfg!(target_endian = "big") { 4 } else { 0 };
+        self.page.as_ref().map(|page| page.as_ptr().wrapping_add(GENERATION + low))
+    }
+}
+
+/// Generation, head, and what tells that they belong together.
+fn record(generation: u64, head: u64) -> [u8; CLOSED - GENERATION] {
+    let check =
+        generation.wrapping_mul(0x9e37_79b9_7f4a_7c15).rotate_left(29) ^ head.wrapping_add(0x6d61_7074);
+    let mut record = [0; CLOSED - GENERATION];
+    for (bytes, word) in record.chunks_exact_mut(8).zip([generation, head, check]) {
+        bytes.copy_from_slice(&word.to_ne_bytes());
+    }
+    record
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::fs::FileExt as _;
+    use std::path::Path;
+
+    fn made(dir: &Path) -> (Dir, Control) {
+        let dir = Dir::open(dir).unwrap();
+        let control = Control::create(&dir, "control".as_ref(), 0o600).unwrap().unwrap();
+        (dir, control)
+    }
+
+    #[test]
+    fn what_is_flipped_is_read_and_there_is_one_page_and_one_lock() {
+        let temporary = tempfile::tempdir().unwrap();
+        let (dir, control) = made(temporary.path());
+        let writer = u64::from(std::process::id());
+        assert_eq!(control.read().unwrap(), Some(State { writer, ..State::default() }));
+        assert!(Control::create(&dir, "control".as_ref(), 0o600).unwrap().is_none());
+        let other = Control::open(&dir, "control".as_ref(), false).unwrap();
+        assert!(!other.lock().unwrap() && control.lock().unwrap());
+        control.flip(u64::MAX, 77).unwrap();
+        let state = State { generation: u64::MAX, head: 77, closed: false, writer };
+        assert_eq!(other.read().unwrap(), Some(state));
+        control.close().unwrap();
+        assert_eq!(other.read().unwrap(), Some(State { closed: true, ..state }));
+        assert_eq!(std::fs::read_dir(temporary.path()).unwrap().count(), 1, "nothing is left of the second");
+        drop(control);
+        assert!(other.lock().unwrap());
+    }
+
+    #[test]
+    fn a_page_that_is_gone_is_closed_and_one_that_makes_no_sense_says_nothing() {
+        let temporary = tempfile::tempdir().unwrap();
+        let (_, control) = made(temporary.path());
+        let path = temporary.path().join("control");
+        let file = File::options().write(true).open(&path).unwrap();
+        for (at, len) in [(0, 4096), (8, 4096), (16, 4096), (24, 4096), (0, 47), (0, 0)] {
+            file.set_len(4096).unwrap();
+            control.file.write_all_at(&MAGIC, 0).unwrap();
+            control.flip(3, 9).unwrap();
+            assert!(control.read().unwrap().is_some());
+            file.write_all_at(b"x", at).unwrap();
+            file.set_len(len).unwrap();
+            assert_eq!(control.read().unwrap(), None, "{at}, {len}");
+            control.wait(3, Duration::from_millis(1)); // no signal
+        }
+        control.file.write_all_at(&MAGIC, 0).unwrap();
+        control.write(CLOSED, &[0; 16]).unwrap();
+        control.flip(3, 9).unwrap();
+        std::fs::remove_file(path).unwrap();
+        assert!(control.read().unwrap().unwrap().closed);
+    }
+
+    #[test]
+    fn who_waits_is_woken_by_a_flip_through_another_descriptor() {
+        let temporary = tempfile::tempdir().unwrap();
+        let (dir, control) = made(temporary.path());
+        let other = Control::open(&dir, "control".as_ref(), false).unwrap();
+        let (tell, woken) = std::sync::mpsc::channel();
+        std::thread::spawn(move || {
+            // Far longer than the test: only a wake ends the first, and a value that is another already the second.
+            for _ in 0..2 {
+                other.wait(0, Duration::from_secs(100_000));
+                tell.send(other.read().unwrap().unwrap().generation).unwrap();
+            }
+        });
+        std::thread::sleep(Duration::from_millis(50));
+        control.flip(1, 1).unwrap();
+        for _ in 0..2 {
+            assert_eq!(woken.recv_timeout(Duration::from_secs(30)), Ok(1));
+        }
+    }
+}

@@ -1,0 +1,84 @@
+//! One publisher at a time.
+
+use super::segment;
+use super::store::{CONTROL, damaged};
+use crate::error::{Error, Result};
+use crate::map::ExclusiveFile;
+use crate::map::control::{Control, State};
+use crate::map::disk::Dir;
+use std::io::ErrorKind;
+use std::path::Path;
+
+/// The control page of a publication, this process's alone: the one there is, or a new one.
+pub(super) fn take(dir: &Dir, path: &Path, mode: u32) -> Result<(Control, State)> {
+    /// Others may take and remove it meanwhile, but not for ever.
+    const TRIES: usize = 1000;
+    let io = |action| Error::io(path, action);
+    for _ in 0..TRIES {
+        let control = match Control::open(dir, CONTROL.as_ref(), true) {
+            Ok(control) => control,
+            Err(error) if error.kind() == ErrorKind::NotFound => {
+                let names = dir.names().map_err(io("listing the directory"))?;
+                if let Some(name) = names.iter().find(|name| segment::number_of(name).is_some()) {
+                    let what = format!(
+                        "this is no publication, but has {}, which would be taken for a part of one: choose another \
+                         directory",
+                        name.display()
+                    );
+                    return Err(Error::Publication { path: path.into(), what });
+                }
+                match Control::create(dir, CONTROL.as_ref(), mode).map_err(io("making the control page"))? {
+                    Some(control) => control,
+                    None => continue,
+                }
+            }
+            Err(error) if error.kind() == ErrorKind::InvalidData => {
+                return Err(damaged(path, "its control page is no file"));
+            }
+            Err(error) => return Err(io("opening the control page")(error)),
+        };
+        let state = control.read().map_err(io("reading the control page"))?;
+        if !control.lock().map_err(io("locking the control page"))? {
+            let what = held_by(state.unwrap_or_default().writer);
+            return Err(Error::Busy { path: path.into(), what });
+        }
+        if !control.is(dir, CONTROL.as_ref()) {
+            continue;
+        }
+        // Again: whoever had it may have published in between.
+        let state = control.read().map_err(io("reading the control page"))?;
+        let state = state.ok_or_else(|| damaged(path, "its control page makes no sense"))?;
+        if !state.closed {
+            return Ok((control, state));
+        }
+        // A removal that did not come to its end. Who is attached looks at this page, and is told; the next
+        // publication has another.
+        clear(dir, path)?;
+    }
+    Err(Error::Busy {
+        path: path.into(),
+        what: "others begin and end publications there all the time".into(),
+    })
+}
+
+/// Removes the files of a publication that is over, the control page last.
+pub(super) fn clear(dir: &Dir, path: &Path) -> Result<()> {
+    let names = dir.names().map_err(Error::io(path, "listing the publication"))?;
+    for name in names.iter().filter(|name| segment::number_of(name).is_some()) {
+        dir.remove(name).map_err(Error::io(path, "removing a segment"))?;
+    }
+    ExclusiveFile::sweep(dir);
+    dir.remove(CONTROL.as_ref()).map_err(Error::io(path, "removing the control page"))
+}
+
+fn held_by(writer: u64) -> String {
+    let pid = i32::try_from(writer).ok().and_then(rustix::process::Pid::from_raw);
+    let gone = pid.is_some_and(|pid| rustix::process::test_kill_process(pid) == Err(rustix::io::Errno::SRCH));
+    if writer == u64::from(std::process::id()) {
+        "this process publishes there already".into()
+    } else if gone {
+        format!("process {writer} published there, and a child that it forked still holds the publication")
+    } else {
+        format!("process {writer} publishes there, and only one can")
+    }
+}

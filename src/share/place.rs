@@ -1,0 +1,180 @@
+//! From what a user names to a directory.
+
+use crate::error::{Error, Result, quote};
+use rustix::fs::{Mode, OFlags};
+use std::os::unix::fs::{DirBuilderExt as _, MetadataExt as _, PermissionsExt as _};
+use std::path::{Path, PathBuf};
+
+/// Where publications that have a name lie, in place of the default.
+const BASE: &str = "MAPTENSORS_SHARE_DIR";
+
+/// Bytes in a name, at most.
+const LONGEST: usize = 200;
+
+/// The directory of a publication.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Place {
+    /// Absolute: the process may change its own directory later.
+    pub(super) path: PathBuf,
+    /// It was named, and lies in the base: nobody but publishers has any business there.
+    named: bool,
+}
+
+impl Place {
+    /// What has no separator is a name, everything else the path of a directory.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] for a name that could lead elsewhere, or a base that others have a hand in.
+    pub(super) fn of(place: &Path) -> Result<Self> {
+        if place.as_os_str().as_encoded_bytes().contains(&b'/') {
+            let path = std::path::absolute(place).map_err(Error::io(place, "finding the directory"))?;
+            return Ok(Self { path, named: false });
+        }
+        let name = place.to_str().filter(|name| is_name(name)).ok_or_else(|| {
+            Error::Argument(format!(
+                "{} is no name for a publication: it has 1 to {LONGEST} bytes, does not start with a dot, and \
+                 has no control characters; a path has a separator (./name)",
+                quote(&place.to_string_lossy())
+            ))
+        })?;
+        Ok(Self { path: base()?.join(name), named: true })
+    }
+
+    /// Makes the directory, where there is none, with x where files have r.
+    ///
+    /// # Errors
+    /// [`Error::Io`].
+    pub(super) fn make(&self, file_mode: u32) -> Result<()> {
+        let io = |action| Error::io(&self.path, action);
+        if let Some(parent) = self.path.parent() {
+            std::fs::create_dir_all(parent).map_err(io("making the directory it is to be in"))?;
+        }
+        let mode = 0o700 | (file_mode & 0o444) | (file_mode & 0o444) >> 2;
+        match std::fs::DirBuilder::new().mode(mode).create(&self.path) {
+            Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists && !self.named => return Ok(()),
+            Err(error) if error.kind() != std::io::ErrorKind::AlreadyExists => {
+                return Err(io("making the directory")(error));
+            }
+            _ => {}
+        }
+        // The umask takes from what was asked for, and what is ours may be asked for otherwise now.
+        let permissions = std::fs::Permissions::from_mode(mode);
+        std::fs::set_permissions(&self.path, permissions).map_err(io("setting the directory's mode"))
+    }
+}
+
+fn is_name(name: &str) -> bool {
+    (1..=LONGEST).contains(&name.len()) && !name.starts_with('.') && !name.chars().any(char::is_control)
+}
+
+/// Where publications that have a name lie.
+fn base() -> Result<PathBuf> {
+    match std::env::var_os(BASE).filter(|base| !base.is_empty()).map(PathBuf::from) {
+        None => {
+            let shared = Path::new("/dev/shm");
+            let memory = cfg!(target_os = "linux") && shared.is_dir();
+            let parent = if memory { shared.to_owned() } else { std::env::temp_dir() };
+            let base = parent.join(format!("maptensors-{}", rustix::process::geteuid().as_raw()));
+            make_own(&base)?;
+            Ok(base)
+        }
+        Some(base) if base.is_absolute() => {
+            let made = std::fs::DirBuilder::new().recursive(true).mode(0o700).create(&base);
+            made.map_err(Error::io(&base, "making the directory of publications"))?;
+            Ok(base)
+        }
+        Some(base) => Err(Error::Argument(format!(
+            "{BASE} is {}, but is to be an absolute path",
+            quote(&base.to_string_lossy())
+        ))),
+    }
+}
+
+/// Makes a directory of our own among everybody's, where somebody else may have made one of that name: whose
+/// then could read and exchange all that is published.
+fn make_own(base: &Path) -> Result<()> {
+    let io = |action| Error::io(base, action);
+    match std::fs::DirBuilder::new().mode(0o700).create(base) {
+        Err(error) if error.kind() != std::io::ErrorKind::AlreadyExists => {
+            return Err(io("making the directory of publications")(error));
+        }
+        _ => {}
+    }
+    let refuse = |found: &str| {
+        Err(Error::Argument(format!(
+            "{} {found}: publications go to a directory that is this user's alone; remove it, or name another \
+             with {BASE}",
+            base.display()
+        )))
+    };
+    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    let fd = match rustix::fs::open(base, flags, Mode::empty()) {
+        Ok(fd) => std::fs::File::from(fd),
+        Err(rustix::io::Errno::NOTDIR | rustix::io::Errno::LOOP) => return refuse("is no directory"),
+        Err(rustix::io::Errno::ACCESS) => return refuse("is another user's"),
+        Err(error) => return Err(io("opening the directory of publications")(error.into())),
+    };
+    let stat = fd.metadata().map_err(io("looking at the directory of publications"))?;
+    match stat {
+        _ if stat.uid() != rustix::process::geteuid().as_raw() => refuse("is another user's"),
+        _ if stat.mode() & 0o077 != 0 => refuse("is open to others"),
+        _ => Ok(()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_name_cannot_lead_anywhere_else() {
+        for (name, expected) in [
+            ("weights", true),
+            ("Ünïcode name", true),
+            ("a..b", true),
+            ("", false),
+            (".", false),
+            ("..", false),
+            (".hidden", false),
+            ("a\0b", false),
+            ("a\nb", false),
+            ("a\u{85}b", false),
+            (&"n".repeat(200), true),
+            (&"n".repeat(201), false),
+        ] {
+            assert_eq!(is_name(name), expected, "{name:?}");
+        }
+        for path in ["a/b", "./a", "/a", "a/", "../a"] {
+            let place = Place::of(Path::new(path)).unwrap();
+            assert!(place.path.is_absolute() && !place.named, "{path}");
+        }
+    }
+
+    #[test]
+    fn a_base_that_others_have_a_hand_in_is_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        let at = |name: &str| dir.path().join(name);
+        make_own(&at("new")).unwrap();
+        assert_eq!(std::fs::metadata(at("new")).unwrap().mode() & 0o7777, 0o700);
+        make_own(&at("new")).unwrap();
+        std::os::unix::fs::symlink(at("new"), at("link")).unwrap();
+        std::fs::write(at("file"), b"").unwrap();
+        for (name, found) in [("link", "no directory"), ("file", "no directory")] {
+            let error = make_own(&at(name)).unwrap_err().to_string();
+            assert!(error.contains(found), "{error}");
+        }
+        for mode in [0o710, 0o701, 0o777, 0o1777] {
+            std::fs::set_permissions(at("new"), std::fs::Permissions::from_mode(mode)).unwrap();
+            let error = make_own(&at("new")).unwrap_err().to_string();
+            assert!(error.contains("open to others"), "{mode:o}: {error}");
+        }
+        if rustix::process::geteuid().is_root() {
+            std::fs::set_permissions(at("new"), std::fs::Permissions::from_mode(0o700)).unwrap();
+            std::os::unix::fs::chown(at("new"), Some(65_534), None).unwrap();
+            let error = make_own(&at("new")).unwrap_err().to_string();
+            assert!(error.contains("another user's"), "{error}");
+        } else {
+            println!("!!! SKIPPED: another user's directory: needs root");
+        }
+    }
+}

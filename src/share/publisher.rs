@@ -1,0 +1,415 @@
+//! Who writes.
+
+use super::claim::{clear, take};
+use super::compare::Candidate;
+use super::place::Place;
+use super::plan::Listed;
+use super::segment::Opened;
+use super::store::{Store, damaged};
+use crate::error::{Error, Result};
+use crate::layout::Layout;
+use crate::map::disk::Dir;
+use crate::map::{ExclusiveFile, Source};
+use crate::model::{Contents, ModelMut, Span};
+use crate::save::{DraftOptions, Pair, fill_draft};
+use safetensors::View;
+use std::borrow::Cow;
+use std::collections::{BTreeMap, BTreeSet, HashSet};
+use std::path::Path;
+use std::sync::Arc;
+
+/// How to publish; [`Publisher::open`] is the defaults.
+///
+/// ```
+/// use maptensors::PublishOptions;
+///
+/// # let place = std::env::temp_dir().join(format!("maptensors-doc-group-{}", std::process::id()));
+/// let publisher = PublishOptions::new().mode(0o640).open(&place)?; // its group may read
+/// # publisher.remove()?;
+/// # Ok::<(), maptensors::Error>(())
+/// ```
+#[derive(Debug, Clone)]
+pub struct PublishOptions {
+    mode: u32,
+    recycle: bool,
+}
+
+impl Default for PublishOptions {
+    fn default() -> Self {
+        Self { mode: 0o600, recycle: true }
+    }
+}
+
+impl PublishOptions {
+    /// For this user alone; files are used again.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// The files' mode, 0o600 unless asked for otherwise, whatever the umask is. A directory that is made for them
+    /// has x where they have r.
+    #[must_use]
+    pub fn mode(mut self, mode: u32) -> Self {
+        self.mode = mode & 0o666 | 0o600;
+        self
+    }
+
+    /// Whether a segment that is no longer listed is written anew, once nobody has it open or mapped (default), or
+    /// removed at once. It saves most of what new memory costs, and takes as much meanwhile.
+    #[must_use]
+    pub fn recycle(mut self, recycle: bool) -> Self {
+        self.recycle = recycle;
+        self
+    }
+
+    /// As [`Publisher::open`].
+    ///
+    /// # Errors
+    /// As [`Publisher::open`].
+    pub fn open(&self, place: impl AsRef<Path>) -> Result<Publisher> {
+        Publisher::with(&Place::of(place.as_ref())?, self)
+    }
+}
+
+/// A model, and its tensors that are not as in its file.
+pub(crate) type Edited = Option<(u64, HashSet<String>)>;
+
+/// One who publishes generation after generation of a model's tensors to the processes of this machine:
+/// [`Subscriber`](crate::Subscriber) reads them.
+///
+/// There is one at a time. Dropped, or killed, it leaves the last generation where it is, and the next one continues;
+/// [`Publisher::remove`] ends the publication. What it publishes lives as long as the machine is up; nothing is
+/// synced to a disk.
+///
+/// ```
+/// use maptensors::{Model, Publisher};
+///
+/// let model = Model::read("models/digits.safetensors")?;
+/// # let place = std::env::temp_dir().join(format!("maptensors-doc-publish-{}", std::process::id()));
+/// let mut publisher = Publisher::open(&place)?; // "name" alone: in memory, for this user's processes
+/// assert_eq!(publisher.publish(model.tensors().map(|t| (t.name(), t)))?, 1);
+/// // Only what changed is copied. The rest is shared with generation 1.
+/// assert_eq!(publisher.publish_changed([("fc1.bias", model.tensor("fc1.bias")?)])?, 2);
+/// publisher.remove()?;
+/// # Ok::<(), maptensors::Error>(())
+/// ```
+pub struct Publisher {
+    pub(super) store: Store,
+    pub(super) recycle: bool,
+    pub(super) draft: DraftOptions,
+    metadata: BTreeMap<String, String>,
+    pub(super) generation: u64,
+    /// The number of the next segment.
+    pub(super) next: u64,
+    /// The segments of the current generation, newest first.
+    pub(super) listed: Vec<Listed>,
+    /// Names that live in none of them.
+    pub(super) removed: BTreeSet<String>,
+    /// A segment that is listed no more, to be written anew.
+    pub(super) spare: Option<u64>,
+    /// The model that was published last, and its tensors that then were not as in its file.
+    pub(super) edited: Edited,
+    /// A fork's child has a copy of this value, and no business with the publication.
+    pub(super) owner: u32,
+}
+
+impl Publisher {
+    /// Opens a publication to publish to, or begins one. What has no separator is a name, for this user's processes:
+    /// `$MAPTENSORS_SHARE_DIR/NAME`, or `/dev/shm/maptensors-UID/NAME`, which is memory. Everything else is
+    /// the path of a directory, which is the publication's own.
+    ///
+    /// What a publisher that was killed left behind is put right.
+    ///
+    /// # Errors
+    /// [`Error::Busy`] while there is another publisher; [`Error::Publication`] for one that is damaged;
+    /// [`Error::Argument`] for a name that could lead elsewhere; [`Error::Io`].
+    pub fn open(place: impl AsRef<Path>) -> Result<Self> {
+        PublishOptions::new().open(place)
+    }
+
+    fn with(place: &Place, options: &PublishOptions) -> Result<Self> {
+        place.make(options.mode)?;
+        let path = place.path.clone();
+        let dir = Dir::open(&path).map_err(Error::io(&path, "opening the directory"))?;
+        let (control, state) = take(&dir, &path, options.mode)?;
+        control.sign(options.mode).map_err(Error::io(&path, "signing the control page"))?;
+        ExclusiveFile::sweep(&dir);
+        let store = Store { dir, path, control };
+        let last = store.numbers()?.into_iter().max().unwrap_or_default();
+        let mut publisher = Self {
+            store,
+            recycle: options.recycle && cfg!(target_os = "linux"),
+            draft: DraftOptions::new().durable(false).mode(options.mode),
+            metadata: BTreeMap::new(),
+            generation: state.generation,
+            next: last.max(state.head) + 1,
+            listed: Vec::new(),
+            removed: BTreeSet::new(),
+            spare: None,
+            edited: None,
+            owner: std::process::id(),
+        };
+        publisher.recover()?;
+        Ok(publisher)
+    }
+
+    /// Takes up what the last publisher left.
+    fn recover(&mut self) -> Result<()> {
+        if let Some(found) = self.store.generation(&[])? {
+            let owners = found.owners();
+            let live = |place: usize, opened: &Opened| {
+                let layout = &opened.segment.layout;
+                let lives =
+                    |i: &usize| layout.at(*i).is_some_and(|info| owners.get(info.name()) == Some(&place));
+                (0..layout.len()).filter(lives).collect::<Vec<_>>()
+            };
+            let live: Vec<_> = found.segments.iter().enumerate().map(|(i, opened)| live(i, opened)).collect();
+            self.removed = found.removed;
+            for (opened, live) in found.segments.into_iter().zip(live) {
+                // Nobody else has it: it was opened just now.
+                let opened = Arc::into_inner(opened).ok_or_else(|| damaged(&self.store.path, "a fault"))?;
+                self.listed.push(Listed { segment: opened.segment, live });
+            }
+        }
+        let listed: Vec<u64> = self.listed.iter().map(|old| old.segment.note.number).collect();
+        for number in self.store.numbers()? {
+            if !listed.contains(&number) {
+                self.store.remove(number);
+            }
+        }
+        Ok(())
+    }
+
+    /// The publication's directory.
+    pub fn path(&self) -> &Path {
+        &self.store.path
+    }
+
+    /// The current generation; 0 before the first.
+    pub fn generation(&self) -> u64 {
+        self.generation
+    }
+
+    /// The metadata of the generations published from now on.
+    pub fn set_metadata(&mut self, metadata: BTreeMap<String, String>) {
+        self.metadata = metadata;
+    }
+
+    /// Publishes these tensors, and no others, as the next generation, and returns its number. All are copied.
+    ///
+    /// If they are being changed meanwhile, the generation holds some mixture of old and new values.
+    ///
+    /// # Errors
+    /// Those of [`SaveOptions::save`](crate::SaveOptions::save): nothing is published, the current generation
+    /// stays. [`Error::Argument`] in a fork's child.
+    pub fn publish<N: Into<String>, V: View>(
+        &mut self,
+        tensors: impl IntoIterator<Item = (N, V)>,
+    ) -> Result<u64> {
+        self.copy(&pairs(tensors), &|_| false)
+    }
+
+    /// Publishes these tensors as the next generation, together with all others that the current one has: those are
+    /// shared with it, not copied.
+    ///
+    /// # Errors
+    /// As [`Publisher::publish`].
+    pub fn publish_changed<N: Into<String>, V: View>(
+        &mut self,
+        tensors: impl IntoIterator<Item = (N, V)>,
+    ) -> Result<u64> {
+        self.copy(&pairs(tensors), &|_| true)
+    }
+
+    /// Publishes these tensors, and no others, as the next generation. Only those are copied whose bytes differ from
+    /// the current one: for who does not know which changed. It reads both.
+    ///
+    /// # Errors
+    /// As [`Publisher::publish`].
+    ///
+    /// ```
+    /// # let place = std::env::temp_dir().join(format!("maptensors-doc-differ-{}", std::process::id()));
+    /// # let model = maptensors::Model::read("models/digits.safetensors")?;
+    /// # let mut publisher = maptensors::Publisher::open(&place)?;
+    /// publisher.publish_differing(model.tensors().map(|t| (t.name(), t)))?;
+    /// publisher.publish_differing(model.tensors().map(|t| (t.name(), t)))?; // copies nothing
+    /// # publisher.remove()?;
+    /// # Ok::<(), maptensors::Error>(())
+    /// ```
+    pub fn publish_differing<N: Into<String>, V: View>(
+        &mut self,
+        tensors: impl IntoIterator<Item = (N, V)>,
+    ) -> Result<u64> {
+        self.own()?;
+        let all = pairs(tensors);
+        let mut differ = vec![false; all.len()];
+        let (mut borrowed, mut places) = (Vec::new(), Vec::new());
+        for (i, pair) in all.iter().enumerate() {
+            let dtype = pair.dtype()?;
+            let (name, shape) = (pair.name.as_str(), pair.view.shape());
+            match pair.view.data() {
+                Cow::Borrowed(bytes) => {
+                    borrowed.push(Candidate { name, dtype, shape, bytes: Some(Source::from(bytes)) });
+                    places.push(i);
+                }
+                // Brought from somewhere: no two such copies exist together.
+                Cow::Owned(bytes) => {
+                    let now = Candidate { name, dtype, shape, bytes: Some(Source::from(&*bytes)) };
+                    differ[i] = self.differing(&[now])? != [false];
+                }
+            }
+        }
+        for (i, found) in places.into_iter().zip(self.differing(&borrowed)?) {
+            differ[i] = found;
+        }
+        drop(borrowed);
+        let names: HashSet<String> = all.iter().map(|pair| pair.name.clone()).collect();
+        let changed: Vec<_> = all.into_iter().zip(differ).filter(|(_, differs)| *differs).collect();
+        let changed: Vec<_> = changed.into_iter().map(|(pair, _)| pair).collect();
+        self.copy(&changed, &|name| names.contains(name))
+    }
+
+    /// Publishes a model as it is now, with its metadata. After the first time only those tensors are looked at that
+    /// the kernel knows to have been written, and only those copied that differ from the current generation.
+    ///
+    /// # Errors
+    /// As [`Publisher::publish`].
+    ///
+    /// ```
+    /// # let place = std::env::temp_dir().join(format!("maptensors-doc-model-{}", std::process::id()));
+    /// # let mut publisher = maptensors::Publisher::open(&place)?;
+    /// # // SAFETY: nobody writes to the file while it is mapped.
+    /// let mut model = unsafe { maptensors::ModelMut::open("models/digits.safetensors")? };
+    /// publisher.publish_model(&model)?;
+    /// model.tensor_mut("fc1.bias")?.as_mut_slice::<f32>()?[0] += 1.0;
+    /// publisher.publish_model(&model)?; // copies fc1.bias
+    /// # publisher.remove()?;
+    /// # Ok::<(), maptensors::Error>(())
+    /// ```
+    pub fn publish_model(&mut self, model: &ModelMut) -> Result<u64> {
+        let candidates = model.tensors().map(|tensor| Candidate {
+            name: tensor.name(),
+            dtype: tensor.dtype(),
+            shape: tensor.shape(),
+            bytes: Some(Source::from(tensor.as_bytes())),
+        });
+        let (differ, edited) =
+            self.edited_since(model.token(), &model.contents(), &candidates.collect::<Vec<_>>())?;
+        let changed = model.tensors().zip(differ).filter(|(_, differs)| *differs);
+        let changed = pairs(changed.map(|(tensor, _)| (tensor.name(), tensor)));
+        let generation = self.copy_with(&changed, model.metadata(), &|name| model.contains(name))?;
+        self.edited = edited;
+        Ok(generation)
+    }
+
+    /// Which tensors of a model are not as they are published; and what to remember of it once they are.
+    pub(crate) fn edited_since(
+        &self,
+        token: u64,
+        contents: &Contents<'_>,
+        all: &[Candidate<'_>],
+    ) -> Result<(Vec<bool>, Edited)> {
+        self.own()?;
+        // One that was read has no file to compare with: then all of it is compared with what is published.
+        let found = contents.differences(Span::SinceFile, false).ok();
+        let now: Option<HashSet<String>> =
+            found.map(|(found, _)| found.iter().map(|found| found.info.name().to_owned()).collect());
+        let then = self.edited.as_ref().filter(|(known, _)| *known == token).map(|(_, edited)| edited);
+        // As in its file then and now: as it was published.
+        let as_published = |tensor: &Candidate<'_>| {
+            matches!((&now, then), (Some(now), Some(then))
+                if !now.contains(tensor.name) && !then.contains(tensor.name))
+                && self.has(tensor.name, tensor.dtype, tensor.shape)
+        };
+        let looked_at: Vec<usize> = (0..all.len()).filter(|&i| !as_published(&all[i])).collect();
+        let candidates: Vec<_> = looked_at.iter().map(|&i| all[i]).collect();
+        let mut differ = vec![false; all.len()];
+        for (i, differs) in looked_at.into_iter().zip(self.differing(&candidates)?) {
+            differ[i] = differs;
+        }
+        Ok((differ, now.map(|now| (token, now))))
+    }
+
+    /// That the current generation is of a model: what [`Publisher::edited_since`] said.
+    #[cfg(feature = "python")]
+    pub(crate) fn remember(&mut self, edited: Edited) {
+        self.edited = edited;
+    }
+
+    fn copy<V: View>(&mut self, tensors: &[Pair<V>], keeps: &(dyn Fn(&str) -> bool + Sync)) -> Result<u64> {
+        let metadata = self.metadata.clone();
+        self.copy_with(tensors, &metadata, keeps)
+    }
+
+    fn copy_with<V: View>(
+        &mut self,
+        tensors: &[Pair<V>],
+        metadata: &BTreeMap<String, String>,
+        keeps: &(dyn Fn(&str) -> bool + Sync),
+    ) -> Result<u64> {
+        let mut layout = Layout::builder();
+        for tensor in tensors {
+            layout = tensor.declare(layout)?;
+        }
+        let layout = layout.build()?;
+        self.run(metadata, keeps, |path, create| {
+            let mut draft = create(path, &layout)?;
+            fill_draft(&mut draft, tensors)?;
+            Ok::<_, Error>(Box::new(move || draft.commit_mapped()))
+        })
+    }
+
+    /// Ends the publication: who is attached is told, and keeps what is held. Its files are removed, and its
+    /// directory if nothing else is in it.
+    ///
+    /// # Errors
+    /// [`Error::Io`]; [`Error::Argument`] in a fork's child.
+    pub fn remove(self) -> Result<()> {
+        self.own()?;
+        let io = |action| Error::io(&self.store.path, action);
+        self.store.control.close().map_err(io("closing the control page"))?;
+        clear(&self.store.dir, &self.store.path)?;
+        // Others may have put something there; it is theirs.
+        std::fs::remove_dir(&self.store.path).ok();
+        Ok(())
+    }
+
+    /// # Errors
+    /// In a fork's child.
+    pub(super) fn own(&self) -> Result<()> {
+        if self.is_own() {
+            return Ok(());
+        }
+        let what = "this publisher was opened by another process, which goes on publishing: only one can";
+        Err(Error::Argument(what.into()))
+    }
+
+    /// Whether this is the process that opened it, and no fork's child.
+    pub(crate) fn is_own(&self) -> bool {
+        self.owner == std::process::id()
+    }
+}
+
+impl Drop for Publisher {
+    fn drop(&mut self) {
+        if self.is_own() {
+            if let Some(spare) = self.spare {
+                self.store.remove(spare);
+            }
+            self.store.control.unlock();
+        }
+    }
+}
+
+fn pairs<N: Into<String>, V: View>(tensors: impl IntoIterator<Item = (N, V)>) -> Vec<Pair<V>> {
+    tensors.into_iter().map(|(name, view)| Pair { name: name.into(), view }).collect()
+}
+
+impl std::fmt::Debug for Publisher {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Publisher")
+            .field("path", &self.path())
+            .field("generation", &self.generation)
+            .finish_non_exhaustive()
+    }
+}

@@ -1,0 +1,174 @@
+//! A publication as it lies in its directory.
+
+use super::segment::{self, Opened};
+use crate::error::{Error, Result};
+use crate::map::control::{Control, State};
+use crate::map::disk::Dir;
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::io::ErrorKind;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+/// The control page's file.
+pub(super) const CONTROL: &str = "control";
+
+/// How often a reader sets out again because the publisher was faster.
+const TRIES: u32 = 10_000;
+
+/// A publication's directory and its control page, held open: what they are renamed to does not matter.
+pub(super) struct Store {
+    pub(super) dir: Dir,
+    pub(super) path: PathBuf,
+    pub(super) control: Control,
+}
+
+/// One generation: which segments make it up.
+pub(super) struct Generation {
+    pub(super) number: u64,
+    /// Newest first; the first is the head.
+    pub(super) segments: Vec<Arc<Opened>>,
+    /// Names that live in none of them.
+    pub(super) removed: BTreeSet<String>,
+    pub(super) metadata: BTreeMap<String, String>,
+}
+
+impl Generation {
+    /// The segment, by its place among all, in which each tensor lives.
+    pub(super) fn owners(&self) -> HashMap<&str, usize> {
+        let mut owners = HashMap::new();
+        for (place, opened) in self.segments.iter().enumerate() {
+            for info in opened.segment.layout.iter().filter(|info| !self.removed.contains(info.name())) {
+                owners.entry(info.name()).or_insert(place);
+            }
+        }
+        owners
+    }
+}
+
+impl Store {
+    /// Opens a publication to look at it.
+    ///
+    /// # Errors
+    /// [`Error::Publication`] where there is none, [`Error::Io`].
+    pub(super) fn open(path: &Path) -> Result<Self> {
+        let none = |error: std::io::Error| match error.kind() {
+            ErrorKind::NotFound => Error::Publication {
+                path: path.into(),
+                what:
+                    "nothing is published there, or not yet (a publisher makes it; attaching can wait for it)"
+                        .into(),
+            },
+            ErrorKind::InvalidData => damaged(path, "its control page is no file"),
+            _ => Error::io(path, "opening the publication")(error),
+        };
+        let dir = Dir::open(path).map_err(none)?;
+        let control = Control::open(&dir, CONTROL.as_ref(), false).map_err(none)?;
+        Ok(Self { dir, path: path.into(), control })
+    }
+
+    /// What the control page says.
+    ///
+    /// # Errors
+    /// [`Error::Publication`] for a page that makes no sense, [`Error::Io`].
+    pub(super) fn look(&self) -> Result<State> {
+        let state = self.control.read().map_err(Error::io(&self.path, "reading the control page"))?;
+        state.ok_or_else(|| damaged(&self.path, "its control page makes no sense"))
+    }
+
+    /// As [`Store::look`], at a publication that goes on.
+    ///
+    /// # Errors
+    /// As [`Store::look`]; [`Error::Publication`] if it is over.
+    pub(super) fn state(&self) -> Result<State> {
+        let state = self.look()?;
+        if state.closed { Err(self.over()) } else { Ok(state) }
+    }
+
+    fn over(&self) -> Error {
+        let what = "the publication is over: its publisher, or somebody else, has removed it".into();
+        Error::Publication { path: self.path.clone(), what }
+    }
+
+    /// The current generation, `None` before the first. Segments that are open already are taken from `known`.
+    ///
+    /// The publisher may take segments away while they are being opened: then there is a newer generation, and
+    /// this sets out again.
+    ///
+    /// # Errors
+    /// [`Error::Publication`] for one that is over or damaged; [`Error::Io`].
+    pub(super) fn generation(&self, known: &[Arc<Opened>]) -> Result<Option<Generation>> {
+        let mut state = self.state()?;
+        // What one attempt has opened, the next need not.
+        let mut known = known.to_vec();
+        for _ in 0..TRIES {
+            if state.generation == 0 {
+                return Ok(None);
+            }
+            let found = self.assemble(&state, &mut known);
+            // Also after a success: a directory in which everything was removed and begun anew has the same
+            // numbers, but not this control page.
+            let now = self.state()?;
+            match found {
+                Ok(generation) => return Ok(Some(generation)),
+                Err(Error::Io { source, path, .. })
+                    if now == state && source.kind() == ErrorKind::NotFound =>
+                {
+                    let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+                    return Err(damaged(
+                        &self.path,
+                        &format!("{name} is missing, of generation {}", now.generation),
+                    ));
+                }
+                // Somebody who holds a lease on a segment that is listed, for a moment or for ever.
+                Err(Error::Io { source, .. }) if now == state && source.kind() == ErrorKind::WouldBlock => {
+                    std::thread::sleep(std::time::Duration::from_millis(1));
+                }
+                Err(error) if now == state => return Err(error),
+                Err(_) => state = now,
+            }
+        }
+        Err(damaged(&self.path, "its segments could not be opened"))
+    }
+
+    fn assemble(&self, state: &State, known: &mut Vec<Arc<Opened>>) -> Result<Generation> {
+        let mut open = |number: u64| {
+            if let Some(opened) = known.iter().find(|opened| opened.segment.note.number == number) {
+                return Ok(opened.clone());
+            }
+            let opened = Arc::new(segment::open(&self.dir, &self.path, number)?);
+            known.push(opened.clone());
+            Ok::<_, Error>(opened)
+        };
+        let head = open(state.head)?;
+        let note =
+            head.segment.note.head.clone().filter(|_| head.segment.note.generation == state.generation);
+        let note = note.ok_or_else(|| {
+            damaged(
+                &self.path,
+                &format!("segment {} is not the head of generation {}", state.head, state.generation),
+            )
+        })?;
+        let metadata = head.segment.layout.metadata().clone();
+        let mut segments = vec![head];
+        for number in note.segments {
+            segments.push(open(number)?);
+        }
+        Ok(Generation { number: state.generation, segments, removed: note.removed, metadata })
+    }
+
+    /// Removes a segment, if it is there. Best effort: what is left takes space, and the next publisher sweeps.
+    pub(super) fn remove(&self, number: u64) {
+        self.dir.remove(&segment::file_name(number)).ok();
+    }
+
+    /// The numbers of all segments in the directory.
+    pub(super) fn numbers(&self) -> Result<Vec<u64>> {
+        let names = self.dir.names().map_err(Error::io(&self.path, "listing the publication"))?;
+        Ok(names.iter().filter_map(|name| segment::number_of(name)).collect())
+    }
+}
+
+pub(super) fn damaged(path: &Path, what: &str) -> Error {
+    let what = format!("the publication is damaged: {what}; remove the directory to start anew");
+    Error::Publication { path: path.into(), what }
+}

@@ -1,0 +1,215 @@
+//! One generation, written: its segments, the flip, and what goes.
+
+use super::plan::{Listed, Plan};
+use super::publisher::Publisher;
+use super::segment::{self, Head, KEY, Note, Segment};
+use super::store::damaged;
+use crate::digest::CHECKSUMS;
+use crate::error::{Error, Result};
+use crate::layout::Layout;
+use crate::map::control::State;
+use crate::map::{self, ExclusiveFile};
+use crate::save::slot::Slot;
+use crate::save::{Commit, Create, Draft};
+use std::collections::{BTreeMap, BTreeSet};
+use std::os::unix::fs::FileExt as _;
+use std::path::{Path, PathBuf};
+use std::sync::{Mutex, PoisonError};
+
+/// A generation on its way.
+struct Made {
+    head: Segment,
+    carried: Option<Segment>,
+    plan: Plan,
+    removed: BTreeSet<String>,
+}
+
+impl Publisher {
+    /// Publishes: `stage` has a file made at a path for the tensors that are copied, and fills it up to its commit.
+    /// Of those that the current generation has beside them, those stay that `keeps` says.
+    pub(crate) fn run<E: From<Error>>(
+        &mut self,
+        metadata: &BTreeMap<String, String>,
+        keeps: &(dyn Fn(&str) -> bool + Sync),
+        stage: impl FnOnce(&Path, Create<'_>) -> Result<Commit, E>,
+    ) -> Result<u64, E> {
+        self.own()?;
+        self.edited = None;
+        // Never again, also if this fails.
+        let carried = self.next;
+        self.next += 2;
+        let number = carried + 1;
+        let spare = Mutex::new(self.spare.take());
+        let made = Mutex::new(None);
+        let staged = stage(&self.file(number), &|path, layout| {
+            let (draft, new) = self.make(number, path, layout, metadata, keeps, &spare)?;
+            *made.lock().unwrap_or_else(PoisonError::into_inner) = Some(new);
+            Ok(draft)
+        });
+        // Its memory is unmapped at once: while it is mapped, nobody could ever use the file again.
+        let committed = staged.and_then(|commit| commit().map(drop).map_err(E::from));
+        self.spare = spare.into_inner().unwrap_or_else(PoisonError::into_inner);
+        let made = made.into_inner().unwrap_or_else(PoisonError::into_inner);
+        let done = committed.and_then(|()| {
+            let made = made.ok_or_else(|| Error::Argument("no file was made".into()))?;
+            self.flip(number)?;
+            Ok(made)
+        });
+        match done {
+            Ok(made) => {
+                self.settle(made);
+                Ok(self.generation)
+            }
+            Err(error) => {
+                self.store.remove(carried);
+                self.store.remove(number);
+                Err(error)
+            }
+        }
+    }
+
+    /// Makes the head's file, and before it the one of the tensors that are carried.
+    fn make(
+        &self,
+        number: u64,
+        path: &Path,
+        layout: &Layout,
+        metadata: &BTreeMap<String, String>,
+        keeps: &dyn Fn(&str) -> bool,
+        spare: &Mutex<Option<u64>>,
+    ) -> Result<(Draft, Made)> {
+        if number >= segment::LIMIT {
+            return Err(damaged(&self.store.path, "its segments' numbers are used up"));
+        }
+        let generation = self.generation + 1;
+        let plan = Plan::new(&self.listed, layout, keeps);
+        let carried = if plan.carries() { Some(self.carry(number - 1, generation, &plan)?) } else { None };
+        let old =
+            || self.listed.iter().zip(&plan.live).filter(|(_, live)| !live.is_empty()).map(|(old, _)| old);
+        let has = |name: &String| old().any(|old| old.segment.layout.position(name).is_some());
+        let gone = |name: &&String| layout.position(name).is_none() && has(name);
+        let removed: BTreeSet<String> = self.removed.union(&plan.removed).filter(gone).cloned().collect();
+        let segments = carried.iter().chain(old().map(|old| &old.segment)).map(|s| s.note.number).collect();
+        let head = Some(Head { segments, removed: removed.clone() });
+        let note = Note { number, generation, versions: BTreeMap::new(), head };
+        let mut metadata = metadata.clone();
+        // They would be those of this segment's tensors alone.
+        metadata.remove(CHECKSUMS);
+        metadata.insert(KEY.into(), note.encode(path)?);
+        let mut layout = layout.clone();
+        layout.set_metadata(Some(metadata));
+        let draft = self.draft(spare, path, &layout)?;
+        let head = Segment { layout: draft.layout().clone(), note };
+        Ok((draft, Made { head, carried, plan, removed }))
+    }
+
+    /// A draft: in the segment that is listed no more, if nobody has that.
+    fn draft(&self, spare: &Mutex<Option<u64>>, path: &Path, layout: &Layout) -> Result<Draft> {
+        // Giving most of a large one back takes its time: that is done after the flip, by removing it.
+        let fits = |spare: &mut u64| {
+            let most = layout.data_len().saturating_mul(2).saturating_add(1 << 20);
+            std::fs::metadata(self.file(*spare)).is_ok_and(|file| file.len() <= most)
+        };
+        if let Some(spare) = spare.lock().unwrap_or_else(PoisonError::into_inner).take_if(fits) {
+            if let Some(draft) = self.recycled(spare, path, layout) {
+                return Ok(draft);
+            }
+            self.store.remove(spare);
+        }
+        self.draft.create(path, layout)
+    }
+
+    /// What cannot be used again is removed, and a new file made, whatever the reason.
+    fn recycled(&self, spare: u64, path: &Path, layout: &Layout) -> Option<Draft> {
+        #[cfg(target_os = "linux")]
+        {
+            let hidden = ExclusiveFile::hide(&self.store.dir, &segment::file_name(spare)).ok()?;
+            let hidden = self.store.path.join(hidden);
+            let len = std::fs::metadata(&hidden).ok()?.len();
+            let slot = Slot::recycle(&hidden, len).ok()??;
+            slot.draft(path, layout, &self.draft).ok()?
+        }
+        #[cfg(not(target_os = "linux"))]
+        {
+            let _ = (spare, path, layout);
+            None
+        }
+    }
+
+    /// Copies tensors that live in older segments into one of their own.
+    fn carry(&self, number: u64, generation: u64, plan: &Plan) -> Result<Segment> {
+        let path = self.file(number);
+        let tensors = || {
+            let listed = self.listed.iter().zip(&plan.carried).filter(|(_, carried)| !carried.is_empty());
+            listed.map(|(old, carried)| (&old.segment, carried))
+        };
+        let mut layout = Layout::builder();
+        let mut versions = BTreeMap::new();
+        for (old, carried) in tensors() {
+            for info in carried.iter().filter_map(|&place| old.layout.at(place)) {
+                versions.insert(info.name().to_owned(), old.version(info.name()));
+                layout = layout.tensor(info.name(), info.dtype(), info.shape());
+            }
+        }
+        let note = Note { number, generation, versions, head: None };
+        let layout = layout.metadata(KEY, note.encode(&path)?).build()?;
+        let mut draft = self.draft.create(&path, &layout)?;
+        for (old, carried) in tensors() {
+            let from = segment::open(&self.store.dir, &self.store.path, old.note.number)?;
+            for info in carried.iter().filter_map(|&place| old.layout.at(place)) {
+                let mut to = draft.tensor_mut(info.name())?;
+                let pieces = to.as_bytes_mut().chunks_mut(map::CHUNK).enumerate().collect();
+                let copied = map::each_in_parallel(pieces, |(i, piece): (usize, &mut [u8])| {
+                    from.file.read_exact_at(piece, info.offset() + (i * map::CHUNK) as u64)
+                });
+                copied.map_err(Error::io(&from.path, "carrying tensors on"))?;
+            }
+        }
+        let layout = draft.layout().clone();
+        draft.commit()?;
+        Ok(Segment { layout, note })
+    }
+
+    /// From here on the new generation is the current one.
+    fn flip(&self, head: u64) -> Result<()> {
+        let generation = self.generation + 1;
+        let flipped = self.store.control.flip(generation, head);
+        // A write that failed has perhaps been done.
+        let done =
+            || matches!(self.store.control.read(), Ok(Some(State { generation: g, .. })) if g == generation);
+        match flipped {
+            Err(error) if !done() => Err(Error::io(&self.store.path, "writing the control page")(error)),
+            _ => Ok(()),
+        }
+    }
+
+    /// Keeps account of what is listed now, and takes away what is not.
+    fn settle(&mut self, made: Made) {
+        let Made { head, carried, plan, removed } = made;
+        self.generation = head.note.generation;
+        self.removed = removed;
+        let old = std::mem::take(&mut self.listed);
+        self.listed = std::iter::once(head).chain(carried).map(Listed::new).collect();
+        let mut unlisted = Vec::new();
+        for (old, live) in old.into_iter().zip(plan.live) {
+            if live.is_empty() {
+                unlisted.push((old.segment.layout.file_len(), old.segment.note.number));
+            } else {
+                self.listed.push(Listed { segment: old.segment, live });
+            }
+        }
+        unlisted.sort_unstable();
+        // The largest is kept, for who is just opening it, and to be used again.
+        let spare = unlisted.pop_if(|_| self.recycle).map(|(_, number)| number);
+        let unused = std::mem::replace(&mut self.spare, spare);
+        unlisted
+            .into_iter()
+            .map(|(_, number)| number)
+            .chain(unused)
+            .for_each(|number| self.store.remove(number));
+    }
+
+    pub(super) fn file(&self, number: u64) -> PathBuf {
+        self.store.path.join(segment::file_name(number))
+    }
+}

@@ -1,0 +1,325 @@
+"""Live weights: published by one process, held by others."""
+
+import os
+import signal
+import stat
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import maptensors as mt
+import numpy as np
+import pytest
+import torch
+from support import ROOT
+
+PRELUDE = """
+import sys, time, os, hashlib
+import numpy as np, maptensors as mt
+place = sys.argv[1]
+"""
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> str:
+    return str(tmp_path / "policy")
+
+
+@pytest.fixture
+def names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where names stand for directories."""
+    monkeypatch.setenv("MAPTENSORS_SHARE_DIR", str(tmp_path / "names"))
+    return tmp_path / "names"
+
+
+def child(code: str, place: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-c", PRELUDE + code, place]
+    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+
+def state_of(value: float, size: int = 5000) -> dict[str, np.ndarray]:
+    return {"a": np.full(size, value, np.float32), "b": np.full(size, -value, np.float32)}
+
+
+def where(weights: mt.Subscriber, name: str) -> tuple[int, int]:
+    """The inode and the offset at which a tensor lies."""
+    info = weights.model.info(name)
+    return os.stat(info["path"]).st_ino, info["offset"]
+
+
+def test_every_process_holds_what_one_publishes(place: str) -> None:
+    publisher = mt.publish(place, state_of(1.0))
+    code = """
+weights = mt.attach(place)
+for expected in (1, 2):
+    model = weights.model
+    assert (model["a"].numpy() == expected).all() and (model["b"].numpy() == -expected).all()
+    print(weights.generation, flush=True)
+    if expected == 1:
+        assert weights.wait(60) and weights.refresh() == {"a", "b"}
+"""
+    others = [child(code, place) for _ in range(3)]
+    for other in others:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "1\n"
+    assert publisher.publish(state_of(2.0)) == 2
+    for other in others:
+        assert other.communicate(timeout=60)[0] == "2\n"
+        assert other.returncode == 0
+
+
+def test_a_state_arrives_as_it_was_numbers_and_structure_and_all(place: str) -> None:
+    weight = torch.randn(4, 6, dtype=torch.bfloat16)
+    state = {
+        "model": {"w": weight, "tied": weight, "t": torch.randn(3, 5).T},
+        "optimizer": [{"lr": 0.1, "m": np.arange(6)[::2]}],
+        "step": 7,
+    }
+    with mt.publish(place, state, metadata={"run": "x"}) as publisher:
+        weights = mt.attach(place)
+        assert weights.model.metadata["run"] == "x"
+        found = weights.state()
+        assert torch.equal(found["model"]["w"], weight)
+        assert found["model"]["w"].dtype == torch.bfloat16
+        assert torch.equal(found["model"]["t"], state["model"]["t"])
+        assert found["optimizer"][0]["lr"] == 0.1
+        assert found["optimizer"][0]["m"].tolist() == [0, 2, 4]
+        assert found["step"] == 7
+        publisher.publish(state | {"step": 8}, changed=[])
+        assert weights.refresh() == frozenset()
+        assert weights.state()["step"] == 8
+        assert isinstance(weights.state(framework="numpy")["model"]["t"], np.ndarray)
+        with pytest.raises(ValueError, match="framework is one of"):
+            weights.state(framework="tensorflow")
+
+
+def test_only_what_changed_is_copied_and_the_rest_is_the_same_pages(place: str) -> None:
+    with mt.publish(place, state_of(1.0)) as publisher, mt.attach(place, "r") as weights:
+        a, b = where(weights, "a"), where(weights, "b")
+        publisher.publish(state_of(2.0), changed=["a"])
+        assert weights.refresh() == {"a"}
+        assert where(weights, "b") == b
+        assert where(weights, "a") != a
+        # The caller's word counts: b was said to be as it was.
+        assert (weights.model["b"].numpy() == -1).all()
+        assert (weights.model["a"].numpy() == 2).all()
+        with pytest.raises(KeyError):
+            publisher.publish(state_of(3.0), changed=["a", "nowhere"])
+        with pytest.raises(TypeError, match="several names"):
+            publisher.publish(state_of(3.0), changed="a")
+        assert publisher.generation == 2
+
+
+def test_comparing_finds_out_what_changed(place: str) -> None:
+    state = state_of(1.0) | {"strided": np.ones((4, 4), np.float32).T[::2]}
+    with mt.publish(place, state) as publisher, mt.attach(place) as weights:
+        b = where(weights, "b")
+        state["a"] = state["a"].copy()
+        state["a"][-1] += 1
+        publisher.publish(state, changed="compare")
+        names = weights.refresh()
+        assert names is not None
+        assert "a" in names
+        assert "b" not in names
+        assert where(weights, "b") == b
+        assert weights.model["a"].numpy()[-1] == 2
+
+
+def test_of_a_mapped_model_only_its_edits_are_published_and_taken_back(tmp_path: Path, place: str) -> None:
+    path = tmp_path / "base.safetensors"
+    mt.save(state_of(1.0), path)
+    model = mt.open(path)
+    with mt.publish(place, model) as publisher, mt.attach(place) as weights:
+        b = where(weights, "b")
+        for value in (5.0, 1.0):  # 1.0: as it is in the file again
+            model["a"].numpy()[0] = value
+            model.mark()  # what else the model is asked to remember makes no difference
+            publisher.publish(model)
+            assert weights.refresh() == {"a"}
+            assert weights.model["a"].numpy()[0] == value
+            assert where(weights, "b") == b
+        publisher.publish(model)
+        assert weights.refresh() == frozenset()
+        # Another model's edits are not known to what was published.
+        other = mt.open(path)
+        other["b"].numpy()[0] = 9
+        publisher.publish(other)
+        weights.refresh()
+        assert weights.model["b"].numpy()[0] == 9
+        assert weights.model["a"].numpy()[0] == 1
+
+
+def test_a_generation_held_never_changes(place: str) -> None:
+    with mt.publish(place, state_of(0.0)) as publisher:
+        held = mt.attach(place)
+        taken = held.model["a"].numpy()
+        for value in range(1, 60):
+            publisher.publish(state_of(float(value)), changed=["a"] if value % 3 else None)
+        assert (held.model["b"].numpy() == 0).all()
+        assert held.generation == 1
+        assert held.latest == 60
+        assert held.refresh() == {"a", "b"}
+        held.close()
+        assert (taken == 0).all()
+        files = list(Path(place).iterdir())
+        assert len(files) < 10, files
+
+
+def test_edits_of_a_reader_stay_its_own_and_a_read_only_one_makes_none(place: str) -> None:
+    with mt.publish(place, state_of(1.0)) as publisher:
+        one, other = mt.attach(place), mt.attach(place, "r")
+        one.model["a"].numpy()[:] = 7
+        assert (other.model["a"].numpy() == 1).all()
+        with pytest.raises(ValueError, match="read-only"):
+            other.model["a"].numpy()[0] = 1
+        publisher.publish(state_of(2.0), changed=["b"])
+        one.refresh()
+        # The next generation is what was published, not what was made of the one before.
+        assert (one.model["a"].numpy() == 1).all()
+        with pytest.raises(ValueError, match="mode"):
+            mt.attach(place, "r+")  # type: ignore[arg-type]
+
+
+def test_waiting_sleeps_until_something_is_published(place: str) -> None:
+    with mt.publish(place, state_of(1.0)) as publisher, mt.attach(place) as weights:
+        assert not weights.changed
+        assert not weights.wait(0)
+        assert not weights.wait(0.05)
+        later = threading.Timer(0.2, lambda: publisher.publish(state_of(2.0)))
+        later.start()
+        used = time.process_time()
+        assert weights.wait(60)
+        assert time.process_time() - used < 0.1  # asleep, not spinning
+        later.join()
+        assert weights.changed
+        assert weights.wait(0)
+        assert weights.refresh() is not None
+        assert weights.refresh() is None
+        seen = []
+        for value in (3.0, 4.0):
+            publisher.publish(state_of(value))
+            seen.append(next(weights.updates(timeout=60)))
+        assert seen == [{"a", "b"}, {"a", "b"}]
+        assert list(weights.updates(timeout=0.01)) == []
+
+
+def test_ctrl_c_ends_waiting(place: str) -> None:
+    with mt.publish(place, state_of(1.0)):
+        other = child(
+            "weights = mt.attach(place)\nprint('waiting', flush=True)\n"
+            "try:\n    weights.wait()\nexcept KeyboardInterrupt:\n    print('interrupted')\n",
+            place,
+        )
+        assert other.stdout is not None
+        assert other.stdout.readline() == "waiting\n"
+        time.sleep(0.3)
+        other.send_signal(signal.SIGINT)
+        assert other.communicate(timeout=30)[0] == "interrupted\n"
+
+
+def test_who_comes_before_the_publisher_may_wait_for_it(place: str) -> None:
+    for timeout in (0, 0.05):
+        with pytest.raises(mt.errors.PublicationError, match="nothing is published"):
+            mt.attach(place, timeout=timeout)
+    publishers: list[mt.Publisher] = []
+    later = threading.Timer(0.2, lambda: publishers.append(mt.publish(place, state_of(1.0))))
+    later.start()
+    assert mt.attach(place, timeout=60).generation == 1
+    later.join()
+
+
+def test_a_killed_publisher_leaves_its_last_generation_and_its_place(place: str) -> None:
+    other = child(
+        """
+publisher = mt.publish(place, {"a": np.full(9, 1.0)})
+publisher.publish({"a": np.full(9, 2.0)})
+print("published", flush=True)
+time.sleep(600)
+""",
+        place,
+    )
+    assert other.stdout is not None
+    assert other.stdout.readline() == "published\n"
+    weights = mt.attach(place)
+    with pytest.raises(mt.errors.BusyError, match=str(other.pid)):
+        mt.publish(place)
+    other.kill()
+    other.communicate()
+    assert (weights.model["a"].numpy() == 2).all()
+    with mt.publish(place) as publisher:
+        assert publisher.generation == 2
+        assert publisher.publish({"a": np.full(9, 3.0)}) == 3
+    assert weights.wait(60)
+    assert weights.refresh() == {"a"}
+
+
+def test_a_publication_taken_away_is_told_and_what_is_held_stays(place: str) -> None:
+    publisher = mt.publish(place, state_of(1.0))
+    weights = mt.attach(place)
+    publisher.remove()
+    assert not os.path.exists(place)
+    for ask in (weights.wait, weights.refresh):
+        with pytest.raises(mt.MapTensorsError, match="removed"):
+            ask()
+    assert (weights.model["a"].numpy() == 1).all()
+    with pytest.raises(mt.MapTensorsError, match="closed"):
+        publisher.publish(state_of(2.0))
+    weights.close()
+    with pytest.raises(mt.MapTensorsError, match="closed"):
+        weights.refresh()
+
+
+def test_only_its_owner_may_look_unless_asked(names: Path, place: str) -> None:
+    def bits(path: os.PathLike[str] | str) -> int:
+        return stat.S_IMODE(os.stat(path).st_mode)
+
+    with mt.publish("private", state_of(1.0)) as publisher:
+        assert Path(publisher.path) == names / "private"
+        assert bits(publisher.path) == 0o700
+        assert {bits(entry) for entry in Path(publisher.path).iterdir()} == {0o600}
+        assert mt.attach("private").generation == 1
+    with mt.publish(place, state_of(1.0), permissions=0o640) as publisher:
+        assert bits(place) == 0o750
+        assert {bits(entry) for entry in Path(place).iterdir()} == {0o640}
+        publisher.publish(state_of(2.0))
+        publisher.publish(state_of(3.0))
+        assert {bits(entry) for entry in Path(place).iterdir() if "tmp" not in entry.name} == {0o640}
+
+
+@pytest.mark.parametrize("name", ["", "..", ".", ".hidden", "a\0b", "x" * 300, "new\nline"])
+def test_a_name_cannot_lead_out_of_its_directory(names: Path, name: str) -> None:
+    for call in (lambda: mt.publish(name), lambda: mt.attach(name)):
+        with pytest.raises((ValueError, OSError)):
+            call()
+    assert not names.exists() or not any(names.iterdir())
+
+
+@pytest.mark.parametrize("damage", ["control", "head", "missing"])
+def test_a_damaged_publication_is_an_error_and_no_crash(place: str, damage: str) -> None:
+    with mt.publish(place, state_of(1.0)):
+        pass
+    [head] = Path(place).glob("*.safetensors")
+    match damage:
+        case "control":
+            control = Path(place, "control")
+            control.write_bytes(os.urandom(control.stat().st_size))
+        case "head":
+            head.write_bytes(b"\x10\0\0\0\0\0\0\0nonsense")
+        case "missing":
+            head.unlink()
+    with pytest.raises((mt.MapTensorsError, OSError)):
+        mt.attach(place)
+    with pytest.raises((mt.MapTensorsError, OSError)):
+        mt.publish(place)
+
+
+def test_the_example_runs(names: Path) -> None:
+    command = [sys.executable, str(ROOT / "examples" / "live_weights.py")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert lines[-1].startswith("step 20:")
+    assert all(line.endswith(" weights.fc2.weight") for line in lines[1:])
+    assert not any(names.iterdir())
