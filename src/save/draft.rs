@@ -271,6 +271,8 @@ impl Draft {
         let placed = place(&self.layout, jobs, self.pending.path())?;
         // Once tensors were filled in memory, all are: the commit writes that memory.
         let target = match &mut self.memory {
+            // The same pages, by another way.
+            Some(_) if self.mapped && self.pending.file().is_memory() => Target::File(self.pending.file()),
             Some(memory) => Target::Memory(memory.as_bytes_mut()),
             None => Target::File(self.pending.file()),
         };
