@@ -80,6 +80,41 @@
 //! # Ok::<(), maptensors::Error>(())
 //! ```
 //!
+//! # Share
+//!
+//! ```
+//! use maptensors::{Model, Publisher, Subscriber};
+//!
+//! # let place = std::env::temp_dir().join(format!("maptensors-doc-lib-share-{}", std::process::id()));
+//! let model = Model::read("models/digits.safetensors")?;
+//! let mut publisher = Publisher::open(&place)?; // a name alone stands for a place in memory
+//! publisher.publish(model.tensors().map(|t| (t.name(), t)))?;
+//!
+//! // In any number of other processes. SAFETY: only publishers write to the publication's files.
+//! let mut weights = unsafe { Subscriber::attach(&place)? };
+//! publisher.publish_changed([("fc1.bias", model.tensor("fc1.bias")?)])?; // the rest stays the same pages
+//! assert!(weights.wait(None)?);
+//! assert_eq!(weights.refresh()?.unwrap().changed, ["fc1.bias"]);
+//! assert_eq!(weights.model().len(), 4);
+//! # publisher.remove()?;
+//! # Ok::<(), maptensors::Error>(())
+//! ```
+//!
+//! # More model than memory
+//!
+//! ```
+//! use maptensors::{Model, Select, StreamOptions};
+//!
+//! // SAFETY: as above.
+//! let model = unsafe { Model::open("models/digits.safetensors")? };
+//! model.prefetch(Select::matching(|name| name.starts_with("fc1.")))?.wait()?; // in the background until then
+//! for tensor in model.stream(StreamOptions::new().budget(2 << 30))? {
+//!     let _bytes = tensor?.as_bytes(); // read ahead of here, given back behind
+//! }
+//! model.evict(..)?;
+//! # Ok::<(), maptensors::Error>(())
+//! ```
+//!
 //! # What you may rely on
 //!
 //! - **Zero-copy.** [`Model::open`] reads headers; [`TensorView::as_slice`] is a pointer into the mapping. A

@@ -26,6 +26,7 @@ modules of the same names; :class:`safe_open` is safetensors' too. Moving over i
 
 from collections.abc import Mapping as _Mapping
 
+from maptensors import plans
 from maptensors._api import edit, save, save_bytes
 from maptensors._checkpoint import Checkpointer, Saved, Saving
 from maptensors._lazy import Evicted, Prefetch, Shard, Stream
@@ -80,6 +81,7 @@ __all__ = [
     "load",
     "materialize",
     "open",
+    "plans",
     "publish",
     "safe_open",
     "save",

@@ -1,8 +1,10 @@
 //! Names and patterns, as people write them.
 
+#[cfg(feature = "python")]
 use super::{Catalog, Select};
 use crate::error::{Error, Result, quote};
 use globset::{GlobBuilder, GlobMatcher};
+#[cfg(feature = "python")]
 use std::collections::HashSet;
 
 /// A pattern of names: `*` and `?` match any characters, dots and slashes included, `[ab]` and `{a,b}` a choice.
@@ -16,8 +18,9 @@ pub(crate) fn glob(pattern: &str) -> Result<GlobMatcher> {
     Ok(glob.compile_matcher())
 }
 
+#[cfg(feature = "python")]
 impl Select<'_> {
-    /// The tensors of these names, or whose names match these patterns (features `cli` and `python`). A name that is
+    /// The tensors of these names, or whose names match these patterns. A name that is
     /// there is never read as a pattern.
     pub(crate) fn globs(catalog: &Catalog, patterns: &[String]) -> Result<Vec<String>> {
         let mut names = Vec::new();
