@@ -20,10 +20,12 @@ fn long() -> Option<u64> {
     std::env::var("MAPTENSORS_GENERATIONS").ok().and_then(|n| n.parse().ok())
 }
 
-/// In memory where there is such a place, as publications are by default.
+/// In memory where there is such a place, as publications are by default, with room enough: a container's has 64 MiB
+/// unless told otherwise.
 fn shared_dir() -> tempfile::TempDir {
     let shm = Path::new("/dev/shm");
-    if shm.is_dir() { tempfile::tempdir_in(shm).unwrap() } else { tempfile::tempdir().unwrap() }
+    let room = rustix::fs::statvfs(shm).map_or(0, |stat| stat.f_bavail * stat.f_frsize);
+    if room > 3 << 30 { tempfile::tempdir_in(shm).unwrap() } else { tempfile::tempdir().unwrap() }
 }
 
 fn attach(place: &Path) -> Subscriber {
