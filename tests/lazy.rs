@@ -2,7 +2,8 @@
 #![allow(unsafe_code)]
 
 use maptensors::{
-    DType, Draft, Error, Index, Layout, Model, ModelMut, Order, Select, ShardPlan, Split, StreamOptions,
+    DType, Draft, Error, Index, Layout, Model, ModelMut, OpenOptions, Order, Select, ShardPlan, Split,
+    StreamOptions,
 };
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -30,6 +31,21 @@ fn made(dir: &Path, sizes: &[usize]) -> PathBuf {
     }
     draft.commit().unwrap();
     path
+}
+
+/// A file of tensors `t0`, `t1`, … of so many bytes, the data close behind the header, as others write it.
+fn packed(sizes: &[usize]) -> Vec<u8> {
+    let (mut tensors, mut at) = (Vec::new(), 0);
+    for (i, size) in sizes.iter().enumerate() {
+        tensors
+            .push(format!(r#""t{i}":{{"dtype":"U8","shape":[{size}],"data_offsets":[{at},{}]}}"#, at + size));
+        at += size;
+    }
+    let header = format!("{{{}}}", tensors.join(","));
+    let mut file = (header.len() as u64).to_le_bytes().to_vec();
+    file.extend(header.bytes());
+    file.resize(file.len() + at, 7);
+    file
 }
 
 fn open(path: &Path) -> Model {
@@ -136,6 +152,20 @@ fn a_page_of_two_locked_tensors_is_unlocked_behind_the_second() {
 }
 
 #[test]
+fn a_locked_tensor_of_no_bytes_keeps_no_page_of_others_locked() {
+    let dir = scratch();
+    let path = dir.path().join("model.safetensors");
+    std::fs::write(&path, packed(&[50_000, 0, 50_000])).unwrap();
+    let model = open(&path);
+    if let Err(error) = model.lock(..) {
+        eprintln!("!!! not tested: {error}");
+        return;
+    }
+    model.unlock(["t0", "t2"]).unwrap();
+    assert_eq!(model.residency().unwrap().locked, 0);
+}
+
+#[test]
 fn after_a_prefetch_nothing_is_read_from_the_disk() {
     let dir = scratch();
     let path = made(dir.path(), &[40 * MIB, 24 * MIB]);
@@ -210,6 +240,26 @@ fn a_stream_brings_every_tensor_within_its_budget() {
 }
 
 #[test]
+fn a_stream_of_a_window_gives_back_the_page_that_it_begins_in() {
+    let dir = scratch();
+    let path = dir.path().join("archive.tar");
+    for offset in [1, 512, 3900, 4097] {
+        std::fs::write(&path, [vec![1; offset], packed(&[8 * MIB])].concat()).unwrap();
+        cold(&path);
+        let options = OpenOptions::new().window(offset as u64..);
+        // SAFETY: a file of the test's own, not written while it is mapped.
+        let read = unsafe { options.open(&path) }.unwrap();
+        // SAFETY: as above.
+        let edited = unsafe { options.open_mut(&path) }.unwrap();
+        for model in [&read, &*edited] {
+            let stream = model.stream(StreamOptions::new().budget(2 << 20)).unwrap();
+            assert!(stream.map(Result::unwrap).all(|tensor| tensor.as_bytes().iter().all(|&byte| byte == 7)));
+            assert_eq!(model.residency().unwrap().touched, 0, "{offset}");
+        }
+    }
+}
+
+#[test]
 fn a_tensor_kept_from_a_stream_stays_valid() {
     let dir = scratch();
     let path = made(dir.path(), &[4 * MIB, 4 * MIB, 4 * MIB]);
@@ -268,6 +318,21 @@ fn a_file_cut_short_is_an_error_with_the_tensor_and_no_signal() {
     let error = stream.next().unwrap().unwrap_err().to_string();
     assert!(error.contains("\"t1\""), "{error}");
     assert!(stream.next().unwrap().is_err() && stream.next().is_none());
+}
+
+#[test]
+fn a_stream_and_a_shard_are_guarded_accesses() {
+    let dir = scratch();
+    let path = made(dir.path(), &[4096, 4 * MIB]);
+    // SAFETY: nothing is looked at behind a change.
+    let model = unsafe { OpenOptions::new().guard(true).open(&path) }.unwrap();
+    let plan = ShardPlan::new().otherwise(Split::Replicate);
+    let mut stream = model.stream(StreamOptions::new()).unwrap();
+    assert!(stream.next().unwrap().is_ok() && model.shard(0, 1, &plan).is_ok());
+    let file = std::fs::File::options().write(true).open(&path).unwrap();
+    std::os::unix::fs::FileExt::write_all_at(&file, &[1; 8], 4 * MIB as u64).unwrap();
+    assert!(matches!(stream.next(), Some(Err(Error::Changed { .. }))));
+    assert!(matches!(model.shard(0, 1, &plan), Err(Error::Changed { .. })));
 }
 
 #[test]

@@ -184,7 +184,7 @@ impl Pages {
         super::private::pages(self.ptr(part.start), part.len())
     }
 
-    /// Gives the pages of a part, which starts and ends with a page, back to the system. What was edited stays.
+    /// Gives the pages that hold a part back to the system. What was edited stays.
     ///
     /// # Errors
     /// What the kernel answers; `EINVAL` where pages are locked.
@@ -210,7 +210,10 @@ impl Pages {
         use rustix::mm::{Advice, madvise};
         let page = rustix::param::page_size();
         let size = |pages: usize| (pages * page) as u64;
-        let (start, end) = (self.ptr(part.start).addr(), self.ptr(part.end).addr().next_multiple_of(page));
+        // A window's first byte may lie inside a page.
+        let before_part = self.ptr(part.start).addr() % page;
+        let start = self.ptr(part.start).addr() - before_part;
+        let end = self.ptr(part.end).addr().next_multiple_of(page);
         // Where the kernel does not tell (no /proc, or a process that changed its user), nothing is counted.
         let count = || residency::of(self.ptr(part.start), part.len(), &[]).unwrap_or_default();
         let before = count();
@@ -219,7 +222,7 @@ impl Pages {
         }
         // A page mapped twice is not reclaimed.
         if let Some(base) = &self.base {
-            let at = base.as_mut_ptr().wrapping_add(self.start + part.start).cast();
+            let at = base.as_mut_ptr().wrapping_add(self.start + part.start - before_part).cast();
             // SAFETY: pages of a read-only mapping of the file: they are read again when they are touched, with the
             // same bytes.
             unsafe { madvise(at, end - start, Advice::LinuxDontNeed) }?;
@@ -257,7 +260,8 @@ impl Pages {
         // What is cached and mapped by nobody; under a page that was edited, too.
         if let Some(file) = self.file() {
             let len = std::num::NonZeroU64::new((end - start) as u64);
-            rustix::fs::fadvise(file, self.in_file(&part).start, len, rustix::fs::Advice::DontNeed).ok();
+            let from = self.in_file(&part).start - before_part as u64;
+            rustix::fs::fadvise(file, from, len, rustix::fs::Advice::DontNeed).ok();
         }
         let after = count();
         let held = |found: Residency| found.resident.max(found.touched).saturating_sub(found.private);

@@ -120,11 +120,20 @@ impl Paging<'_> {
         for place in &places {
             held.remove(place);
         }
+        let mut kept: Vec<Option<Vec<Range<usize>>>> = vec![None; self.pages.len()];
         for (shard, run) in self.catalog.runs(&places) {
             let mut part = self.pages[shard].pages_of(&run);
+            let kept = kept[shard].get_or_insert_with(|| {
+                // One of no bytes, which may lie within the run, has no page.
+                let bytes = held.range((shard, 0)..(shard + 1, 0)).map(|&place| self.catalog.bytes(place));
+                bytes
+                    .filter(|bytes| !bytes.is_empty())
+                    .map(|bytes| self.pages[shard].pages_of(&bytes))
+                    .collect()
+            });
             // Only neighbours can have a share, and only in the pages at the ends.
-            for &place in held.range((shard, 0)..(shard + 1, 0)) {
-                let pages = self.pages[shard].pages_of(&self.catalog.bytes(place));
+            let first = kept.partition_point(|pages| pages.end <= part.start);
+            for pages in kept[first..].iter().take_while(|pages| pages.start < run.end) {
                 if pages.start < part.end && part.start < pages.end {
                     if pages.start <= part.start {
                         part.start = pages.end.min(part.end);

@@ -30,6 +30,8 @@ use std::time::{Duration, Instant};
 /// ```
 pub struct Prefetch {
     shared: Arc<Shared>,
+    /// Whose thread brings them: a fork's child has none.
+    process: u32,
 }
 
 struct Shared {
@@ -99,7 +101,7 @@ impl Paging<'_> {
         thread
             .spawn(move || theirs.end(work.run(&theirs)))
             .map_err(Error::io(Path::new(""), "starting a thread to read ahead"))?;
-        Ok(Prefetch { shared })
+        Ok(Prefetch { shared, process: std::process::id() })
     }
 }
 
@@ -157,9 +159,20 @@ impl Prefetch {
         (self.shared.bytes.load(Ordering::Relaxed), self.shared.total)
     }
 
-    /// Whether it has ended: all is there, it was cancelled, or it failed.
+    /// Whether it was begun in the process that this one was forked from: nobody here is told of its end.
+    fn is_elsewhere(&self) -> bool {
+        self.process != std::process::id()
+    }
+
+    /// Does not wait: in a fork's child, the lock may be held by a thread that is not there.
+    fn has_outcome(&self) -> bool {
+        self.shared.outcome.try_lock().is_ok_and(|outcome| outcome.is_some())
+    }
+
+    /// Whether it has ended: all is there, it was cancelled, or it failed. In a child that was forked meanwhile, it
+    /// has.
     pub fn is_done(&self) -> bool {
-        self.shared.outcome.lock().unwrap_or_else(PoisonError::into_inner).is_some()
+        self.is_elsewhere() || self.shared.outcome.lock().unwrap_or_else(PoisonError::into_inner).is_some()
     }
 
     /// Ends it early; each thread finishes the 2 MiB that it is reading. What is there stays.
@@ -181,7 +194,7 @@ impl Prefetch {
     ///
     /// # Errors
     /// [`Error::Io`] where a page cannot be read, with the tensor; those of [`Model::lock`](crate::Model::lock) if
-    /// that was asked for.
+    /// that was asked for; [`Error::Argument`] in a child that was forked meanwhile: the thread is the parent's.
     pub fn wait(self) -> Result<bool> {
         loop {
             if let Some(outcome) = self.wait_for(Duration::MAX) {
@@ -196,6 +209,10 @@ impl Prefetch {
     /// # Errors
     /// As [`Prefetch::wait`].
     pub fn wait_for(&self, timeout: Duration) -> Option<Result<bool>> {
+        if self.is_elsewhere() && !self.has_outcome() {
+            let text = "it was begun in the process that this one was forked from; begin another";
+            return Some(Err(Error::Argument(text.into())));
+        }
         let deadline = Instant::now().checked_add(timeout);
         let mut outcome = self.shared.outcome.lock().unwrap_or_else(PoisonError::into_inner);
         while outcome.is_none() {

@@ -169,12 +169,14 @@ impl Paging<'_> {
             let is_edited = || memory.private(bytes.clone()).map(|found| !found.is_empty()).map_err(failed);
             let from = if let Some(&copy) = contents.copies.get(&piece.place) {
                 Origin::Memory(copy)
-            } else if !pages.is_of_a_file() || is_edited()? || pages.file().is_none() {
+            } else if !pages.is_of_a_file() {
                 Origin::Memory(memory.now().part(bytes.clone()))
+            } else if is_edited()? || pages.file().is_none() {
+                Origin::Pages(memory.now().part(bytes.clone()), bytes.start)
             } else {
                 Origin::File(bytes.start)
             };
-            if matches!(from, Origin::Memory(_)) && pages.is_of_a_file() {
+            if matches!(from, Origin::Pages(..)) {
                 let mut last = 0;
                 for start in piece.cut.starts().map(|start| bytes.start + start) {
                     let (first, end) = ((start / page).max(last), (start + piece.cut.run).div_ceil(page));
@@ -200,18 +202,26 @@ impl Paging<'_> {
                 work.push(Job { place: piece.place, from, run, starts: starts.to_vec(), to: now });
             }
         }
-        each_in_parallel(work, |Job { place, from, run, starts, to }: Job<'_>| match from {
-            Origin::Memory(source) => {
-                for (start, to) in starts.iter().zip(to.chunks_mut(run)) {
-                    source.copy_to(*start..start + run, to);
+        each_in_parallel(work, |Job { place, from, run, starts, to }: Job<'_>| {
+            let pages = &self.pages[place.0];
+            let failed = |error| unreadable(pages.path(), self.catalog.name(place), &error);
+            match from {
+                Origin::Memory(source) | Origin::Pages(source, _) => {
+                    if let Origin::Pages(_, base) = from {
+                        // What cannot be read is an error here; at a touch it would be SIGBUS.
+                        let joined =
+                            joined(starts.iter().map(|start| base + start..base + start + run), page);
+                        joined.into_iter().try_for_each(|part| pages.bring(part, true)).map_err(failed)?;
+                    }
+                    for (start, to) in starts.iter().zip(to.chunks_mut(run)) {
+                        source.copy_to(*start..start + run, to);
+                    }
+                    Ok(())
                 }
-                Ok(())
-            }
-            Origin::File(base) => {
-                let pages = &self.pages[place.0];
-                let runs = starts.iter().map(|start| base + start).zip(to.chunks_mut(run)).collect();
-                let read = pages.read(runs);
-                read.map_err(|error| unreadable(pages.path(), self.catalog.name(place), &error))
+                Origin::File(base) => {
+                    let runs = starts.iter().map(|start| base + start).zip(to.chunks_mut(run)).collect();
+                    pages.read(runs).map_err(failed)
+                }
             }
         })?;
         Ok(touched)
@@ -231,10 +241,24 @@ struct Job<'a> {
 /// Where to read a tensor's bytes from.
 #[derive(Clone, Copy)]
 enum Origin<'a> {
-    /// The tensor, in memory.
+    /// The tensor, in memory of its own.
     Memory(Source<'a>),
+    /// The tensor, in pages of its file, and its start there.
+    Pages(Source<'a>, usize),
     /// Its start in the file.
     File(usize),
+}
+
+/// Ranges in order; what has no whole page between comes as one.
+fn joined(ranges: impl Iterator<Item = Range<usize>>, page: usize) -> Vec<Range<usize>> {
+    let mut joined: Vec<Range<usize>> = Vec::new();
+    for range in ranges {
+        match joined.last_mut() {
+            Some(last) if range.start < last.end + page => last.end = range.end,
+            _ => joined.push(range),
+        }
+    }
+    joined
 }
 
 impl Model {
@@ -244,9 +268,13 @@ impl Model {
     /// machine, brings up to a page for each row. The ranks of a machine together read each page once.)
     ///
     /// # Errors
-    /// [`Error::Argument`] where a tensor has no rule, lacks the axis, or does not divide; [`Error::Io`].
+    /// [`Error::Argument`] where a tensor has no rule, lacks the axis, or does not divide; [`Error::Io`]; those of
+    /// [`OpenOptions::guard`](crate::OpenOptions::guard) where that is on.
     pub fn shard(&self, rank: usize, world: usize, plan: &ShardPlan<'_>) -> Result<ModelShard<'_>> {
+        self.check()?;
         let Shards { pieces, memory, sizes } = self.paging().shard(&self.contents(), rank, world, plan)?;
+        // What was read was read of the files as they had been.
+        self.check()?;
         let mut layout = Layout::builder();
         for piece in &pieces {
             let (shard, index) = piece.place;

@@ -118,7 +118,8 @@ impl<'a> Iterator for Stream<'a> {
                 Ok(None) => {}
                 Ok(Some((shard, index))) => {
                     let info = self.model.catalog.shards()[shard].layout.at(index)?;
-                    return Some(Ok(super::view(info, &self.model.mappings[shard])));
+                    let handed_out = self.model.hand_out(shard, &info);
+                    return Some(handed_out.map(|()| super::view(info, &self.model.mappings[shard])));
                 }
                 Err(error) => return Some(Err(error)),
             }
@@ -364,6 +365,10 @@ impl ReadAhead {
 
 impl Drop for ReadAhead {
     fn drop(&mut self) {
+        // In a fork's child there is nobody to tell, and the lock may be held by a thread that is not there.
+        if self.readers.1 != std::process::id() {
+            return;
+        }
         self.shared.state().ended = true;
         self.shared.changed.notify_all();
     }

@@ -308,7 +308,13 @@ pub(super) fn shard<'py>(
         for (pattern, axis) in &rules {
             plan = plan.glob(pattern, split(*axis))?;
         }
-        parts.with_contents(|contents| parts.paging().shard(contents, rank, world, &plan))
+        let shards = parts.with_contents(|contents| parts.paging().shard(contents, rank, world, &plan))?;
+        // Under a guard: what was read was read of the files as they had been.
+        parts.check()?;
+        for piece in shards.pieces.iter().filter(|piece| matches!(piece.at, At::Mapped(_))) {
+            parts.keep_in_place(piece.place);
+        }
+        Ok(shards)
     })?;
     let memory = Arc::new(SharedMemory::from(Arc::new(memory)));
     let dict = PyDict::new(py);

@@ -38,7 +38,7 @@ pub(super) struct Parts {
     /// Aligned copies of tensors that lie misaligned in their file, made when first asked for and kept, so
     /// that every access sees the same bytes.
     pub(super) copies: Mutex<HashMap<(usize, usize), Arc<SharedMemory>>>,
-    /// With `dense_edits`: which tensors have been promoted.
+    /// With `dense_edits`: which tensors have been promoted, or are not to be.
     promoted: Option<Mutex<HashSet<(usize, usize)>>>,
     /// What `changed` compares with in place of the files.
     marks: Mutex<Option<Arc<Marks>>>,
@@ -110,6 +110,13 @@ impl Parts {
             // SAFETY: nobody has an array of these pages yet: they are this tensor's alone, and it is being
             // handed out for the first time. Where it fails, pages are copied as they are written.
             unsafe { memory.promote(&memory.whole_pages(&range)) }.ok();
+        }
+    }
+
+    /// A part of a tensor's pages is handed out to be written: from now on it is not promoted.
+    pub(super) fn keep_in_place(&self, place: (usize, usize)) {
+        if let Some(promoted) = &self.promoted {
+            promoted.lock().unwrap_or_else(PoisonError::into_inner).insert(place);
         }
     }
 

@@ -102,7 +102,7 @@ pub(super) fn is_mapped(backend: &str) -> PyResult<bool> {
 /// that is the model, for one inside a tar or an uncompressed zip archive.
 ///
 /// `guard=True` keeps the files open and looks at each access through the model (`model[name]`, `model.numpy()`,
-/// iterating, `changed()`, saving) whether their size and time of writing are as they were (in `"r+"` the size alone);
+/// iterating, `stream()`, `shard()`, `changed()`, saving) whether their size and time of writing are as they were (in `"r+"` the size alone);
 /// if not, `ChangedError` is raised. The tensor's pages are read in before it is handed out, so that an I/O error
 /// is an `OSError`. What is already out can still suffer: after a truncation, touching it is `SIGBUS`; bytes
 /// overwritten in the file show in pages that this process has not written; and a page that the kernel

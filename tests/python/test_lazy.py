@@ -244,6 +244,47 @@ def test_the_interpreter_ends_whatever_is_under_way(disk: Path) -> None:
         assert succeed(EXIT, path, timeout=60) == "bye\n"
 
 
+FORKED = """
+import os, sys
+import maptensors as mt
+model = mt.open(sys.argv[1])
+done = model.prefetch("a", wait=True)
+begun = [model.prefetch() for _ in range(200)]
+stream = model.stream(budget="2MiB")
+next(stream)
+child = os.fork()
+if child == 0:
+    try:
+        assert done.wait()
+        assert all(prefetch.done for prefetch in begun)
+        ended, orphans = 0, 0
+        for prefetch in begun:
+            try:
+                ended += prefetch.wait()
+            except mt.errors.MapTensorsError as error:
+                assert "forked" in str(error), error
+                orphans += 1
+        assert ended + orphans == len(begun)
+        assert model.prefetch(wait=True).wait()
+        assert [name for name, _ in stream] == ["b"]
+        del stream
+    except BaseException:
+        import traceback
+        traceback.print_exc()
+        os._exit(1)
+    os._exit(0)
+_, status = os.waitpid(child, 0)
+assert status == 0, status
+assert all(prefetch.wait() for prefetch in begun)
+print("both")
+"""
+
+
+def test_a_forked_child_waits_for_no_thread_of_its_parent(tmp_path: Path) -> None:
+    path = make(tmp_path / "m.safetensors", {"a": (8 * MIB,), "b": (8 * MIB,)})
+    assert succeed(FORKED, path, timeout=120) == "both\n"
+
+
 CUT = """
 import os, sys
 import maptensors as mt
@@ -273,6 +314,32 @@ while True:
         names.append("!")
 print(*names)
 """
+
+
+CUT_PARTS = """
+import os, sys
+import maptensors as mt
+for path in sys.argv[1:]:
+    model = mt.open(path)
+    if "edited" in path:
+        model["a"].numpy()[0, 0] = 1
+    os.rename(path, path + ".old")
+    os.truncate(path + ".old", 3 << 20)  # against the contract: nobody looks at what is gone
+    if "renamed" not in path:
+        os.rename(path + ".old", path)
+    try:
+        model.shard(0, 2, {"a": "row"})
+    except OSError as error:
+        assert '"a"' in str(error), error
+        print("told")
+"""
+
+
+def test_a_part_that_cannot_be_read_is_an_exception_and_no_signal(tmp_path: Path) -> None:
+    # In their pages lie bytes that were edited, and those of a file that its name no longer leads to.
+    names = ["plain", "edited", "renamed", "renamed-edited"]
+    paths = [make(tmp_path / name, {"a": (2048, 4096)}) for name in names]
+    assert succeed(CUT_PARTS, *paths) == "told\n" * 4
 
 
 def test_what_cannot_be_read_is_an_exception_and_no_signal(tmp_path: Path) -> None:
@@ -526,6 +593,17 @@ def test_a_write_racing_with_evict_is_never_lost(disk: Path) -> None:
         done.set()
         for thread in threads:
             thread.join()
+
+
+def test_pages_that_a_shard_has_handed_out_are_not_promoted_under_a_write(tmp_path: Path) -> None:
+    path = make(tmp_path / "m.safetensors", {"w": (8 * MIB,), "v": (8 * MIB,)})
+    model = mt.open(path, dense_edits=True)
+    part = model.shard(0, 2, {"w": "column"}, default="replicate")["w"].numpy()
+    # Copying its pages in bulk now would lose what another thread writes to the part meanwhile.
+    whole = model["w"].numpy()
+    assert model.residency("w")["private"] == 0
+    part[5] = 77
+    assert whole[5] == 77
 
 
 HIDDEN, FFN, KV, VOCABULARY = 4096, 11008, 1024, 32000
