@@ -503,5 +503,7 @@ fn checksums_are_those_that_a_file_carries_whatever_the_budget() {
     }
     let one = printed(&["checksum", path.to_str().unwrap(), "-f", "fc1.bias"]);
     assert_eq!(one.lines().count(), 1);
+    let two = printed(&["checksum", path.to_str().unwrap(), "models/digits.safetensors", "-f", "fc1.bias"]);
+    assert!(two.lines().all(|line| line.ends_with(".safetensors: fc1.bias")), "{two}");
     assert!(complaint(&["checksum", "--budget", "2x", "m"], 2).contains("2GiB"));
 }

@@ -351,13 +351,13 @@ fn an_svg_is_written_whole_or_not_at_all() {
     let at = out.to_str().unwrap();
     let failed = run(&["inspect", "--map", "nowhere", "--svg", at]);
     assert_eq!((failed.status.code(), out.exists()), (Some(1), false));
-    fs::write(&out, "old").unwrap();
+    fs::write(&out, "<svg>old").unwrap();
     let set = "models/digits-sharded";
     let several = run(&["inspect", "--map", set, "models/digits.safetensors", "--svg", at]);
     assert_eq!(several.status.code(), Some(2));
     let said = String::from_utf8(several.stderr).unwrap();
     assert!(said.contains("--svg draws one model: run it once for each path"), "{said}");
-    assert_eq!(fs::read(&out).unwrap(), b"old");
+    assert_eq!(fs::read(&out).unwrap(), b"<svg>old");
     let mut reader = File::open(&out).unwrap();
     printed(&["inspect", "--map", set, "--svg", at]);
     let svg = fs::read_to_string(&out).unwrap();
@@ -366,7 +366,14 @@ fn an_svg_is_written_whole_or_not_at_all() {
     assert_eq!(common::listing(dir.path()), ["map.svg"], "and nothing beside it");
     let mut old = String::new();
     reader.read_to_string(&mut old).unwrap();
-    assert_eq!(old, "old", "who had the old file keeps it");
+    assert_eq!(old, "<svg>old", "who had the old file keeps it");
+    // Not over the model that is drawn, nor any other file.
+    let own = dir.path().join("own.safetensors");
+    fs::copy("models/digits.safetensors", &own).unwrap();
+    let refused = run(&["inspect", "--map", own.to_str().unwrap(), "--svg", own.to_str().unwrap()]);
+    let said = String::from_utf8(refused.stderr).unwrap();
+    assert!(refused.status.code() == Some(1) && said.contains("no SVG"), "{said}");
+    assert_eq!(fs::read(&own).unwrap(), fs::read("models/digits.safetensors").unwrap());
 }
 
 /// Sums over the mappings of a file, of a process's smaps: size, and the fields named as there, in bytes.

@@ -3,18 +3,18 @@
 pub(super) const MAIN: &str = "\
 Examples:
   maptensors inspect model.safetensors   what is in a file
-  maptensors inspect checkpoint/         the same for a sharded set, or a directory
+  maptensors inspect checkpoint/         the same for shards, or a directory
   maptensors inspect --map checkpoint/   drawn, with what of it is in memory
   maptensors top checkpoint/             which processes map it
-  maptensors prefetch checkpoint/        read it into memory; evict gives that back
+  maptensors prefetch checkpoint/        read it into memory (and: evict)
   maptensors edit model.safetensors --set license=MIT
-                                         change metadata, not the data behind it
+                                         change metadata, not the data
   maptensors diff a.safetensors b.safetensors
   maptensors verify checkpoint/          hold it against its own checksums
   maptensors demo                        open, use, edit and save a small model
 
-Exit codes: 0 done, 1 failed, 2 the command line is not understood; diff, changed
-and verify have their own.";
+Exit codes: 0 done, 1 failed, 2 the command line is not understood; diff,
+changed and verify have their own.";
 
 pub(super) const PREFETCH: &str = "\
 Examples:
@@ -31,7 +31,7 @@ Examples:
   maptensors evict checkpoint/
   maptensors evict model.safetensors --filter 'lm_head.*'
 
-What a process has mapped and touched stays in memory, and so does what was edited.
+What a process has mapped and touched stays in memory, and what was edited.
 Models in shared memory (/dev/shm) have nowhere else to be.";
 
 pub(super) const CHECKSUM: &str = "\
@@ -39,9 +39,10 @@ Examples:
   maptensors checksum model.safetensors
   maptensors checksum checkpoint/ --budget 512MiB > sums
 
-A line for each tensor, its checksum (XXH3, as saving with checksums puts it into
-the file) and its name, in the order of the files. What has been read is given
-back to the system, so that a model larger than memory passes.";
+A line for each tensor, its checksum (XXH3, as saving with checksums puts it
+into the file) and its name, behind that of the model where there are several.
+What has been read is given back to the system, so that a model larger than
+memory passes.";
 
 pub(super) const DIFF: &str = "\
 Examples:
@@ -49,8 +50,8 @@ Examples:
   maptensors diff a/ b/ --json | jq '.changed[].name'
   maptensors diff a.safetensors b.safetensors > /dev/null && echo the same
 
-Tensors are compared bit by bit, whatever their order and the files they are in.
-Nobody may write to the files meanwhile; renaming over them is fine.
+Tensors are compared bit by bit, whatever their order and the files they are
+in. Nobody may write to the files meanwhile; renaming over them is fine.
 
 Exit codes: 0 the same, 1 different, 2 trouble.";
 
@@ -89,8 +90,9 @@ Examples:
   maptensors apply model.safetensors 1.delta 2.delta 3.delta tuned.safetensors
 
 Each delta must have been made against what the ones before it make; another
-model is refused. A base that carries checksums is known by them: verify it where
-they may be stale. On xfs and btrfs the result shares unchanged blocks with BASE.";
+model is refused. A base that carries checksums is known by them: verify it
+where they may be stale. On xfs and btrfs the result shares unchanged blocks
+with BASE.";
 
 pub(super) const INSPECT: &str = "\
 Examples:
@@ -101,8 +103,9 @@ Examples:
   maptensors inspect model.safetensors --json \\
       | jq -r '.tensors[] | select(.aligned | not) | .name'
 
-`align` is the largest power of two, at most 4096, that divides a tensor's place
-in the file. A `!` behind it: too little for the dtype, so Python gets a copy.
+`align` is the largest power of two, at most 4096, that divides a tensor's
+place in the file. A `!` behind it: too little for the dtype, so Python gets a
+copy.
 
   maptensors inspect --map model.safetensors
   maptensors inspect --map --color always checkpoint/ | less -R
@@ -112,8 +115,8 @@ Each row of a map starts with its offset in the file, and each cell is so many
 bytes: colored by the dtype that most of them have, shaded by how much of them
 is in memory, in the page cache (cachestat(2), or mincore(2)). Without color,
 letters stand for the dtypes, to the left, and the shades to the right. On a
-wide terminal a row ends with the first tensor that starts in it. Padding is the
-spaces that a header ends with: nothing may lie between tensors.
+wide terminal a row ends with the first tensor that starts in it. Padding is
+the spaces that a header ends with: nothing may lie between tensors.
 
 Looking brings nothing into memory; what is shown is how it was before the
 header was read. A map has no use for --json, --summary and --filter, and
@@ -129,14 +132,14 @@ Examples:
   maptensors top model.safetensors --json | jq '.totals.pss'
   sudo maptensors top /dev/shm/weights/    other users' processes too
 
-RSS is what a process has of the files in its page tables; PSS divides each page
-by the processes that have it, so that its total is what all of them take
+RSS is what a process has of the files in its page tables; PSS divides each
+page by the processes that have it, so that its total is what all of them take
 together. PRIVATE is a process's alone: written copies, and what only it has
 looked at so far. Files are known by device and inode: one that was renamed is
 found under its new name, one that was replaced is another file.
 
-Exit codes: 0 done, also where no process maps it; 1 failed; 2 the command line
-is not understood. Ctrl-C ends --interval.";
+Exit codes: 0 done, also where no process maps it; 1 failed; 2 the command
+line is not understood. Ctrl-C ends --interval.";
 
 pub(super) const EDIT: &str = "\
 Examples:
@@ -145,15 +148,16 @@ Examples:
   maptensors edit model.safetensors --rename transformer.wte.weight=wte.weight
   maptensors edit a.safetensors --rename w=v --rename v=w    two exchange names
 
-Tensor data is neither read nor changed. A small change is made in place, by one
-write that a power loss cannot tear, if nobody else has the file open; otherwise
-a new file takes its place, whole or not at all. It shares the old one's blocks
-where the file system can do that, and leaves room for later edits in place.
-What stands before the first `=` is the key, or the tensor's old name.";
+Tensor data is neither read nor changed. A small change is made in place, by
+one write that a power loss cannot tear, if nobody else has the file open;
+otherwise a new file takes its place, whole or not at all. It shares the old
+one's blocks where the file system can do that, and leaves room for later
+edits in place. What stands before the first `=` is the key, or the tensor's
+old name.";
 
 pub(super) const DEMO: &str = "\
 Examples:
   maptensors demo
-  maptensors demo --dir demo/ && maptensors inspect demo/digits-tuned.safetensors
+  maptensors demo --dir out/ && maptensors inspect out/digits-tuned.safetensors
 
 It fails, with exit code 1, if what it shows turns out not to be so.";

@@ -111,6 +111,7 @@ pub(super) struct Checksum {
 impl Checksum {
     pub(super) fn run(&self, out: &mut impl Write) -> Result<u8, Box<dyn Error>> {
         self.chosen.each(out, |path, model, out| {
+            let of = if self.chosen.paths.len() > 1 { format!("{path}: ") } else { String::new() };
             let options = StreamOptions::new().budget(self.budget).select(self.chosen.select());
             let bytes = model.tensors().filter(|tensor| self.wants(tensor.name()));
             let bar = progress_bar(path, bytes.map(|tensor| tensor.info().nbytes()).sum());
@@ -123,7 +124,8 @@ impl Checksum {
                     Ok(())
                 })?;
                 for sum in sums {
-                    bar.suspend(|| writeln!(out, "{sum:032x}  {}", text::name(tensor.name())))?;
+                    let name = text::name(tensor.name());
+                    bar.suspend(|| writeln!(out, "{sum:032x}  {of}{name}"))?;
                 }
             }
             bar.finish_and_clear();
