@@ -7,6 +7,7 @@ from typing import Any, Literal, Self
 
 from maptensors import _native
 from maptensors._state import check_framework, flatten, unflatten
+from maptensors.errors import MapTensorsError
 
 
 class Publisher:
@@ -156,7 +157,11 @@ class Subscriber:
         self.close()
 
     def __repr__(self) -> str:
-        return f"Subscriber({self._subscriber.path!r}, generation {self.generation})"
+        try:
+            held = f"generation {self.generation}"
+        except MapTensorsError:
+            held = "closed"
+        return f"Subscriber({self._subscriber.path!r}, {held})"
 
 
 def publish(

@@ -11,8 +11,11 @@ const F_SETSIG: libc::c_int = 10;
 /// nobody has it mapped (fcntl(2), "Leases"). While it is held, whoever opens the file waits until it is
 /// given up, at most for `/proc/sys/fs/lease-break-time`. It ends with the descriptor.
 ///
-/// `false` where someone has the file open, or the file system knows no leases.
+/// `false` where someone has the file open, or the file system knows no leases, or does not know who has it mapped.
 pub(crate) fn take(file: &File) -> io::Result<bool> {
+    if !knows_mappings(file) {
+        return Ok(false);
+    }
     // What tells of a waiting opener is by default SIGIO, which kills; SIGURG is ignored unless asked for.
     // SAFETY: fcntl(2) on a descriptor that is open, with an integer argument.
     let set = unsafe { libc::fcntl(file.as_raw_fd(), F_SETSIG, libc::SIGURG) };
@@ -28,6 +31,15 @@ pub(crate) fn take(file: &File) -> io::Result<bool> {
         Some(libc::EAGAIN | libc::EACCES | libc::EINVAL | libc::ENOLCK | libc::EOPNOTSUPP) => Ok(false),
         _ => Err(error),
     }
+}
+
+/// Whether a file system is known to keep its mappings for itself. One that is laid over another maps the file of that
+/// one: overlayfs, which is the root of most containers, grants leases on files that others have mapped.
+fn knows_mappings(file: &File) -> bool {
+    /// From linux/magic.h: ext2, ext3 and ext4; tmpfs; XFS; Btrfs.
+    const KNOWN: [u32; 4] = [0xef53, 0x0102_1994, 0x5846_5342, 0x9123_683e];
+    rustix::fs::fstatfs(file)
+        .is_ok_and(|stat| u32::try_from(stat.f_type).is_ok_and(|kind| KNOWN.contains(&kind)))
 }
 
 /// Gives a lease up. Closing the descriptor does so too, but only once nothing maps the file through it.

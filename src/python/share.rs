@@ -5,6 +5,7 @@ use super::model::Model;
 use super::save::{collect, stage_one};
 use crate::error::Error;
 use crate::map::Backing;
+use crate::model::Contents;
 use crate::share::{self, AttachOptions, Candidate, PublishOptions};
 use pyo3::prelude::*;
 use std::collections::{BTreeMap, HashSet};
@@ -82,8 +83,13 @@ impl Publisher {
                 Python::attach(|py| stage_one(py, &copied, path, &None, create))
             })
         })?;
-        if let Some(edits) = edits {
-            publisher.remember(edits);
+        if let (Some(edits), Some(parts)) = (edits, &parts) {
+            // It is published. What cannot be told is compared the next time.
+            let remember = |contents: &Contents<'_>| {
+                publisher.remember(edits, contents);
+                Ok(())
+            };
+            py.detach(|| parts.with_contents(remember)).ok();
         }
         Ok(generation)
     }
@@ -287,15 +293,19 @@ impl Subscriber {
 
     /// Goes on to the newest generation; the names that differ, or None if it is held already.
     fn refresh(&self, py: Python<'_>) -> PyResult<Option<Vec<String>>> {
-        let refreshed = py.detach(|| -> Result<_, Error> {
+        let refreshed = py.detach(|| -> PyResult<_> {
             let mut open = self.open.write().unwrap_or_else(PoisonError::into_inner);
             let subscriber = open.as_mut().ok_or_else(closed)?;
-            let Some(refreshed) = subscriber.refresh()? else { return Ok(None) };
-            Ok(Some((refreshed, subscriber.mapped(Self::backing(self.mode))?)))
+            let refreshed = subscriber.refresh_mapped(Self::backing(self.mode))?;
+            let Some((refreshed, model)) = refreshed else { return Ok(None) };
+            // Still locked: what another thread goes on to comes after this. Who is attached waits for no lock.
+            let before = Python::attach(|py| -> PyResult<_> {
+                let model = Py::new(py, Model::new(model, self.mode, false))?;
+                Ok(self.held().replace((refreshed.generation, model)))
+            })?;
+            Ok(Some((refreshed, before)))
         })?;
-        let Some((refreshed, model)) = refreshed else { return Ok(None) };
-        let model = Py::new(py, Model::new(model, self.mode, false))?;
-        let before = self.held().replace((refreshed.generation, model));
+        let Some((refreshed, before)) = refreshed else { return Ok(None) };
         drop(before);
         let mut names = refreshed.changed;
         names.extend(refreshed.removed);
@@ -304,9 +314,10 @@ impl Subscriber {
 
     /// Lets go.
     fn close(&self, py: Python<'_>) {
+        // First what a refresh would hold the next one by.
+        py.detach(|| self.open.write().unwrap_or_else(PoisonError::into_inner).take());
         let held = self.held().take();
         drop(held);
-        py.detach(|| self.open.write().unwrap_or_else(PoisonError::into_inner).take());
     }
 }
 

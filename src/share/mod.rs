@@ -23,7 +23,8 @@
 //! # What is used again
 //!
 //! A segment that is listed no more is written anew only if it has been given another name and a write lease (fcntl(2))
-//! is granted: nobody, in any process, has it open or mapped. Else it is removed, and the kernel keeps it as
+//! is granted: nobody, in any process, has it open or mapped. (Where a file system is laid over another the kernel
+//! does not see all mappings: there no lease is asked for, and no file used again.) Else it is removed, and the kernel keeps it as
 //! long as a reader does. Who had looked it up by its old name, and opens it late, finds another number
 //! in it and looks at the control page again.
 //!

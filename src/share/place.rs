@@ -58,8 +58,12 @@ impl Place {
             _ => {}
         }
         // The umask takes from what was asked for, and what is ours may be asked for otherwise now.
+        // Ours, not what a link leads to, nor a file that has the name.
+        let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        let dir = rustix::fs::open(&self.path, flags, Mode::empty());
+        let dir = std::fs::File::from(dir.map_err(|error| io("opening the directory")(error.into()))?);
         let permissions = std::fs::Permissions::from_mode(mode);
-        std::fs::set_permissions(&self.path, permissions).map_err(io("setting the directory's mode"))
+        dir.set_permissions(permissions).map_err(io("setting the directory's mode"))
     }
 }
 

@@ -4,11 +4,11 @@ use super::claim::{clear, take};
 use super::compare::Candidate;
 use super::place::Place;
 use super::plan::Listed;
-use super::segment::Opened;
-use super::store::{Store, damaged};
+use super::segment::{self, Opened};
+use super::store::{CONTROL, Store, damaged};
 use crate::error::{Error, Result};
 use crate::layout::Layout;
-use crate::map::disk::Dir;
+use crate::map::disk::{self, Dir};
 use crate::map::{ExclusiveFile, Source};
 use crate::model::{Contents, ModelMut, Span};
 use crate::save::{DraftOptions, Pair, fill_draft};
@@ -135,6 +135,9 @@ impl Publisher {
         control.sign(options.mode).map_err(Error::io(&path, "signing the control page"))?;
         ExclusiveFile::sweep(&dir);
         let store = Store { dir, path, control };
+        if state.head >= segment::LIMIT {
+            return Err(damaged(&store.path, &format!("its head is segment {}", state.head)));
+        }
         let last = store.numbers()?.into_iter().max().unwrap_or_default();
         let mut publisher = Self {
             store,
@@ -149,12 +152,12 @@ impl Publisher {
             edited: None,
             owner: std::process::id(),
         };
-        publisher.recover()?;
+        publisher.recover(options.mode)?;
         Ok(publisher)
     }
 
     /// Takes up what the last publisher left.
-    fn recover(&mut self) -> Result<()> {
+    fn recover(&mut self, mode: u32) -> Result<()> {
         if let Some(found) = self.store.generation(&[])? {
             let owners = found.owners();
             let live = |place: usize, opened: &Opened| {
@@ -168,6 +171,9 @@ impl Publisher {
             for (opened, live) in found.segments.into_iter().zip(live) {
                 // Nobody else has it: it was opened just now.
                 let opened = Arc::into_inner(opened).ok_or_else(|| damaged(&self.store.path, "a fault"))?;
+                // Published before, perhaps for others to read than now.
+                let set = disk::set_mode(&opened.file, mode);
+                set.map_err(Error::io(&opened.path, "setting a segment's mode"))?;
                 self.listed.push(Listed { segment: opened.segment, live });
             }
         }
@@ -264,6 +270,10 @@ impl Publisher {
         }
         drop(borrowed);
         let names: HashSet<String> = all.iter().map(|pair| pair.name.clone()).collect();
+        if names.len() < all.len() {
+            // One that is there twice is refused, as it is by the others.
+            return self.copy(&all, &|_| false);
+        }
         let changed: Vec<_> = all.into_iter().zip(differ).filter(|(_, differs)| *differs).collect();
         let changed: Vec<_> = changed.into_iter().map(|(pair, _)| pair).collect();
         self.copy(&changed, &|name| names.contains(name))
@@ -311,9 +321,7 @@ impl Publisher {
     ) -> Result<(Vec<bool>, Edited)> {
         self.own()?;
         // One that was read has no file to compare with: then all of it is compared with what is published.
-        let found = contents.differences(Span::SinceFile, false).ok();
-        let now: Option<HashSet<String>> =
-            found.map(|(found, _)| found.iter().map(|found| found.info.name().to_owned()).collect());
+        let now = edited(contents);
         let then = self.edited.as_ref().filter(|(known, _)| *known == token).map(|(_, edited)| edited);
         // As in its file then and now: as it was published.
         let as_published = |tensor: &Candidate<'_>| {
@@ -330,10 +338,12 @@ impl Publisher {
         Ok((differ, now.map(|now| (token, now))))
     }
 
-    /// That the current generation is of a model: what [`Publisher::edited_since`] said.
+    /// That the current generation is of a model: what [`Publisher::edited_since`] said, and what another thread has
+    /// written to it since, for that may have been copied.
     #[cfg(feature = "python")]
-    pub(crate) fn remember(&mut self, edited: Edited) {
-        self.edited = edited;
+    pub(crate) fn remember(&mut self, then: Edited, contents: &Contents<'_>) {
+        let both = then.zip(edited(contents));
+        self.edited = both.map(|((token, then), now)| (token, then.into_iter().chain(now).collect()));
     }
 
     fn copy<V: View>(&mut self, tensors: &[Pair<V>], keeps: &(dyn Fn(&str) -> bool + Sync)) -> Result<u64> {
@@ -366,6 +376,9 @@ impl Publisher {
     /// [`Error::Io`]; [`Error::Argument`] in a fork's child.
     pub fn remove(self) -> Result<()> {
         self.own()?;
+        if !self.is_there(&self.store.dir) {
+            return Err(self.gone());
+        }
         let io = |action| Error::io(&self.store.path, action);
         self.store.control.close().map_err(io("closing the control page"))?;
         clear(&self.store.dir, &self.store.path)?;
@@ -384,6 +397,29 @@ impl Publisher {
         Err(Error::Argument(what.into()))
     }
 
+    /// That the publication is still at its path, where segments are made: else nobody would see them, or they would
+    /// be taken for those of another that was begun there.
+    ///
+    /// # Errors
+    /// [`Error::Publication`]; [`Error::Io`].
+    pub(super) fn stands(&self) -> Result<()> {
+        let there = match Dir::open(&self.store.path) {
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => false,
+            Err(error) => return Err(Error::io(&self.store.path, "opening the directory")(error)),
+            Ok(dir) => self.is_there(&dir),
+        };
+        if there { Ok(()) } else { Err(self.gone()) }
+    }
+
+    fn is_there(&self, dir: &Dir) -> bool {
+        self.store.control.is(dir, CONTROL.as_ref())
+    }
+
+    fn gone(&self) -> Error {
+        let what = "the publication is over: somebody has removed it, or moved it away".into();
+        Error::Publication { path: self.store.path.clone(), what }
+    }
+
     /// Whether this is the process that opened it, and no fork's child.
     pub(crate) fn is_own(&self) -> bool {
         self.owner == std::process::id()
@@ -393,12 +429,19 @@ impl Publisher {
 impl Drop for Publisher {
     fn drop(&mut self) {
         if self.is_own() {
-            if let Some(spare) = self.spare {
+            // What is there by that number may be another publication's by now.
+            if let Some(spare) = self.spare.filter(|_| self.is_there(&self.store.dir)) {
                 self.store.remove(spare);
             }
             self.store.control.unlock();
         }
     }
+}
+
+/// The tensors that are not as in a model's file; `None` if it has none.
+fn edited(contents: &Contents<'_>) -> Option<HashSet<String>> {
+    let (found, _) = contents.differences(Span::SinceFile, false).ok()?;
+    Some(found.iter().map(|found| found.info.name().to_owned()).collect())
 }
 
 fn pairs<N: Into<String>, V: View>(tensors: impl IntoIterator<Item = (N, V)>) -> Vec<Pair<V>> {

@@ -15,7 +15,7 @@ pub(super) const CONTROL: &str = "control";
 /// How often a reader sets out again because the publisher was faster.
 const TRIES: u32 = 10_000;
 
-/// A publication's directory and its control page, held open: what they are renamed to does not matter.
+/// A publication's directory and its control page, held open: what they are renamed to does not matter to who reads.
 pub(super) struct Store {
     pub(super) dir: Dir,
     pub(super) path: PathBuf,

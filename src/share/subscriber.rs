@@ -261,8 +261,26 @@ impl Subscriber {
     ///
     /// # Errors
     /// As [`Subscriber::latest`]; [`Error::Io`]. What is held stays held.
-    #[allow(unsafe_code)]
     pub fn refresh(&mut self) -> Result<Option<Refreshed>> {
+        let Some((held, refreshed)) = self.next()? else { return Ok(None) };
+        self.held = held;
+        Ok(Some(refreshed))
+    }
+
+    /// As [`Subscriber::refresh`], and [`Subscriber::mapped`] of what is held then: both, or neither.
+    #[cfg(feature = "python")]
+    #[allow(unsafe_code)]
+    pub(crate) fn refresh_mapped(&mut self, backing: Backing) -> Result<Option<(Refreshed, Model)>> {
+        let Some((held, refreshed)) = self.next()? else { return Ok(None) };
+        // SAFETY: promised when this was attached (field invariant).
+        let model = unsafe { held.generation.map(&held.parts, backing) }?;
+        self.held = held;
+        Ok(Some((refreshed, model)))
+    }
+
+    /// The latest generation, if it is another than the one held.
+    #[allow(unsafe_code)]
+    fn next(&self) -> Result<Option<(Held, Refreshed)>> {
         if !self.has_changed()? {
             return Ok(None);
         }
@@ -273,8 +291,7 @@ impl Subscriber {
         // SAFETY: promised when this was attached (field invariant).
         let held = unsafe { Held::new(generation) }?;
         let refreshed = held.since(&self.held);
-        self.held = held;
-        Ok(Some(refreshed))
+        Ok(Some((held, refreshed)))
     }
 }
 

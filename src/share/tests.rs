@@ -231,3 +231,22 @@ fn a_forks_child_does_not_publish_and_does_not_give_the_lock_away() {
     publisher.remove().unwrap();
     assert!(!place.exists());
 }
+
+#[test]
+fn a_head_whose_number_nobody_could_count_on_from_is_an_error() {
+    let temporary = tempfile::tempdir().unwrap();
+    let place = temporary.path().join("p");
+    for head in [segment::LIMIT, u64::MAX - 1, u64::MAX] {
+        for generation in [0, 1, u64::MAX] {
+            let publisher = Publisher::open(&place).unwrap();
+            publisher.store.control.flip(generation, head).unwrap();
+            drop(publisher);
+            assert!(
+                matches!(Publisher::open(&place), Err(Error::Publication { .. })),
+                "{head} of {generation}"
+            );
+            assert!(matches!(attach_own(&place), Err(Error::Publication { .. })), "{head} of {generation}");
+            std::fs::remove_dir_all(&place).unwrap();
+        }
+    }
+}

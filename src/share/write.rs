@@ -34,6 +34,7 @@ impl Publisher {
         stage: impl FnOnce(&Path, Create<'_>) -> Result<Commit, E>,
     ) -> Result<u64, E> {
         self.own()?;
+        self.stands()?;
         self.edited = None;
         // Never again, also if this fails.
         let carried = self.next;
