@@ -1,6 +1,7 @@
 //! Checkpoints: saved again and again, kept or let go, into outputs used again where nobody can notice.
 #![allow(unsafe_code)]
 
+mod common;
 use maptensors::{CheckpointOptions, Checkpointer, DType, Error, Model, Ready};
 use safetensors::tensor::TensorView;
 use std::path::Path;
@@ -37,7 +38,7 @@ fn files(dir: &Path) -> Vec<String> {
 #[test]
 fn the_last_are_kept_each_whole_and_the_oldest_is_written_over() {
     use Ready::{No, Prepared, Recycled};
-    let dir = tempfile::tempdir().unwrap();
+    let dir = common::recycling_dir();
     let checkpoints = CheckpointOptions::new().keep(2).open(dir.path()).unwrap();
     let mut how = Vec::new();
     for step in 1..=6 {
@@ -70,7 +71,7 @@ fn the_last_are_kept_each_whole_and_the_oldest_is_written_over() {
 #[test]
 fn a_checkpoint_that_somebody_has_is_never_written_over() {
     for hold in ["mapped", "open", "linked"] {
-        let dir = tempfile::tempdir().unwrap();
+        let dir = common::recycling_dir();
         let checkpoints = CheckpointOptions::new().keep(1).open(dir.path()).unwrap();
         save(&checkpoints, 1).unwrap();
         let path = checkpoints.find(Some(1)).unwrap();
@@ -102,7 +103,7 @@ fn a_checkpoint_that_somebody_has_is_never_written_over() {
 #[test]
 fn a_file_used_again_takes_on_the_size_and_mode_of_what_is_saved() {
     use std::os::unix::fs::PermissionsExt as _;
-    let dir = tempfile::tempdir().unwrap();
+    let dir = common::recycling_dir();
     let checkpoints = CheckpointOptions::new().keep(1).open(dir.path()).unwrap();
     let mut recycled = 0;
     for (step, len) in (1u64..).zip([LEN, LEN, LEN, LEN / 3, LEN * 2, 10, 0, LEN]) {

@@ -41,8 +41,8 @@ Examples:
 
 A line for each tensor, its checksum (XXH3, as saving with checksums puts it
 into the file) and its name, behind that of the model where there are several.
-What has been read is given back to the system, so that a model larger than
-memory passes.";
+What has been read is given back to the system, so that a model
+larger than memory passes.";
 
 pub(super) const DIFF: &str = "\
 Examples:

@@ -101,11 +101,17 @@ const SCENARIOS: &[(&str, usize, Work)] = &[
     ("the end", 2, |publisher, _| drop(publisher.remove())),
 ];
 
+/// In memory, where the kernel tells who has a file mapped: below a container's overlay it does not.
+fn leasing() -> tempfile::TempDir {
+    let memory = Path::new("/dev/shm");
+    if memory.is_dir() { tempfile::tempdir_in(memory) } else { tempfile::tempdir() }.unwrap()
+}
+
 #[test]
 fn whoever_is_killed_at_whatever_operation_leaves_a_whole_generation_and_the_next_puts_it_right() {
     for &(name, generations, work) in SCENARIOS {
         for kills in 0.. {
-            let temporary = tempfile::tempdir().unwrap();
+            let temporary = leasing();
             let place = temporary.path().join("p");
             let mut weights = Weights::new();
             let mut publisher = Publisher::open(&place).unwrap();
@@ -154,7 +160,7 @@ fn whoever_is_killed_at_whatever_operation_leaves_a_whole_generation_and_the_nex
 
 #[test]
 fn a_late_opener_finds_another_number_and_looks_again() {
-    let temporary = tempfile::tempdir().unwrap();
+    let temporary = leasing();
     let place = temporary.path().join("p");
     let mut weights = Weights::new();
     let mut publisher = Publisher::open(&place).unwrap();
@@ -193,7 +199,7 @@ fn inodes(place: &Path, generations: usize) -> Vec<u64> {
 #[test]
 #[cfg(target_os = "linux")]
 fn files_are_used_again_when_nobody_has_them_and_never_when_somebody_has() {
-    let temporary = tempfile::tempdir().unwrap();
+    let temporary = leasing();
     let place = temporary.path().join("p");
     let found = inodes(&place, 8);
     assert!(
@@ -213,7 +219,7 @@ fn files_are_used_again_when_nobody_has_them_and_never_when_somebody_has() {
 
 #[test]
 fn a_forks_child_does_not_publish_and_does_not_give_the_lock_away() {
-    let temporary = tempfile::tempdir().unwrap();
+    let temporary = leasing();
     let place = temporary.path().join("p");
     let mut publisher = Publisher::open(&place).unwrap();
     let mut weights = Weights::new();
@@ -234,7 +240,7 @@ fn a_forks_child_does_not_publish_and_does_not_give_the_lock_away() {
 
 #[test]
 fn a_head_whose_number_nobody_could_count_on_from_is_an_error() {
-    let temporary = tempfile::tempdir().unwrap();
+    let temporary = leasing();
     let place = temporary.path().join("p");
     for head in [segment::LIMIT, u64::MAX - 1, u64::MAX] {
         for generation in [0, 1, u64::MAX] {

@@ -11,6 +11,14 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
 
+/// A directory on a file system where files may be used again: an overlay, which a container's often is, does not tell
+/// who has a file mapped. In memory then.
+pub fn recycling_dir() -> tempfile::TempDir {
+    let dir = tempfile::tempdir().unwrap();
+    let overlay = rustix::fs::statfs(dir.path()).is_ok_and(|stat| stat.f_type == 0x794c_7630);
+    if overlay { tempfile::tempdir_in("/dev/shm").unwrap() } else { dir }
+}
+
 /// The bytes of a file: length field, header, and so many data bytes.
 pub fn file_of(header: &str, data: usize) -> Vec<u8> {
     let mut bytes = (header.len() as u64).to_le_bytes().to_vec();

@@ -7,7 +7,7 @@ import sys
 import tarfile
 import tempfile
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -116,3 +116,15 @@ def fetch() -> Callable[[str], Path]:
         return path
 
     return get
+
+
+@pytest.fixture
+def recycling(tmp_path: Path) -> Iterator[Path]:
+    """Directory on a file system that tells who has a file mapped: a container's overlay does not."""
+    mounts = [line.split() for line in Path("/proc/mounts").read_text().splitlines()]
+    inside = [mount for mount in mounts if tmp_path.is_relative_to(mount[1])]
+    if max(inside, key=lambda mount: len(mount[1]))[2] != "overlay":
+        yield tmp_path
+        return
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as directory:
+        yield Path(directory)

@@ -184,8 +184,8 @@ def test_a_save_in_the_background_is_a_context_manager_and_can_be_awaited(tmp_pa
         assert saving.wait() == saving.result(timeout=1)
 
 
-def test_files_are_used_again_but_not_under_a_reader(tmp_path: Path) -> None:
-    with mt.Checkpointer(tmp_path, {"w": ("F32", (100_000,))}, keep=1) as checkpoints:
+def test_files_are_used_again_but_not_under_a_reader(recycling: Path) -> None:
+    with mt.Checkpointer(recycling, {"w": ("F32", (100_000,))}, keep=1) as checkpoints:
         checkpoints.wait()
         outputs = []
         for step in range(1, 6):
@@ -402,7 +402,8 @@ def test_an_error_is_raised_by_every_wait_and_does_not_hide_another(tmp_path: Pa
     assert names_in(tmp_path) == [blocked.name]
 
 
-def test_what_tidies_up_or_saves_beside_does_not_disturb_the_next_output(tmp_path: Path) -> None:
+def test_what_tidies_up_or_saves_beside_does_not_disturb_the_next_output(recycling: Path) -> None:
+    tmp_path = recycling
     state = {"w": np.ones(100_000)}
     with mt.Checkpointer(tmp_path, keep=1) as checkpoints:
         for step in range(4):
