@@ -9,6 +9,7 @@ Needs numpy and maptensors.
 
 import subprocess
 import sys
+import time
 
 import maptensors as mt
 import numpy as np
@@ -26,32 +27,33 @@ def trainer() -> None:
     rng = np.random.default_rng(0)
     goal = {"fc1.weight": rng.normal(size=(64, 8)), "fc2.weight": rng.normal(size=(1, 64)) / 8}
     weights = {"fc1.weight": goal["fc1.weight"].copy(), "fc2.weight": np.zeros((1, 64))}
-    with mt.publish(NAME, {"weights": weights, "step": 0}) as publisher:
-        for step in range(1, STEPS + 1):
-            for _ in range(50):
-                x = rng.normal(size=(32, 8))
-                hidden = np.tanh(x @ weights["fc1.weight"].T)
-                error = hidden @ weights["fc2.weight"].T - forward(goal, x)
-                weights["fc2.weight"] -= 0.01 * error.T @ hidden / len(x)
-            # fc1 is frozen: its pages are shared by all generations.
-            publisher.publish({"weights": weights, "step": step}, changed=["weights.fc2.weight"])
+    publisher = mt.publish(NAME, {"weights": weights, "step": 0})
+    for step in range(1, STEPS + 1):
+        for _ in range(50):
+            x = rng.normal(size=(32, 8))
+            hidden = np.tanh(x @ weights["fc1.weight"].T)
+            error = hidden @ weights["fc2.weight"].T - forward(goal, x)
+            weights["fc2.weight"] -= 0.01 * error.T @ hidden / len(x)
+        # fc1 is frozen: its pages are shared by all generations.
+        publisher.publish({"weights": weights, "step": step}, changed=["weights.fc2.weight"])
+        time.sleep(0.1)  # as a step of a larger model takes
+    publisher.remove()
 
 
 def inference() -> None:
     """Answer one question again and again, with the newest weights there are."""
     question = np.ones((1, 8))
     with mt.attach(NAME, timeout=60) as weights:
-        state = weights.state()
-        print(f"step {state['step']:2}: {forward(state['weights'], question).item():+.4f}")
-        while state["step"] < STEPS:
-            if not weights.wait(timeout=60):
-                raise SystemExit("the trainer has published nothing for a minute")
-            changed = weights.refresh()
-            state = weights.state()
-            print(
-                f"step {state['step']:2}: {forward(state['weights'], question).item():+.4f}",
-                *sorted(changed or ()),
-            )
+        changed: frozenset[str] = frozenset()
+        try:
+            while True:
+                state = weights.state()
+                answer = forward(state["weights"], question).item()
+                print(f"step {state['step']:2}: {answer:+.4f}", *sorted(changed), flush=True)
+                weights.wait()
+                changed = weights.refresh() or frozenset()
+        except mt.errors.PublicationError:
+            print("the trainer has ended")
 
 
 if __name__ == "__main__":
@@ -61,11 +63,9 @@ if __name__ == "__main__":
         case ["inference"]:
             inference()
         case []:
-            mt.Publisher(NAME).remove()  # of a run before
+            mt.Publisher(NAME).remove()  # of a run that was killed
             other = subprocess.Popen([sys.executable, __file__, "inference"])
             trainer()
-            code = other.wait(timeout=120)
-            mt.Publisher(NAME).remove()
-            sys.exit(code)
+            sys.exit(other.wait(timeout=120))
         case _:
             sys.exit(__doc__)

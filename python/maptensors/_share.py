@@ -10,13 +10,19 @@ from maptensors._state import check_framework, flatten, unflatten
 from maptensors.errors import MapTensorsError
 
 
+def _place(place: str | os.PathLike[str]) -> str:
+    """Return what is named: a text is a name or a path, a path is a path (of which pathlib takes a "./")."""
+    path = os.fspath(place)
+    return path if isinstance(place, str) or os.sep in path else os.path.join(os.curdir, path)
+
+
 class Publisher:
     """The one process that publishes under a name or into a directory; see :func:`maptensors.publish`."""
 
     def __init__(
         self, place: str | os.PathLike[str], *, permissions: int = 0o600, recycle: bool = True
     ) -> None:
-        self._publisher = _native.Publisher(place, permissions=permissions, recycle=recycle)
+        self._publisher = _native.Publisher(_place(place), permissions=permissions, recycle=recycle)
 
     def publish(
         self,
@@ -61,7 +67,7 @@ class Publisher:
         return self._publisher.path
 
     def close(self) -> None:
-        """Publish no more. The last generation stays, for whoever attaches, and for the next publisher."""
+        """Publish no more. The last generation stays in memory, for whoever attaches and the next publisher."""
         self._publisher.close()
 
     def remove(self) -> None:
@@ -90,7 +96,7 @@ class Subscriber:
         *,
         timeout: float | None = 0.0,
     ) -> None:
-        self._subscriber = _native.Subscriber(place, mode, timeout=timeout)
+        self._subscriber = _native.Subscriber(_place(place), mode, timeout=timeout)
 
     @property
     def model(self) -> _native.Model:
@@ -122,7 +128,11 @@ class Subscriber:
         return self.latest != self.generation
 
     def wait(self, timeout: float | None = None) -> bool:
-        """Sleep until there is a newer generation than that held; False if ``timeout`` seconds pass first."""
+        """Sleep until there is a newer generation than that held; False if ``timeout`` seconds pass first.
+
+        PublicationError says that the publication was removed. A publisher that ended without, or was killed,
+        is silence: the next one may come.
+        """
         return self._subscriber.wait(timeout)
 
     def refresh(self) -> frozenset[str] | None:
@@ -137,7 +147,7 @@ class Subscriber:
         """Go on to each newer generation as it comes, yielding the names of the tensors that differ.
 
         Generations that come faster than they are asked for are passed over. Ends when ``timeout`` seconds
-        pass without one.
+        pass without one, and with PublicationError when the publication is removed.
         """
         while self.wait(timeout):
             names = self.refresh()
@@ -214,6 +224,8 @@ def attach(
     this process sees it; with ``"r"`` they cannot be written, and what generations share is mapped once.
     ``timeout`` is how many seconds to wait for a publication that is not there yet; None: for ever.
 
-    If the publisher ends, even killed, what it published last stays.
+    If the publisher ends, even killed, what it published last stays: until another goes on, the machine is
+    restarted, or somebody removes it (:meth:`Publisher.remove`; ``mt.Publisher("policy").remove()`` will do).
+    One that was removed is over for who is attached, also if another of that name begins: attach again.
     """
     return Subscriber(place, mode, timeout=timeout)

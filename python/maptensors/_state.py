@@ -135,17 +135,24 @@ def unflatten(model: Model, framework: str | None) -> Any:
     """Return the state that a checkpoint holds, its tensors as they were given or in one framework."""
     metadata = model.metadata
     taken: dict[str, Any] = {}
+    failed: list[Exception] = []  # not the structure's fault
 
     def tensor(name: str, given: str) -> Any:
         wanted = given if framework is None or given == "scalar" else framework
         if name not in taken:
-            taken[name] = _TAKE[wanted](model[name])
+            try:
+                taken[name] = _TAKE[wanted](model[name])
+            except Exception as error:
+                failed.append(error)
+                raise
         return taken[name]
 
     if STATE in metadata:
         try:
             return _decode(json.loads(metadata[STATE]), tensor)
         except (RecursionError, ValueError, TypeError) as error:
+            if error in failed:
+                raise
             raise MapTensorsError(
                 f"the checkpoint's {STATE!r} metadata is not what maptensors writes: {error}"
             ) from error

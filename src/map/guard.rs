@@ -54,7 +54,7 @@ impl Guard {
             return Err(changed("its length in bytes", now.len.to_string(), self.stamp.len.to_string()));
         }
         let text = |stamp: Stamp| stamp.written.map_or_else(String::new, |(s, n)| format!("{s}.{n:09}"));
-        Err(changed("when it was last written, in seconds since 1970,", text(now), text(self.stamp)))
+        Err(changed("its time of writing (seconds since 1970)", text(now), text(self.stamp)))
     }
 
     /// Calls `read` to bring pages in between two checks, so that what is handed out then was read while the file

@@ -19,6 +19,9 @@ pub(crate) trait Memory: Sync {
     /// Where in its page the first byte lies.
     fn in_page(&self) -> usize;
 
+    /// The file that is mapped, by device and inode, and which bytes of a file these are or were.
+    fn place(&self) -> Option<(Option<(u64, u64)>, Range<u64>)>;
+
     /// The pages of a part that became this process's own, as ranges of bytes.
     fn private(&self, part: Range<usize>) -> io::Result<Vec<Range<usize>>>;
 }
@@ -37,6 +40,10 @@ impl Memory for Mapping {
 
     fn backing(&self) -> Backing {
         self.backing
+    }
+
+    fn place(&self) -> Option<(Option<(u64, u64)>, Range<u64>)> {
+        Some((self.identity, self.offset..self.offset + self.len as u64))
     }
 
     fn in_page(&self) -> usize {

@@ -8,7 +8,6 @@ use crate::error::{Error, Result};
 use std::fs::File;
 use std::io;
 use std::ops::Range;
-#[cfg(feature = "python")]
 use std::path::Path;
 use std::sync::Arc;
 
@@ -71,6 +70,14 @@ impl Memory for SharedMemory {
             Owner::Mapping(mapping) => mapping.backing,
             #[cfg(feature = "python")]
             Owner::Heap { .. } => Backing::Owned,
+        }
+    }
+
+    fn place(&self) -> Option<(Option<(u64, u64)>, Range<u64>)> {
+        match &self.owner {
+            Owner::Mapping(mapping) => mapping.place(),
+            #[cfg(feature = "python")]
+            Owner::Heap { .. } => None,
         }
     }
 
@@ -173,6 +180,24 @@ impl SharedMemory {
             #[cfg(feature = "python")]
             Owner::Heap { .. } => Ok(()),
         }
+    }
+
+    /// As [`SharedMemory::flush`] or [`SharedMemory::flush_async`], of the file at `path`.
+    ///
+    /// # Errors
+    /// [`Error::Io`]; [`Error::Changed`] where another file has that name by now: what is written does not reach it.
+    pub(crate) fn flush_to(&self, path: &Path, part: Range<usize>, wait: bool) -> Result<()> {
+        use std::os::unix::fs::MetadataExt as _;
+        let flushed = if wait { self.flush(part) } else { self.flush_async(part) };
+        flushed.map_err(Error::io(path, "writing to the disk"))?;
+        let (Some((Some((device, inode)), _)), Ok(there)) = (self.place(), std::fs::metadata(path)) else {
+            return Ok(());
+        };
+        if (there.dev(), there.ino()) == (device, inode) {
+            return Ok(());
+        }
+        let (found, expected) = (there.ino().to_string(), inode.to_string());
+        Err(Error::Changed { path: path.into(), what: "the inode of that name", found, expected })
     }
 
     fn part(&self, at: usize, len: usize) -> Result<Range<usize>> {

@@ -164,9 +164,9 @@ impl ModelShared {
     /// Has all pages that were written brought to the disk, and waits.
     ///
     /// # Errors
-    /// [`Error::Io`], once.
+    /// [`Error::Io`], once; [`Error::Changed`] where another file has taken a file's name: that one is not written to.
     pub fn flush_all(&self) -> Result<()> {
-        self.each_shard(|memory, layout| memory.flush(layout.data_range()))
+        self.flush_shards(true)
     }
 
     /// As [`ModelShared::flush_all`], without waiting.
@@ -174,7 +174,7 @@ impl ModelShared {
     /// # Errors
     /// [`Error::Io`].
     pub fn flush_all_async(&self) -> Result<()> {
-        self.each_shard(|memory, layout| memory.flush_async(layout.data_range()))
+        self.flush_shards(false)
     }
 
     /// Under [`OpenOptions::guard`], whether the files still have the lengths they had.
@@ -208,9 +208,9 @@ impl ModelShared {
         self.path(shard).unwrap_or(Path::new(""))
     }
 
-    fn each_shard(&self, work: impl Fn(&SharedMemory, &Layout) -> std::io::Result<()>) -> Result<()> {
+    fn flush_shards(&self, wait: bool) -> Result<()> {
         for (shard, memory) in self.catalog.shards().iter().zip(&self.memories) {
-            work(memory, &shard.layout).map_err(Error::io(&shard.path, "writing to the disk"))?;
+            memory.flush_to(&shard.path, shard.layout.data_range(), wait)?;
         }
         Ok(())
     }

@@ -487,7 +487,8 @@ impl Model {
     /// In mode "r+", has what was written reach the disk: all tensors, or those of `names` (a name or several).
     /// Others see it without. `wait=False` only tells the kernel, which writes within half a minute by itself.
     ///
-    /// An error of the disk is raised once: the pages count as written afterwards.
+    /// An error of the disk is raised once: the pages count as written afterwards. Where another file has taken
+    /// the file's name, `ChangedError` says that what is written does not reach it.
     #[pyo3(signature = (names = None, *, wait = true))]
     fn flush(&self, py: Python<'_>, names: Option<Names>, wait: bool) -> PyResult<()> {
         if self.mode != "r+" {
@@ -499,9 +500,7 @@ impl Model {
         let parts = self.parts()?;
         Ok(py.detach(|| -> Result<(), Error> {
             for (shard, range) in parts.ranges(names.as_ref())? {
-                let memory = &parts.memories[shard];
-                let flushed = if wait { memory.flush(range) } else { memory.flush_async(range) };
-                flushed.map_err(Error::io(&parts.catalog.shards()[shard].path, "writing to the disk"))?;
+                parts.memories[shard].flush_to(&parts.catalog.shards()[shard].path, range, wait)?;
             }
             Ok(())
         })?)
@@ -534,7 +533,7 @@ impl Model {
     }
 
     /// Writes all tensors and the metadata, edits included, as `maptensors.save` does; also onto the model's
-    /// own file.
+    /// own file, unless it is edited in that (mode "r+"), or is only a part of it (`offset`).
     #[pyo3(signature = (path, *, metadata = None, durable = true, mapped = true, max_shard_size = None, checksums = false))]
     fn save<'py>(
         slf: &Bound<'py, Self>,

@@ -74,6 +74,10 @@ pub(super) fn save(
     checksums: bool,
     distinct: bool,
 ) -> PyResult<bool> {
+    if let Ok(model) = tensors.cast::<Model>() {
+        let parts = model.get().parts()?;
+        py.detach(|| parts.with_contents(|contents| contents.may_replace(&path)))?;
+    }
     let tensors = collect(tensors)?;
     if distinct && !are_distinct(&tensors) {
         return Ok(false);

@@ -266,7 +266,7 @@ impl Model {
     /// Writes all tensors and the metadata to one file at `path`; also onto a file this model has mapped.
     ///
     /// # Errors
-    /// As [`SaveOptions::save`].
+    /// As [`SaveOptions::save`]; [`Error::Argument`] for a file of which the model is only a part.
     ///
     /// ```
     /// let set = maptensors::Model::read("models/digits-sharded")?;
@@ -276,6 +276,7 @@ impl Model {
     /// # Ok::<(), maptensors::Error>(())
     /// ```
     pub fn save(&self, path: impl AsRef<Path>) -> Result<()> {
+        self.contents().may_replace(path.as_ref())?;
         let mut options = SaveOptions::new();
         if self.has_metadata() {
             options = options.all_metadata(self.metadata().clone());

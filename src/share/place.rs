@@ -43,9 +43,15 @@ impl Place {
     /// Makes the directory, where there is none, with x where files have r.
     ///
     /// # Errors
-    /// [`Error::Io`].
+    /// [`Error::Io`]; [`Error::Argument`] where others are to read what lies where they cannot look.
     pub(super) fn make(&self, file_mode: u32) -> Result<()> {
         let io = |action| Error::io(&self.path, action);
+        if self.named && file_mode & 0o077 != 0 && std::env::var_os(BASE).is_none_or(|base| base.is_empty()) {
+            return Err(Error::Argument(format!(
+                "mode {file_mode:o} is of no use with a name, which stands for a place that only this user can look \
+                 into: to share with others, publish to a path (or set {BASE})"
+            )));
+        }
         if let Some(parent) = self.path.parent() {
             std::fs::create_dir_all(parent).map_err(io("making the directory it is to be in"))?;
         }

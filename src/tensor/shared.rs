@@ -171,7 +171,7 @@ impl<'a> TensorShared<'a> {
     /// # Errors
     /// [`Error::Io`], once.
     pub fn flush(&self) -> Result<()> {
-        self.memory.flush(self.info.bytes()).map_err(Error::io(self.path, "writing to the disk"))
+        self.memory.flush_to(self.path, self.info.bytes(), true)
     }
 
     /// As [`TensorShared::flush`], without waiting: see [`SharedMemory::flush_async`].
@@ -179,7 +179,7 @@ impl<'a> TensorShared<'a> {
     /// # Errors
     /// [`Error::Io`].
     pub fn flush_async(&self) -> Result<()> {
-        self.memory.flush_async(self.info.bytes()).map_err(Error::io(self.path, "writing to the disk"))
+        self.memory.flush_to(self.path, self.info.bytes(), false)
     }
 
     /// Where in the file an element starts.

@@ -135,6 +135,19 @@ def test_a_model_inside_an_archive_opens_where_it_lies(file, tmp_path, pack, bac
             mt.open(archive, backend=backend, **wrong)
 
 
+@pytest.mark.parametrize("backend", ["mmap", "pread", "memfd"])
+def test_a_model_is_not_saved_over_what_it_is_only_a_part_of(file, tmp_path, backend):
+    archive, offset = in_tar(file, tmp_path)
+    before = archive.read_bytes()
+    model = mt.open(archive, offset=offset, length=file.stat().st_size, backend=backend)
+    for save in (lambda: model.save(archive), lambda: mt.save(model, archive)):
+        with pytest.raises(mt.MapTensorsError, match="holds more than this model"):
+            save()
+    assert archive.read_bytes() == before
+    model.save(tmp_path / "alone.safetensors")
+    assert mt.open(tmp_path / "alone.safetensors").keys() == model.keys()
+
+
 def test_a_window_is_of_one_file_and_inside_it(file):
     with pytest.raises(mt.MapTensorsError, match="several"):
         mt.open(MODELS / "digits-sharded", offset=8)

@@ -152,16 +152,23 @@ def test_only_a_mapping_is_the_file(file, backend):
         mt.open(file, "r+", backend=backend)
 
 
-def test_saving_over_the_file_leaves_the_model_with_the_old_one(file):
+def test_a_file_that_is_replaced_is_no_longer_edited_and_flush_says_so(file, tmp_path):
     model = mt.open(file, "r+")
     bias = model["fc1.bias"].numpy()
     bias[0] = 5
-    model.save(file)
-    assert mt.open(file)["fc1.bias"].numpy()[0] == 5
-    bias[0] = 6  # of the file that has no name any more
+    # It would go on editing a file without a name.
+    with pytest.raises(mt.MapTensorsError, match="flush it"):
+        model.save(file)
     model.flush()
+    model.save(tmp_path / "other")
+    os.replace(tmp_path / "other", file)
+    bias[0] = 6
+    for names in (None, "fc1.bias"):
+        for wait in (True, False):
+            with pytest.raises(mt.errors.ChangedError, match="inode"):
+                model.flush(names, wait=wait)
     assert mt.open(file)["fc1.bias"].numpy()[0] == 5
-    assert model["fc1.bias"].numpy()[0] == 6
+    assert bias[0] == 6
 
 
 def test_a_misaligned_tensor_is_refused_and_the_others_are_edited(tmp_path):
@@ -230,8 +237,8 @@ def test_closing_and_verifying_work_as_ever(file, tmp_path):
     # The header is not written: its checksums are of the content before.
     with pytest.raises(mt.errors.ChecksumError):
         mt.verify(summed)
-    edited.save(summed, checksums=True)
-    mt.verify(summed)
+    edited.save(tmp_path / "again", checksums=True)
+    mt.verify(tmp_path / "again")
 
 
 def test_a_sharded_set_is_edited_in_all_its_files(tmp_path):
