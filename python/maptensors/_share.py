@@ -67,7 +67,7 @@ class Publisher:
         return self._publisher.path
 
     def close(self) -> None:
-        """Publish no more. The last generation stays in memory, for whoever attaches and the next publisher."""
+        """Publish no more. The last generation stays in memory, for who attaches and the next publisher."""
         self._publisher.close()
 
     def remove(self) -> None:

@@ -4,6 +4,9 @@ use super::{Backing, Mapping, Source};
 use std::io;
 use std::ops::Range;
 
+/// Device and inode.
+pub(super) type Identity = (u64, u64);
+
 /// Bytes as they are now, and what the kernel remembers of how they were: of Rust's memory and of
 /// Python's.
 pub(crate) trait Memory: Sync {
@@ -20,7 +23,7 @@ pub(crate) trait Memory: Sync {
     fn in_page(&self) -> usize;
 
     /// The file that is mapped, by device and inode, and which bytes of a file these are or were.
-    fn place(&self) -> Option<(Option<(u64, u64)>, Range<u64>)>;
+    fn place(&self) -> Option<(Option<Identity>, Range<u64>)>;
 
     /// The pages of a part that became this process's own, as ranges of bytes.
     fn private(&self, part: Range<usize>) -> io::Result<Vec<Range<usize>>>;
@@ -42,7 +45,7 @@ impl Memory for Mapping {
         self.backing
     }
 
-    fn place(&self) -> Option<(Option<(u64, u64)>, Range<u64>)> {
+    fn place(&self) -> Option<(Option<Identity>, Range<u64>)> {
         Some((self.identity, self.offset..self.offset + self.len as u64))
     }
 

@@ -2,6 +2,7 @@
 
 #[cfg(feature = "python")]
 use super::Pages;
+use super::memory::Identity;
 use super::{Advice, Backing, Mapping, Memory, Residency, Source, atomic};
 use crate::error::{Error, Result};
 #[cfg(feature = "python")]
@@ -73,7 +74,7 @@ impl Memory for SharedMemory {
         }
     }
 
-    fn place(&self) -> Option<(Option<(u64, u64)>, Range<u64>)> {
+    fn place(&self) -> Option<(Option<Identity>, Range<u64>)> {
         match &self.owner {
             Owner::Mapping(mapping) => mapping.place(),
             #[cfg(feature = "python")]
