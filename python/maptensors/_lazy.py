@@ -21,7 +21,7 @@ class Evicted(NamedTuple):
     #: In memory still, because they were edited: they are nowhere else.
     kept: int
     #: In the page cache still, because others use them, or the file lies in memory (tmpfs). Of another user's
-    #: file all counts here; in mode "c" such pages are given back only when memory runs out.
+    #: file only what this process still maps is known; in mode "c" that is given back when memory runs out.
     remaining: int
 
 

@@ -2,6 +2,7 @@
 
 use super::{DONE, FAILED, complain, is_broken_pipe, text};
 use crate::error::printable;
+use crate::map::may_ask;
 use crate::model::hash_all;
 use crate::{Model, Select, StreamOptions};
 use globset::GlobSet;
@@ -91,10 +92,17 @@ impl Prefetch {
 /// Gives the memory of models back.
 pub(super) fn evict(chosen: &Chosen, out: &mut impl Write) -> Result<u8, Box<dyn Error>> {
     chosen.each(out, |path, model, out| {
+        let told = (0..model.shards())
+            .filter_map(|shard| model.path(shard))
+            .all(|path| std::fs::File::open(path).and_then(|file| may_ask(&file)).unwrap_or(true));
         let before = model.residency_of(chosen.select())?;
         model.evict(chosen.select())?;
         let after = model.residency_of(chosen.select())?;
         let size = |pages: usize| text::size((pages * after.page_size) as u64);
+        if !told {
+            writeln!(out, "{path}: given back; how much of another user's file is in memory is not told")?;
+            return Ok(());
+        }
         let freed = before.resident.saturating_sub(after.resident);
         writeln!(out, "{path}: {} freed, {} still in memory", size(freed), size(after.resident))?;
         Ok(())

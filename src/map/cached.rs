@@ -1,6 +1,7 @@
 //! How much of a file is in memory, asked without touching it.
 
 use super::open_regular;
+use super::residency::may_ask;
 use memmap2::{Mmap, MmapOptions};
 use std::collections::{HashMap, VecDeque};
 use std::fs::File;
@@ -23,13 +24,13 @@ const QUESTIONS: usize = 1 << 16;
 impl Cached {
     /// Takes the photograph of a file of `len` bytes. `None` where the kernel will not tell: since 5.2 it
     /// tells only who owns a file or may write to it, and mincore(2) answers others that all is there.
-    pub(crate) fn of(file: &File, path: &Path, len: u64) -> io::Result<Option<Self>> {
+    pub(crate) fn of(file: &File, len: u64) -> io::Result<Option<Self>> {
         let taken = if is_stacked(file)? { None } else { Some(Self::by_range(file, len, QUESTIONS)) };
         match taken {
             Some(Ok(cached)) => Ok(Some(cached)),
             Some(Err(error)) if !is_refusal(&error) => Err(error),
             // Pages elsewhere, too old a kernel, a sandbox; or nobody who may know.
-            _ if may_ask(file, path)? => Self::by_page(file, len).map(Some),
+            _ if may_ask(file)? => Self::by_page(file, len).map(Some),
             _ => Ok(None),
         }
     }
@@ -164,15 +165,6 @@ fn is_refusal(error: &io::Error) -> bool {
     [libc::ENOSYS, libc::EPERM, libc::EOPNOTSUPP].into_iter().any(|code| error.raw_os_error() == Some(code))
 }
 
-/// Whether mincore(2) tells this process the truth about the file: the kernel's `can_do_mincore`.
-fn may_ask(file: &File, path: &Path) -> io::Result<bool> {
-    use rustix::fs::{Access, AtFlags, CWD, accessat};
-    let user = rustix::process::geteuid();
-    Ok(user.is_root()
-        || file.metadata()?.uid() == user.as_raw()
-        || accessat(CWD, path, Access::WRITE_OK, AtFlags::EACCESS).is_ok())
-}
-
 /// Pages of the file that are in memory and hold any of these bytes, which are not none.
 #[cfg(target_os = "linux")]
 fn cachestat(file: &File, bytes: &Range<u64>) -> io::Result<u64> {
@@ -276,7 +268,7 @@ fn take(path: &Path) -> crate::Result<((u64, u64), Option<Cached>)> {
     let asking = "asking what of it is in memory";
     let (file, len) = open_regular(path)?;
     let metadata = file.metadata().map_err(crate::Error::io(path, asking))?;
-    let cached = Cached::of(&file, path, len).map_err(crate::Error::io(path, asking))?;
+    let cached = Cached::of(&file, len).map_err(crate::Error::io(path, asking))?;
     Ok(((metadata.dev(), metadata.ino()), cached))
 }
 
@@ -314,7 +306,7 @@ mod tests {
     #[test]
     fn both_ways_to_ask_agree_with_every_page_and_change_none() {
         let len = 5_000_123u64;
-        let (file, path) = file(&vec![7; usize::try_from(len).unwrap()]);
+        let (file, _) = file(&vec![7; usize::try_from(len).unwrap()]);
         #[cfg(target_os = "linux")]
         if rustix::fs::fstatfs(&file).unwrap().f_type == 0x0102_1994 {
             return skip("what is in memory, page by page", &"nothing can be evicted from a tmpfs");
@@ -325,7 +317,7 @@ mod tests {
                 evict(&file, &hole);
             }
             let before = truth(&file, len);
-            let taken = Cached::of(&file, &path, len).unwrap().unwrap();
+            let taken = Cached::of(&file, len).unwrap().unwrap();
             let by_page = Cached::by_page(&file, len).unwrap();
             assert_eq!(truth(&file, len), before, "looking changed something");
             assert_eq!(taken.total(), by_page.total());
@@ -337,17 +329,17 @@ mod tests {
                 }
             }
         }
-        assert_eq!(Cached::of(&file, &path, len).unwrap().unwrap().total(), 0, "all of it was evicted");
+        assert_eq!(Cached::of(&file, len).unwrap().unwrap().total(), 0, "all of it was evicted");
     }
 
     #[test]
     fn a_terabyte_of_holes_takes_few_questions_either_way() {
-        let (file, path) = file(&vec![7; 40_000]);
+        let (file, _) = file(&vec![7; 40_000]);
         let len = 1 << 40;
         if let Err(error) = file.set_len(len) {
             return skip("a file of a terabyte", &error);
         }
-        let cached = Cached::of(&file, &path, len).unwrap().unwrap();
+        let cached = Cached::of(&file, len).unwrap().unwrap();
         assert_eq!((cached.bytes(&(0..40_960)), cached.total()), (40_960, 40_960));
         let by_page = Cached::by_page(&file, len).unwrap();
         assert!(by_page.marks.len() <= QUESTIONS + 1 && by_page.total() >= 32_768);
@@ -357,7 +349,7 @@ mod tests {
     #[test]
     fn where_questions_run_out_stretches_count_by_their_share() {
         const PAGES: u64 = 1 << 12;
-        let (file, path) = file(&[]);
+        let (file, _) = file(&[]);
         let len = PAGES * page_size();
         file.set_len(len).unwrap();
         for page in (0..PAGES).step_by(2) {
@@ -371,13 +363,13 @@ mod tests {
         };
         assert!((200..=301).contains(&cached.marks.len()), "{}", cached.marks.len());
         assert_eq!(cached.total(), exact);
-        assert_eq!(Cached::of(&file, &path, len).unwrap().unwrap().total(), exact);
+        assert_eq!(Cached::of(&file, len).unwrap().unwrap().total(), exact);
     }
 
     #[test]
     fn an_empty_file_has_nothing_in_memory() {
-        let (file, path) = file(&[]);
-        assert_eq!(Cached::of(&file, &path, 0).unwrap().unwrap().total(), 0);
+        let (file, _) = file(&[]);
+        assert_eq!(Cached::of(&file, 0).unwrap().unwrap().total(), 0);
         assert_eq!(Cached::by_page(&file, 0).unwrap().bytes(&(0..10)), 0);
     }
 

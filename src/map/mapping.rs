@@ -66,6 +66,8 @@ pub struct Mapping {
     pub(super) base: Option<Box<Mapping>>,
     /// Of the file: device and inode. Nobody else gets them while it is mapped.
     pub(super) identity: Option<(u64, u64)>,
+    /// Whether the kernel tells which of the file's pages are in memory.
+    pub(super) told: bool,
     /// Where in the file the first byte lies.
     pub(super) offset: u64,
 }
@@ -105,7 +107,7 @@ impl Mapping {
     pub(super) fn new(raw: MmapRaw, start: usize, len: usize, backing: Backing) -> Self {
         debug_assert!(start + len <= raw.len());
         let raw = Arc::new(raw);
-        Self { raw, start, len, backing, base: None, identity: None, offset: 0 }
+        Self { raw, start, len, backing, base: None, identity: None, told: true, offset: 0 }
     }
 
     pub(super) fn huge(raw: MmapRaw, len: usize, backing: Backing) -> Self {
@@ -233,7 +235,7 @@ impl Mapping {
     /// ```
     pub fn residency(&self, range: Range<usize>) -> io::Result<Residency> {
         self.check(&range)?;
-        residency::of(self.ptr().wrapping_add(range.start), range.len(), &lock::locked()?)
+        residency::of(self.ptr().wrapping_add(range.start), range.len(), self.told, &lock::locked()?)
     }
 
     /// Makes the pages that hold a part of the bytes this process's own, in bulk: for a range that will be

@@ -63,6 +63,8 @@ pub use pages::Evicted;
 pub(crate) use pages::Pages;
 pub(crate) use parallel::each_in_parallel;
 pub use residency::Residency;
+#[cfg(feature = "cli")]
+pub(crate) use residency::may_ask;
 pub use shared::SharedMemory;
 pub(crate) use source::Source;
 pub(crate) use text::FileText;

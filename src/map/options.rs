@@ -1,6 +1,7 @@
 //! How to map: [`MapOptions`].
 
 use super::mapping::identity;
+use super::residency::may_ask;
 use super::{Advice, Backing, CHUNK, Mapping, SharedMemory, lock};
 #[cfg(target_os = "linux")]
 use super::{Memfd, SealedMemfd};
@@ -352,6 +353,7 @@ impl MapOptions {
         mapping.offset = window.offset;
         self.advise_huge(&mapping);
         mapping.identity = identity(file);
+        mapping.told = may_ask(file).unwrap_or(true);
         if backing == Backing::CopyOnWrite {
             let plain = Self { huge_pages: self.huge_pages, ..Self::new() };
             // SAFETY: as above. Where there are no addresses for it, nothing is lost but being told changes.

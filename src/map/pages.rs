@@ -24,6 +24,7 @@ pub(crate) struct Pages {
     base: Option<Arc<MmapRaw>>,
     path: Arc<Path>,
     identity: Option<(u64, u64)>,
+    told: bool,
     /// The file, opened again when it is first needed; none where its path leads to another now.
     file: Arc<OnceLock<Option<File>>>,
 }
@@ -47,8 +48,8 @@ pub struct Evicted {
     pub kept: u64,
     /// Bytes that stay in the page cache: another process or mapping uses them, or the file system has no other
     /// place for them (tmpfs); they have left this process's page tables, and count as its memory no more. Of another
-    /// user's file all bytes count here, as the kernel tells strangers nothing of its cache; and a copy-on-write
-    /// mapping of one keeps its pages until memory runs out.
+    /// user's file only what this process still maps counts, as the kernel tells strangers nothing of its cache; a
+    /// copy-on-write mapping of one keeps its pages until memory runs out.
     pub remaining: u64,
 }
 
@@ -73,6 +74,7 @@ impl Mapping {
             base: self.base.as_ref().map(|base| base.raw.clone()),
             path: path.into(),
             identity: self.identity,
+            told: self.told,
             file: Arc::default(),
         }
     }
@@ -215,9 +217,9 @@ impl Pages {
         let start = self.ptr(part.start).addr() - before_part;
         let end = self.ptr(part.end).addr().next_multiple_of(page);
         // Where the kernel does not tell (no /proc, or a process that changed its user), nothing is counted.
-        let count = || residency::of(self.ptr(part.start), part.len(), &[]).unwrap_or_default();
+        let count = || residency::of(self.ptr(part.start), part.len(), self.told, &[]).unwrap_or_default();
         let before = count();
-        if before.pages > 0 && before.resident == 0 && before.touched == 0 {
+        if self.told && before.pages > 0 && before.resident == 0 && before.touched == 0 {
             return Ok(Evicted { kept: size(before.private), ..Evicted::default() });
         }
         // A page mapped twice is not reclaimed.
@@ -251,7 +253,8 @@ impl Pages {
         // the last page is enough. (If it is in memory: this is not to read anything.)
         let ends = [clean.first().map(|run| (run, run.start)), clean.last().map(|run| (run, run.end - page))];
         for (run, address) in ends.into_iter().flatten() {
-            if residency::of(at(address).cast(), page, &[]).is_ok_and(|found| found.resident == 1) {
+            if residency::of(at(address).cast(), page, self.told, &[]).is_ok_and(|found| found.resident == 1)
+            {
                 // SAFETY: a page that `raw` maps; reading it in changes nothing.
                 unsafe { madvise(at(address), page, Advice::LinuxPopulateRead) }.ok();
                 page_out(run)?;
@@ -318,7 +321,7 @@ impl Pages {
         let locked = lock::locked()?;
         let of = |part: &Range<usize>| {
             assert!(part.start <= part.end && part.end <= self.len);
-            residency::of(self.ptr(part.start), part.len(), &locked)
+            residency::of(self.ptr(part.start), part.len(), self.told, &locked)
         };
         parts.iter().map(of).collect()
     }

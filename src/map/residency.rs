@@ -24,7 +24,8 @@ pub struct Residency {
     pub page_size: usize,
     /// Pages that hold any byte of the range.
     pub pages: usize,
-    /// Pages in memory, put there by anyone: the page cache, as mincore(2) counts it.
+    /// Pages in memory, put there by anyone: the page cache, as mincore(2) counts it. Of a file that this user neither
+    /// owns nor may write, those that are touched: of others the kernel does not tell.
     pub resident: usize,
     /// Pages in this process's page tables: touched through this mapping, by it or around it.
     pub touched: usize,
@@ -62,9 +63,22 @@ pub(super) fn is_private(entry: u64) -> bool {
     entry & (PRESENT | SWAPPED) != 0 && entry & FILE_OR_SHARED == 0
 }
 
-/// Asks about the pages that hold `len` bytes at `ptr`, which must be mapped. `locked` are the addresses under a
-/// lock, as [`super::lock::locked`] tells.
-pub(super) fn of(ptr: *const u8, len: usize, locked: &[Range<usize>]) -> io::Result<Residency> {
+/// Whether mincore(2) tells this process the truth about a file: the kernel's `can_do_mincore`.
+pub(crate) fn may_ask(file: &File) -> io::Result<bool> {
+    use rustix::fs::{Access, AtFlags, CWD, accessat};
+    use std::os::fd::AsRawFd as _;
+    use std::os::unix::fs::MetadataExt as _;
+    let user = rustix::process::geteuid();
+    let may_write = || {
+        let path = format!("/proc/self/fd/{}", file.as_raw_fd());
+        accessat(CWD, path, Access::WRITE_OK, AtFlags::EACCESS).is_ok()
+    };
+    Ok(user.is_root() || file.metadata()?.uid() == user.as_raw() || may_write())
+}
+
+/// Asks about the pages that hold `len` bytes at `ptr`, which must be mapped. `told`: whether the kernel says what is in
+/// memory; else it says that all is. `locked` are the addresses under a lock, as [`super::lock::locked`] tells.
+pub(super) fn of(ptr: *const u8, len: usize, told: bool, locked: &[Range<usize>]) -> io::Result<Residency> {
     let page_size = rustix::param::page_size();
     let mut found = Residency { page_size, ..Residency::default() };
     if len == 0 {
@@ -95,6 +109,9 @@ pub(super) fn of(ptr: *const u8, len: usize, locked: &[Range<usize>]) -> io::Res
             found.private += usize::from(is_private(entry));
             found.locked += usize::from(present && locked.iter().any(|range| range.contains(&at)));
         }
+    }
+    if !told {
+        found.resident = found.touched;
     }
     #[cfg(target_os = "linux")]
     {

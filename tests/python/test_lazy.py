@@ -394,6 +394,33 @@ def test_a_lock_beyond_the_limit_says_what_the_limit_is(tmp_path: Path) -> None:
         assert "ulimit -l" in line
 
 
+STRANGER = """
+import ctypes, os, sys
+import maptensors as mt
+import numpy
+path, mode = sys.argv[1:]
+os.setgid(65534)
+os.setuid(65534)
+ctypes.CDLL(None).prctl(4, 1, 0, 0, 0)  # PR_SET_DUMPABLE: /proc/self is to be this user's
+model = mt.open(path, mode)
+print(model.residency()["resident"])
+model["a"].numpy().sum()
+print(model.residency()["resident"] >= model.residency("a")["pages"])
+model.evict()
+print(model.residency()["resident"])
+"""
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="another user's file is made by root")
+def test_of_another_users_file_nothing_is_made_up(tmp_path: Path) -> None:
+    path = make(tmp_path / "m.safetensors", {"a": (4 * MIB,), "b": (4 * MIB,)})
+    for directory in (tmp_path, *tmp_path.parents[:3]):
+        os.chmod(directory, 0o755)
+    os.chmod(path, 0o644)
+    # mincore(2) would answer that all of it is in memory.
+    assert succeed(STRANGER, path, "r").split() == ["0", "True", "0"]
+
+
 STREAM = """
 import sys, zlib
 import maptensors as mt, numpy as np
