@@ -1,8 +1,9 @@
 //! Deltas, differences and checksums, of models and of files.
 
 use super::changes::numbers;
-use super::model::{Model, Parts};
+use super::model::Model;
 use super::open::{self, Files};
+use super::parts::Parts;
 use crate::error::Error;
 use crate::model::{Contents, ModelMut, OpenOptions, Place, compare_contents};
 use crate::save::{SaveOptions, apply_delta as apply, write_delta, write_diff};

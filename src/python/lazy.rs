@@ -1,6 +1,7 @@
 //! Which pages are in memory and which are to be: what `maptensors._lazy` and `Model` stand on.
 
-use super::model::{Model, Parts};
+use super::model::Model;
+use super::parts::Parts;
 use super::tensor::Tensor;
 use crate::error::Error;
 use crate::map::{Evicted, Residency, SharedMemory, Source};

@@ -21,6 +21,7 @@ mod given;
 mod lazy;
 mod model;
 mod open;
+mod parts;
 mod save;
 mod share;
 mod tensor;

@@ -3,22 +3,18 @@
 use super::arrays::Array;
 use super::changes::Changes;
 use super::lazy::{self, Names};
+use super::parts::Parts;
 use super::tensor::Tensor;
 use crate::error::Error;
-use crate::layout::TensorInfo;
-use crate::map::{CHUNK, Memory, SharedMemory};
-use crate::model::{
-    Catalog, Contents, Guards, Locks, Marks, Model as Opened, ModelShared, Select, new_token,
-};
+use crate::map::SharedMemory;
+use crate::model::{Catalog, Guards, Model as Opened, ModelShared};
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 use pyo3::types::{PyDict, PyList};
 use std::collections::hash_map::Entry;
-use std::collections::{BTreeMap, HashMap, HashSet};
+use std::collections::{BTreeMap, HashMap};
 use std::ffi::OsString;
-use std::ops::Range;
-use std::path::Path;
-use std::sync::{Arc, Mutex, PoisonError, RwLock};
+use std::sync::{Arc, PoisonError, RwLock};
 
 /// A model's tensors by name, as a read-only mapping (`model["w"]`, `keys()`, `items()`, `len`, `in`).
 ///
@@ -27,120 +23,6 @@ use std::sync::{Arc, Mutex, PoisonError, RwLock};
 pub(super) struct Model {
     open: RwLock<Option<Arc<Parts>>>,
     mode: &'static str,
-}
-
-/// What an open model consists of.
-pub(super) struct Parts {
-    pub(super) catalog: Catalog,
-    pub(super) memories: Vec<Arc<SharedMemory>>,
-    /// By the mode, also where the memory could be written.
-    pub(super) read_only: bool,
-    /// Aligned copies of tensors that lie misaligned in their file, made when first asked for and kept, so
-    /// that every access sees the same bytes.
-    pub(super) copies: Mutex<HashMap<(usize, usize), Arc<SharedMemory>>>,
-    /// With `dense_edits`: which tensors have been promoted, or are not to be.
-    promoted: Option<Mutex<HashSet<(usize, usize)>>>,
-    /// What `changed` compares with in place of the files.
-    marks: Mutex<Option<Arc<Marks>>>,
-    /// What `lock` holds.
-    pub(super) locks: Arc<Locks>,
-    /// With `guard`.
-    guards: Option<Guards>,
-    /// Like no other's in this process.
-    pub(super) token: u64,
-}
-
-impl Parts {
-    /// The memory that holds a tensor aligned, and its offset there.
-    ///
-    /// # Errors
-    /// [`Error::Align`] for a misaligned tensor of a file that is edited; those of a guard.
-    pub(super) fn place(
-        &self,
-        shard: usize,
-        index: usize,
-        info: &TensorInfo<'_>,
-    ) -> Result<(Arc<SharedMemory>, usize), Error> {
-        let memory = &self.memories[shard];
-        let range = info.bytes();
-        if let Some(guards) = &self.guards {
-            let path = &self.catalog.shards()[shard].path;
-            guards.hand_out(shard, path, || memory.populate_read(range.clone()))?;
-        }
-        if range.is_empty() || memory.ptr(&range).addr().is_multiple_of(info.dtype().align()) {
-            self.promote_once(shard, index, range.clone());
-            return Ok((memory.clone(), range.start));
-        }
-        if memory.is_shared() {
-            return Err(misaligned(&self.catalog.shards()[shard].path, info, memory));
-        }
-        let mut copies = self.copies.lock().unwrap_or_else(PoisonError::into_inner);
-        let copy = copies
-            .entry((shard, index))
-            .or_insert_with(|| Arc::new(SharedMemory::copy_of(memory.source(&range))));
-        Ok((copy.clone(), 0))
-    }
-
-    /// Calls `work` with all bytes, to compare and to hash. Copies made meanwhile are not among them.
-    ///
-    /// # Errors
-    /// Those of a guard, and of `work`.
-    pub(super) fn with_contents<T>(
-        &self,
-        work: impl FnOnce(&Contents<'_>) -> Result<T, Error>,
-    ) -> Result<T, Error> {
-        self.check()?;
-        let copies = self.copies.lock().unwrap_or_else(PoisonError::into_inner).clone();
-        let marks = self.marks.lock().unwrap_or_else(PoisonError::into_inner).clone();
-        work(&Contents {
-            catalog: &self.catalog,
-            memories: self.memories.iter().map(|memory| memory.as_ref() as &dyn Memory).collect(),
-            copies: copies.iter().map(|(&place, copy)| (place, copy.now())).collect(),
-            marks: marks.as_deref(),
-        })
-    }
-
-    /// With `dense_edits`, makes a large tensor this process's own before it is first handed out.
-    fn promote_once(&self, shard: usize, index: usize, range: Range<usize>) {
-        let Some(promoted) = self.promoted.as_ref().filter(|_| range.len() >= CHUNK) else { return };
-        // Held until it is done: whoever else asks for this tensor must not write to it meanwhile.
-        let mut promoted = promoted.lock().unwrap_or_else(PoisonError::into_inner);
-        if promoted.insert((shard, index)) {
-            let memory = &self.memories[shard];
-            // SAFETY: nobody has an array of these pages yet: they are this tensor's alone, and it is being
-            // handed out for the first time. Where it fails, pages are copied as they are written.
-            unsafe { memory.promote(&memory.whole_pages(&range)) }.ok();
-        }
-    }
-
-    /// A part of a tensor's pages is handed out to be written: from now on it is not promoted.
-    pub(super) fn keep_in_place(&self, place: (usize, usize)) {
-        if let Some(promoted) = &self.promoted {
-            promoted.lock().unwrap_or_else(PoisonError::into_inner).insert(place);
-        }
-    }
-
-    pub(super) fn tensor(&self, shard: usize, index: usize, info: &TensorInfo<'_>) -> Result<Tensor, Error> {
-        let (memory, offset) = self.place(shard, index, info)?;
-        Ok(Tensor::whole(memory, offset, info.dtype(), info.shape(), info.name(), self.read_only))
-    }
-
-    pub(super) fn check(&self) -> Result<(), Error> {
-        self.guards.as_ref().map_or(Ok(()), |guards| guards.check(&self.catalog))
-    }
-
-    /// The shards and bytes of these tensors, or of all.
-    fn ranges(&self, names: Option<&Names>) -> Result<Vec<(usize, Range<usize>)>, Error> {
-        let names = names.map(|names| names.find(&self.catalog)).transpose()?;
-        let select = names.as_ref().map_or_else(|| Select::from(..), Select::from);
-        Ok(self.catalog.runs(&self.catalog.select(&select)?))
-    }
-
-    /// Every tensor's shard, place in it, and info, in file order.
-    pub(super) fn infos(&self) -> impl Iterator<Item = (usize, usize, TensorInfo<'_>)> {
-        let shards = self.catalog.shards().iter().enumerate();
-        shards.flat_map(|(s, shard)| shard.layout.iter().enumerate().map(move |(i, info)| (s, i, info)))
-    }
 }
 
 impl Model {
@@ -164,18 +46,7 @@ impl Model {
         mode: &'static str,
         dense_edits: bool,
     ) -> Self {
-        let promoted = (dense_edits && mode == "c").then(Mutex::default);
-        let parts = Parts {
-            catalog,
-            memories,
-            read_only: mode == "r",
-            copies: Mutex::default(),
-            promoted,
-            marks: Mutex::default(),
-            locks: Arc::default(),
-            guards,
-            token: new_token(),
-        };
+        let parts = Parts::new(catalog, memories, guards, mode, dense_edits);
         Self { open: RwLock::new(Some(Arc::new(parts))), mode }
     }
 
@@ -224,18 +95,6 @@ impl Model {
     fn view<'py>(slf: &Bound<'py, Self>, class: &str) -> PyResult<Bound<'py, PyAny>> {
         slf.py().import("collections.abc")?.getattr(class)?.call1((slf,))
     }
-}
-
-/// Why a tensor of a file that is edited is not handed out: a copy's writes would not reach the file.
-fn misaligned(path: &Path, info: &TensorInfo<'_>, memory: &SharedMemory) -> Error {
-    let align = info.dtype().align();
-    let off = memory.ptr(&info.bytes()).addr() % align;
-    let what = format!(
-        "starts {off} bytes past a multiple of {align}, where arrays of {} cannot lie, and an aligned copy would not be \
-         the file: it cannot be edited in place; saving the model (open it with mode=\"c\") aligns every tensor",
-        info.dtype()
-    );
-    Error::Align { path: path.into(), tensor: info.name().into(), what }
 }
 
 /// Python's cycle collector, off until this is dropped. It would go through all objects again and again while many
