@@ -248,26 +248,36 @@ impl Pages {
             }
             Ok(())
         };
-        clean.iter().try_for_each(page_out)?;
-        // A huge page that reaches beyond the part is split only where it is mapped by small ones: at the first and
-        // the last page is enough. (If it is in memory: this is not to read anything.)
-        let ends = [clean.first().map(|run| (run, run.start)), clean.last().map(|run| (run, run.end - page))];
-        for (run, address) in ends.into_iter().flatten() {
-            if residency::of(at(address).cast(), page, self.told, &[]).is_ok_and(|found| found.resident == 1)
-            {
-                // SAFETY: a page that `raw` maps; reading it in changes nothing.
-                unsafe { madvise(at(address), page, Advice::LinuxPopulateRead) }.ok();
-                page_out(run)?;
+        let held = |found: Residency| found.resident.max(found.touched).saturating_sub(found.private);
+        // A page that another processor has just brought is not on the kernel's lists yet, and passed over; fadvise has
+        // it put there where it meets one.
+        let mut after = before;
+        for _ in 0..3 {
+            clean.iter().try_for_each(page_out)?;
+            // A huge page that reaches beyond the part is split only where it is mapped by small ones: at the first and
+            // the last page is enough. (If it is in memory: this is not to read anything.)
+            let ends =
+                [clean.first().map(|run| (run, run.start)), clean.last().map(|run| (run, run.end - page))];
+            for (run, address) in ends.into_iter().flatten() {
+                if residency::of(at(address).cast(), page, self.told, &[])
+                    .is_ok_and(|found| found.resident == 1)
+                {
+                    // SAFETY: a page that `raw` maps; reading it in changes nothing.
+                    unsafe { madvise(at(address), page, Advice::LinuxPopulateRead) }.ok();
+                    page_out(run)?;
+                }
+            }
+            // What is cached and mapped by nobody; under a page that was edited, too.
+            if let Some(file) = self.file() {
+                let len = std::num::NonZeroU64::new((end - start) as u64);
+                let from = self.in_file(&part).start - before_part as u64;
+                rustix::fs::fadvise(file, from, len, rustix::fs::Advice::DontNeed).ok();
+            }
+            after = count();
+            if held(after) == 0 {
+                break;
             }
         }
-        // What is cached and mapped by nobody; under a page that was edited, too.
-        if let Some(file) = self.file() {
-            let len = std::num::NonZeroU64::new((end - start) as u64);
-            let from = self.in_file(&part).start - before_part as u64;
-            rustix::fs::fadvise(file, from, len, rustix::fs::Advice::DontNeed).ok();
-        }
-        let after = count();
-        let held = |found: Residency| found.resident.max(found.touched).saturating_sub(found.private);
         Ok(Evicted {
             freed: size(held(before).saturating_sub(held(after))),
             kept: size(after.private),
