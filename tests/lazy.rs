@@ -79,18 +79,21 @@ fn evicting_frees_whole_pages_of_what_is_named_and_no_others() {
         let edited = write.then(|| open_mut(&path));
         let read = (!write).then(|| open(&path));
         let model: &Model = edited.as_deref().or(read.as_ref()).unwrap();
-        assert!(model.prefetch(..).unwrap().wait().unwrap());
-        let whole = model.residency().unwrap();
-        assert_eq!((whole.touched, whole.resident), (whole.pages, whole.pages));
-        let evicted = model.evict("t1").unwrap();
-        assert_eq!((evicted.freed, evicted.kept, evicted.remaining), (5 * MIB as u64, 0, 0));
-        let t1 = model.residency_of("t1").unwrap();
-        assert_eq!((t1.touched, t1.resident), (0, 0));
-        for other in ["t0", "t2"] {
-            let pages = model.residency_of(other).unwrap();
-            assert_eq!(pages.resident, pages.pages, "{other}");
-        }
+        // A huge page across the end that somebody else looks at just then cannot be split, and goes as a whole.
+        let exact = (0..4).any(|_| {
+            assert!(model.prefetch(..).unwrap().wait().unwrap());
+            let whole = model.residency().unwrap();
+            assert_eq!((whole.touched, whole.resident), (whole.pages, whole.pages));
+            let evicted = model.evict("t1").unwrap();
+            let t1 = model.residency_of("t1").unwrap();
+            let others = ["t0", "t2"].map(|other| model.residency_of(other).unwrap());
+            assert_eq!(evicted.kept, 0);
+            (evicted.freed, evicted.remaining, t1.touched, t1.resident) == (5 * MIB as u64, 0, 0, 0)
+                && others.iter().all(|pages| pages.resident == pages.pages)
+        });
+        assert!(exact);
         assert!(model.names().all(|name| is_whole(model, name)));
+        model.prefetch(..).unwrap().wait().unwrap();
         let evicted = model.evict(..).unwrap();
         assert_eq!(evicted.freed, 11 * MIB as u64 + 4096);
         assert_eq!(model.residency().unwrap().resident, 0);
