@@ -95,16 +95,15 @@ pub(super) fn evict(chosen: &Chosen, out: &mut impl Write) -> Result<u8, Box<dyn
         let told = (0..model.shards())
             .filter_map(|shard| model.path(shard))
             .all(|path| std::fs::File::open(path).and_then(|file| may_ask(&file)).unwrap_or(true));
-        let before = model.residency_of(chosen.select())?;
-        model.evict(chosen.select())?;
-        let after = model.residency_of(chosen.select())?;
-        let size = |pages: usize| text::size((pages * after.page_size) as u64);
+        let freed = text::size(model.evict(chosen.select())?.freed);
         if !told {
             writeln!(out, "{path}: given back; how much of another user's file is in memory is not told")?;
             return Ok(());
         }
-        let freed = before.resident.saturating_sub(after.resident);
-        writeln!(out, "{path}: {} freed, {} still in memory", size(freed), size(after.resident))?;
+        // The pages at the ends too, which others have a part in.
+        let left = model.residency_of(chosen.select())?;
+        let left = text::size((left.resident * left.page_size) as u64);
+        writeln!(out, "{path}: {freed} freed, {left} still in memory")?;
         Ok(())
     })
 }

@@ -65,6 +65,8 @@ fn read_in(start: *const u8, len: usize) -> io::Result<()> {
         match unsafe { madvise(start.cast_mut().cast(), len, Advice::LinuxPopulateRead) } {
             // A kernel before 5.14: they come when they are touched, and are locked then.
             Ok(()) | Err(rustix::io::Errno::INVAL) => {}
+            // madvise(2)'s word for what would be SIGBUS at a touch.
+            Err(rustix::io::Errno::FAULT) => return Err(rustix::io::Errno::IO.into()),
             Err(error) => return Err(error.into()),
         }
     }

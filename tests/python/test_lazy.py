@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import errno
 import os
 import re
 import subprocess
@@ -392,6 +393,16 @@ def test_a_lock_beyond_the_limit_says_what_the_limit_is(tmp_path: Path) -> None:
         assert "RLIMIT_MEMLOCK" in line
         assert "1048576" in line
         assert "ulimit -l" in line
+
+
+def test_a_lock_of_what_cannot_be_read_is_an_input_output_error(tmp_path: Path) -> None:
+    path = make(tmp_path / "m.safetensors", {"a": (4 * MIB,)})
+    model = mt.open(path)
+    os.truncate(path, MIB)
+    with pytest.raises(OSError, match="Input/output error") as raised:
+        model.lock()
+    assert raised.value.errno == errno.EIO
+    assert model.residency()["locked"] == 0
 
 
 STRANGER = """
