@@ -63,6 +63,13 @@ pub(super) fn is_private(entry: u64) -> bool {
     entry & (PRESENT | SWAPPED) != 0 && entry & FILE_OR_SHARED == 0
 }
 
+/// Whether a page is in the page tables, by its word in the pagemap. One of a file that the kernel is just moving to
+/// another place in memory (compaction does, at any time) reads as swapped, for an instant; no page of a file is ever
+/// swapped.
+fn is_touched(entry: u64) -> bool {
+    entry & PRESENT != 0 || entry & (SWAPPED | FILE_OR_SHARED) == SWAPPED | FILE_OR_SHARED
+}
+
 /// Whether mincore(2) tells this process the truth about a file: the kernel's `can_do_mincore`.
 pub(crate) fn may_ask(file: &File) -> io::Result<bool> {
     use rustix::fs::{Access, AtFlags, CWD, accessat};
@@ -103,11 +110,11 @@ pub(super) fn of(ptr: *const u8, len: usize, told: bool, locked: &[Range<usize>]
         found.resident += core[..n].iter().filter(|&&b| b & 1 == 1).count();
         pagemap.read_exact_at(bytemuck::cast_slice_mut(&mut entries[..n]), (block * 8) as u64)?;
         for (i, &entry) in entries[..n].iter().enumerate() {
-            let present = entry & PRESENT != 0;
+            let is_touched = is_touched(entry);
             let at = (block + i) * page_size;
-            found.touched += usize::from(present);
+            found.touched += usize::from(is_touched);
             found.private += usize::from(is_private(entry));
-            found.locked += usize::from(present && locked.iter().any(|range| range.contains(&at)));
+            found.locked += usize::from(is_touched && locked.iter().any(|range| range.contains(&at)));
         }
     }
     if !told {
@@ -119,4 +126,24 @@ pub(super) fn of(ptr: *const u8, len: usize, told: bool, locked: &[Range<usize>]
         found.huge = super::private::huge(&pagemap, span) / page_size;
     }
     Ok(found)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_page_of_a_file_that_is_being_moved_is_touched_and_nobodys_own() {
+        let words = [
+            (0, false, false),
+            (FILE_OR_SHARED, false, false),
+            (PRESENT, true, true),
+            (PRESENT | FILE_OR_SHARED, true, false),
+            (SWAPPED, false, true),
+            (SWAPPED | FILE_OR_SHARED, true, false),
+        ];
+        for (word, touched, private) in words {
+            assert_eq!((is_touched(word), is_private(word)), (touched, private), "{word:#x}");
+        }
+    }
 }

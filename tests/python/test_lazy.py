@@ -709,9 +709,9 @@ def test_eight_ranks_of_llama_touch_their_parts_and_are_the_whole(disk: Path, mo
         part = model.shard(rank, 8, plans.LLAMA)
         assert part.nbytes == sum(tensor.nbytes for tensor in part.values())
         assert part.touched <= 1.05 * part.nbytes
-        # What is mapped is all this process has of the file.
+        # What is mapped is all this process has of the file. (Some pages the kernel may have taken back.)
         mapped = part.nbytes - part.gathered
-        assert mapped <= model.residency()["touched"] * PAGE <= 1.05 * mapped
+        assert 0.99 * mapped <= model.residency()["touched"] * PAGE <= 1.05 * mapped
         name = "model.layers.0.mlp.up_proj.weight"
         assert part[name].mapped
         assert file_offset(path, part[name].data_ptr(), part[name].nbytes) is not None
