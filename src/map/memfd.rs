@@ -65,12 +65,20 @@ impl Memfd {
     /// Makes the bytes immutable, for everybody and for ever.
     ///
     /// # Errors
-    /// [`Error::Io`].
+    /// [`Error::Io`]; `EBUSY` where somebody holds its pages for longer than a second or two.
     pub fn seal(self) -> Result<SealedMemfd> {
         let Self { file, mapping } = self;
         // A mapping that could write would have the seal refused.
         drop(mapping);
-        let sealed = fcntl_add_seals(&file, IMMUTABLE | SealFlags::SEAL);
+        // The kernel refuses while anybody holds a page, and waits for 0.15 s itself; it also counts its own hold on a
+        // page that it is moving to another place in memory.
+        let mut tries = 0..10;
+        let sealed = loop {
+            match fcntl_add_seals(&file, IMMUTABLE | SealFlags::SEAL) {
+                Err(Errno::BUSY) if tries.next().is_some() => {}
+                answer => break answer,
+            }
+        };
         sealed.map_err(|error| Error::io(Path::new(""), "sealing memory")(error.into()))?;
         Ok(SealedMemfd { file })
     }

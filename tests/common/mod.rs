@@ -74,6 +74,35 @@ pub fn disk_dir() -> tempfile::TempDir {
     tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap()
 }
 
+/// Whether a check holds, now or soon. The kernel takes pages of files out of page tables when it likes, locked ones
+/// too: it splits a large one where it makes memory contiguous. They come back when they are touched; so what shows
+/// that it has them all is made, and looked at, again.
+pub fn soon(mut check: impl FnMut() -> bool) -> bool {
+    (0..20).any(|_| {
+        check() || {
+            std::thread::sleep(Duration::from_millis(20));
+            false
+        }
+    })
+}
+
+/// Takes a file out of the page cache: as much of it as is not mapped, nor in memory for good. Again where something
+/// stays, as pages do that the kernel is moving about.
+#[allow(unsafe_code)]
+pub fn cold(path: &Path) {
+    let file = std::fs::File::open(path).unwrap();
+    file.sync_all().unwrap();
+    // SAFETY: nothing of it is looked at.
+    let mapping = unsafe { maptensors::MapOptions::new().map(&file) }.unwrap();
+    for _ in 0..5 {
+        rustix::fs::fadvise(&file, 0, None, rustix::fs::Advice::DontNeed).unwrap();
+        if mapping.residency(0..mapping.len()).unwrap().resident == 0 {
+            break;
+        }
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}
+
 pub fn on_tmpfs(path: &Path) -> bool {
     const TMPFS_MAGIC: i64 = 0x0102_1994;
     rustix::fs::statfs(path).unwrap().f_type == TMPFS_MAGIC

@@ -8,7 +8,8 @@ import re
 import struct
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,6 +20,20 @@ ROOT = Path(__file__).resolve().parents[2]
 MODELS = ROOT / "models"
 GOLDEN = MODELS / "golden"
 PAGE = os.sysconf("SC_PAGE_SIZE")
+
+
+def soon(check: Callable[[], None]) -> None:
+    """Assertions that hold now or soon: of what the kernel has in page tables.
+
+    It takes pages of files out when it likes, locked ones too: it splits a large one where it makes memory
+    contiguous. They come back when they are touched, so ``check`` first touches them.
+    """
+    for _ in range(20):
+        with contextlib.suppress(AssertionError):
+            return check()
+        time.sleep(0.02)
+    return check()
+
 
 #: Bits of one element of each dtype of the format.
 BITS = {

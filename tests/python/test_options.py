@@ -12,7 +12,7 @@ from pathlib import Path
 import maptensors as mt
 import numpy as np
 import pytest
-from support import MODELS, PAGE, mapped_from, ours, raw, reference, run_python, succeed
+from support import MODELS, PAGE, mapped_from, ours, raw, reference, run_python, soon, succeed
 
 DIGITS = MODELS / "digits.safetensors"
 
@@ -49,10 +49,13 @@ def smaps(model: mt.Model) -> Smaps:
 @pytest.mark.parametrize("mode", ["r", "c"])
 @pytest.mark.parametrize("backend", ["mmap", "memfd"])
 def test_lock_keeps_everything_in_ram_and_copies_nothing(file, mode, backend):
-    found = smaps(mt.open(file, mode, backend=backend, lock=True))
-    assert "lo" in found["VmFlags"]
-    assert found["Locked"] == found["Rss"] == found["size"] // 1024
-    assert found["Anonymous"] == 0
+    def check():
+        found = smaps(mt.open(file, mode, backend=backend, lock=True))
+        assert "lo" in found["VmFlags"]
+        assert found["Locked"] == found["Rss"] == found["size"] // 1024
+        assert found["Anonymous"] == 0
+
+    soon(check)
 
 
 def test_lock_over_the_limit_is_an_error_with_the_limit():
@@ -92,8 +95,12 @@ def test_swap_is_reserved_and_huge_pages_refused_where_asked(file):
 
 def test_populate_with_each_backend_and_mode(file):
     for options in ({"mode": "r"}, {"mode": "c"}, {"mode": "r+"}, {"mode": "c", "backend": "memfd"}):
-        pages = mt.open(file, **options, populate=True).residency()
-        assert (pages["touched"], pages["private"]) == (pages["pages"], 0), options
+
+        def check(options=options):
+            pages = mt.open(file, **options, populate=True).residency()
+            assert (pages["touched"], pages["private"]) == (pages["pages"], 0), options
+
+        soon(check)
         pages = mt.open(file, **options).residency()
         assert pages["touched"] == 0, options
 
