@@ -56,8 +56,8 @@ impl MapOptions {
 
     /// Keep all pages in RAM, from before this returns until the mapping is gone: no read, and no fault that
     /// waits for a disk, from then on. Copies nothing either; a page that becomes this process's own is kept
-    /// in RAM too. (A write that takes a huge page of the file apart lets go of the rest of it, 2 MiB at most, until
-    /// that is touched again.) Where `RLIMIT_MEMLOCK` does not allow it, [`Error::Limit`] says what was asked for and what
+    /// in RAM too. (Where a huge page of the file is taken apart, by a write or by the kernel to make memory
+    /// contiguous, its other pages, 2 MiB at most, are let go until they are touched again.) Where `RLIMIT_MEMLOCK` does not allow it, [`Error::Limit`] says what was asked for and what
     /// the limit is.
     #[must_use]
     pub fn lock(mut self, lock: bool) -> Self {
