@@ -1,5 +1,6 @@
 //! The one error type.
 
+use std::borrow::Cow;
 use std::fmt::Write as _;
 use std::io;
 use std::path::{Path, PathBuf};
@@ -27,8 +28,8 @@ pub enum Error {
     Io {
         /// The file concerned.
         path: PathBuf,
-        /// What was being done.
-        action: &'static str,
+        /// What was being done; where there was no room for it, also how much it takes and what to do.
+        action: Cow<'static, str>,
         /// The refusal, whole.
         source: io::Error,
     },
@@ -326,7 +327,7 @@ impl Error {
 
     /// For `map_err`: an [`Error::Io`] that says what was being done to which file.
     pub(crate) fn io(path: &Path, action: &'static str) -> impl FnOnce(io::Error) -> Self {
-        move |source| Self::Io { path: path.to_owned(), action, source }
+        move |source| Self::Io { path: path.to_owned(), action: action.into(), source }
     }
 }
 

@@ -172,5 +172,5 @@ pub use save::{
     CheckpointOptions, Checkpointer, Draft, DraftOptions, Edited, HeaderEdit, Ready, SaveOptions, Saved,
     Saving, apply_delta, materialize, save, save_delta, save_diff,
 };
-pub use share::{AttachOptions, PublishOptions, Publisher, Refreshed, Subscriber};
+pub use share::{AttachOptions, Publication, PublishOptions, Publisher, Refreshed, Subscriber};
 pub use tensor::{Index, TensorShared, TensorSlice, TensorView, TensorViewMut};

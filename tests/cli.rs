@@ -51,6 +51,10 @@ fn help_teaches_by_example_and_goes_to_standard_output() {
         (&["inspect", "--help"], &["--filter", "--json", "--summary", "--no-tensors", "jq"]),
         (&["inspect", "--help"], &["--map", "--svg", "--color", "cell", "Exit codes:"]),
         (&["top", "--help"], &["--interval", "--json", "PSS", "Examples:", "Exit codes:", "Ctrl-C"]),
+        (
+            &["publications", "--help"],
+            &["PLACE", "--json", "--remove", "Examples:", "READERS", "Exit codes:"],
+        ),
         (&["prefetch", "--help"], &["--filter", "--lock", "Examples:", "ulimit -l"]),
         (&["evict", "--help"], &["--filter", "Examples:", "/dev/shm"]),
         (&["checksum", "--help"], &["--budget", "2GiB", "Examples:", "larger than memory"]),

@@ -47,7 +47,7 @@ from maptensors._native import (
 )
 from maptensors._native import load_bytes as load
 from maptensors._safe_open import safe_open
-from maptensors._share import Publisher, Subscriber, attach, publish
+from maptensors._share import Publication, Publisher, Subscriber, attach, publications, publish
 from maptensors.errors import MapTensorsError
 
 #: What code written for safetensors catches.
@@ -64,6 +64,7 @@ __all__ = [
     "MapTensorsError",
     "Model",
     "Prefetch",
+    "Publication",
     "Publisher",
     "SafetensorError",
     "Saved",
@@ -82,6 +83,7 @@ __all__ = [
     "materialize",
     "open",
     "plans",
+    "publications",
     "publish",
     "safe_open",
     "save",

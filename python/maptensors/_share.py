@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Literal, Self
 
@@ -84,6 +85,45 @@ class Publisher:
 
     def __repr__(self) -> str:
         return f"Publisher({self.path!r}, generation {self.generation})"
+
+
+@dataclass(frozen=True, slots=True)
+class Publication:
+    """What was found to be published; see :func:`maptensors.publications`."""
+
+    #: Its name; None where it is known by a path.
+    name: str | None
+    #: Its directory.
+    path: str
+    #: The number of the current generation; 0: there is none.
+    generation: int
+    #: Tensors of the current generation.
+    tensors: int
+    #: Their bytes.
+    nbytes: int
+    #: Bytes that its files take, in memory or on a disk.
+    allocated: int
+    #: Of these, in files that the current generation does not use: kept to be written again, or left by a
+    #: publisher that was killed.
+    spare: int
+    #: Of these, in files that are being written, or were when their publisher was killed.
+    unfinished: int
+    #: Whether anybody publishes there now.
+    publishing: bool
+    #: The process that does, or did last; 0: not known.
+    process: int
+    #: When the current generation was written, as ``time.time()`` counts; None: there is none.
+    published: float | None
+    #: What is wrong with it; None: nothing.
+    damage: str | None
+
+    def remove(self) -> int:
+        """Take it away, with all that its publishers left, and return how many bytes its files took.
+
+        BusyError while anybody publishes there. Who is attached is told, and keeps what is held: the memory
+        of that is free once they let go.
+        """
+        return _native.remove_publication(self.path if self.name is None else self.name)
 
 
 class Subscriber:
@@ -222,10 +262,33 @@ def attach(
 
     ``mode`` is that of :func:`maptensors.open`: with ``"c"``, the default, arrays may be written and only
     this process sees it; with ``"r"`` they cannot be written, and what generations share is mapped once.
-    ``timeout`` is how many seconds to wait for a publication that is not there yet; None: for ever.
+    ``timeout`` is how many seconds to wait for a publication that is not there yet; None: for ever. One that
+    is damaged is an error after a second: no publisher repairs it.
 
     If the publisher ends, even killed, what it published last stays: until another goes on, the machine is
-    restarted, or somebody removes it (:meth:`Publisher.remove`; ``mt.Publisher("policy").remove()`` will do).
+    restarted, or somebody removes it (:meth:`Publisher.remove`; :func:`publications` finds what was left).
     One that was removed is over for who is attached, also if another of that name begins: attach again.
     """
     return Subscriber(place, mode, timeout=timeout)
+
+
+def publications(*places: str | os.PathLike[str]) -> list[Publication]:
+    """Find what is published: at these places, or all that has a name, also if its publisher was killed.
+
+    >>> import maptensors as mt, numpy as np, tempfile
+    >>> place = tempfile.mkdtemp() + "/policy"
+    >>> publisher = mt.publish(place, {"w": np.zeros(1000)})
+    >>> [found] = mt.publications(place)  # mt.publications(): all that have a name
+    >>> found.generation, found.tensors, found.nbytes, found.publishing
+    (1, 1, 8000, True)
+    >>> publisher.close()  # or killed: the last generation stays, and takes memory
+    >>> [found] = mt.publications(place)
+    >>> found.publishing, found.remove() == found.allocated
+    (False, True)
+
+    Looking is in nobody's way: no directory is made, no lock taken. What is damaged is found too, and its
+    ``damage`` says how. A place where nothing is published is an error. `maptensors publications`, on the
+    command line, shows the same, and how many processes hold each.
+    """
+    found = _native.publications([_place(place) for place in places] if places else None)
+    return [Publication(**facts) for facts in found]

@@ -8,6 +8,7 @@ use super::help;
 use super::inspect::{Format, Inspect};
 use super::pages::{self, Checksum, Chosen, Prefetch};
 use super::picture::{Color, Draw};
+use super::publications::Publications;
 use super::top::Top;
 use crate::HeaderEdit;
 use clap::{Args, Parser, Subcommand};
@@ -36,6 +37,7 @@ pub(super) struct Typed {
 enum Command {
     Inspect(InspectArgs),
     Top(TopArgs),
+    Publications(PublicationsArgs),
     Prefetch(PrefetchArgs),
     Evict(EvictArgs),
     Checksum(ChecksumArgs),
@@ -52,7 +54,7 @@ enum Command {
 #[derive(Args)]
 #[command(after_help = help::INSPECT)]
 struct InspectArgs {
-    /// A .safetensors file, a .safetensors.index.json, or a directory with either
+    /// A .safetensors file, a .safetensors.index.json, a directory with either, or a publication's name or directory
     #[arg(required = true, value_name = "PATH")]
     paths: Vec<PathBuf>,
 
@@ -85,7 +87,8 @@ struct InspectArgs {
 #[derive(Args)]
 #[command(after_help = help::TOP)]
 struct TopArgs {
-    /// A file of any kind, a .safetensors.index.json, or a directory: of a model, or all files in it
+    /// A file of any kind, a .safetensors.index.json, a directory (of a model, or all files in it), or a publication's
+    /// name
     #[arg(required = true, value_name = "PATH")]
     paths: Vec<PathBuf>,
 
@@ -96,6 +99,23 @@ struct TopArgs {
     /// One JSON document each time, on a line, with exact numbers
     #[arg(long)]
     json: bool,
+}
+
+/// Show what is published in memory, and what it takes; remove what was left behind.
+#[derive(Args)]
+#[command(after_help = help::PUBLICATIONS)]
+struct PublicationsArgs {
+    /// A publication's name, or its directory (with a slash) [default: all that have a name]
+    #[arg(value_name = "PLACE")]
+    places: Vec<PathBuf>,
+
+    /// One JSON document, with exact numbers
+    #[arg(long)]
+    json: bool,
+
+    /// Take these away, with all that their publishers left; refused while anybody publishes
+    #[arg(long, requires = "places", conflicts_with = "json")]
+    remove: bool,
 }
 
 /// Which tensors of which models.
@@ -291,6 +311,9 @@ impl Typed {
                 Job::Checksum(Checksum { chosen: chosen.meaning()?, budget })
             }
             Command::Top(TopArgs { paths, interval, json }) => Job::Top(Top { paths, json, interval, width }),
+            Command::Publications(PublicationsArgs { places, json, remove }) => {
+                Job::Publications(Publications { places, json, remove, width })
+            }
             Command::Inspect(typed) => Job::Inspect(Inspect {
                 filter: filter(&typed.filters)?,
                 format: if typed.json { Format::Json } else { Format::Table { width } },

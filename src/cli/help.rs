@@ -6,6 +6,7 @@ Examples:
   maptensors inspect checkpoint/         the same for shards, or a directory
   maptensors inspect --map checkpoint/   drawn, with what of it is in memory
   maptensors top checkpoint/             which processes map it
+  maptensors publications                what is published in memory
   maptensors prefetch checkpoint/        read it into memory (and: evict)
   maptensors edit model.safetensors --set license=MIT
                                          change metadata, not the data
@@ -118,6 +119,12 @@ letters stand for the dtypes, to the left, and the shades to the right. On a
 wide terminal a row ends with the first tensor that starts in it. Padding is
 the spaces that a header ends with: nothing may lie between tensors.
 
+  maptensors inspect policy              the current generation of what is
+                                         published by that name
+
+A file or directory of that name goes first. What lies in which segment is
+shown as of shards.
+
 Looking brings nothing into memory; what is shown is how it was before the
 header was read. A map has no use for --json, --summary and --filter, and
 refuses them.
@@ -130,6 +137,7 @@ Examples:
   maptensors top model.safetensors
   maptensors top checkpoint/ --interval 2
   maptensors top model.safetensors --json | jq '.totals.pss'
+  maptensors top policy                    what is published by that name
   sudo maptensors top /dev/shm/weights/    other users' processes too
 
 RSS is what a process has of the files in its page tables; PSS divides each
@@ -140,6 +148,31 @@ found under its new name, one that was replaced is another file.
 
 Exit codes: 0 done, also where no process maps it; 1 failed; 2 the command
 line is not understood. Ctrl-C ends --interval.";
+
+pub(super) const PUBLICATIONS: &str = "\
+Examples:
+  maptensors publications
+  maptensors publications policy ./weights --json | jq '.totals.allocated'
+  maptensors publications policy --remove
+  maptensors publications --json | jq -r '.publications[] |
+      select(.publishing | not) | .name' | xargs -rd '\\n' \\
+      maptensors publications --remove          all that nobody publishes
+
+A publication stays in memory when its publisher ends or is killed: until the
+next one goes on with it, the machine is restarted, or it is removed.
+
+SIZE is what the tensors of the current generation have, TAKES all files
+together: SPARE ones are used again, or were left behind; UNFINISHED ones are
+being written, or were left so. PUBLISHER is the process that publishes now,
+READERS how many processes map it, of those that may be looked at (more of
+them: maptensors top). Without a PLACE, all are shown that have a name: of
+this user, or in $MAPTENSORS_SHARE_DIR. Looking is in nobody's way.
+
+Who has a publication attached that is removed is told, and keeps what it
+holds; the memory of that is free when it lets go.
+
+Exit codes: 0 done, 1 there is none, or it could not be removed; 2 the
+command line is not understood.";
 
 pub(super) const EDIT: &str = "\
 Examples:

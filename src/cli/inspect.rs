@@ -2,11 +2,12 @@
 
 use super::report::Report;
 use super::{DONE, FAILED, complain, table, text};
-use crate::Model;
+use crate::{Model, Publication, Subscriber};
 use globset::GlobSet;
 use std::error::Error;
 use std::io::Write;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 /// Which models to show, and how.
 pub(super) struct Inspect {
@@ -32,8 +33,8 @@ impl Inspect {
         let mut code = DONE;
         let mut shown = 0;
         for path in &self.paths {
-            let model = match open(path) {
-                Ok(model) => model,
+            let (model, generation) = match open_any(path) {
+                Ok(found) => found,
                 Err(error) => {
                     out.flush()?;
                     complain(&error);
@@ -41,7 +42,7 @@ impl Inspect {
                     continue;
                 }
             };
-            let report = Report::new(path, &model, self.filter.as_ref());
+            let report = Report::new(path, generation, &model, self.filter.as_ref());
             match self.format {
                 Format::Json => {
                     let json = serde_json::to_string(&report.listing(self.list))?;
@@ -58,6 +59,31 @@ impl Inspect {
         }
         Ok(code)
     }
+}
+
+/// A model; or the current generation of what is published, and its number.
+#[allow(unsafe_code)]
+fn open_any(path: &Path) -> crate::Result<(Arc<Model>, Option<u64>)> {
+    let Some(Publication { path: published, .. }) = named(path).or_else(|| published_in(path)) else {
+        return Ok((Arc::new(open(path)?), None));
+    };
+    // SAFETY: as in `open`: no byte of the mappings is looked at.
+    match unsafe { Subscriber::attach(published) } {
+        Ok(held) => Ok((held.model().clone(), Some(held.generation()))),
+        // A model may lie beside a file that is called as a control page is.
+        Err(error) => open(path).map(|model| (Arc::new(model), None)).map_err(|_| error),
+    }
+}
+
+/// What is published by a name, where there is no file of that name.
+pub(super) fn named(name: &Path) -> Option<Publication> {
+    let is_path = name.as_os_str().as_encoded_bytes().contains(&b'/') || name.symlink_metadata().is_ok();
+    if is_path { None } else { Publication::at(name).ok() }
+}
+
+/// What is published in a directory, whatever that is called.
+fn published_in(dir: &Path) -> Option<Publication> {
+    if dir.is_dir() { Publication::at(dir.join(".")).ok() } else { None }
 }
 
 #[allow(unsafe_code)]

@@ -10,6 +10,8 @@ mod inspect;
 mod pages;
 mod picture;
 mod process;
+mod publications;
+mod readers;
 mod report;
 mod smaps;
 mod table;
@@ -34,6 +36,7 @@ enum Job {
     Inspect(inspect::Inspect),
     Draw(picture::Draw),
     Top(top::Top),
+    Publications(publications::Publications),
     Prefetch(pages::Prefetch),
     Evict(pages::Chosen),
     Checksum(pages::Checksum),
@@ -96,6 +99,7 @@ impl Job {
             Self::Inspect(inspect) => inspect.run(out),
             Self::Draw(draw) => draw.run(out),
             Self::Top(top) => top.run(out),
+            Self::Publications(publications) => publications.run(out),
             Self::Prefetch(prefetch) => prefetch.run(out),
             Self::Evict(chosen) => pages::evict(chosen, out),
             Self::Checksum(checksum) => checksum.run(out),

@@ -11,6 +11,9 @@ use std::path::Path;
 #[derive(Serialize)]
 pub(super) struct Report<'a> {
     pub(super) path: Cow<'a, str>,
+    /// Of what is published.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(super) generation: Option<u64>,
     pub(super) shards: Vec<Shard<'a>>,
     /// `None`: not to be listed.
     pub(super) tensors: Option<Vec<Tensor<'a>>>,
@@ -68,7 +71,12 @@ pub(super) struct DTypeTotal {
 }
 
 impl<'a> Report<'a> {
-    pub(super) fn new(path: &'a Path, model: &'a Model, filter: Option<&GlobSet>) -> Self {
+    pub(super) fn new(
+        path: &'a Path,
+        generation: Option<u64>,
+        model: &'a Model,
+        filter: Option<&GlobSet>,
+    ) -> Self {
         let shards: Vec<Shard> = (0..model.shards())
             .filter_map(|i| Some((file_name(model.path(i)?), model.layout(i)?)))
             .map(|(file, layout)| Shard {
@@ -88,6 +96,7 @@ impl<'a> Report<'a> {
         let totals = Totals::new(&tensors);
         Self {
             path: path.to_string_lossy(),
+            generation,
             shards,
             tensors: Some(tensors),
             metadata: model.metadata(),

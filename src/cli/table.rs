@@ -17,7 +17,8 @@ pub(super) fn show(
     list: bool,
     width: Option<usize>,
 ) -> io::Result<()> {
-    writeln!(out, "{}", printable(&report.path))?;
+    let generation = report.generation.map(|number| format!(", generation {number}")).unwrap_or_default();
+    writeln!(out, "{}{generation}", printable(&report.path))?;
     headline(out, report)?;
     let listed = report.tensors.as_deref().filter(|tensors| list && !tensors.is_empty());
     if let Some(tensors) = listed {

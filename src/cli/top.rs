@@ -10,6 +10,7 @@ use crate::map::open_regular;
 use crate::{Error, Model};
 use memmap2::MmapOptions;
 use serde::Serialize;
+use std::borrow::Cow;
 use std::collections::HashMap;
 use std::fs::{self, File};
 use std::io::{self, BufReader, IsTerminal as _, Write};
@@ -214,6 +215,7 @@ impl Totals {
 
 /// The files that a path stands for.
 fn targets(path: &Path) -> crate::Result<Vec<Target>> {
+    let path = &*inspect::named(path).map_or(Cow::Borrowed(path), |found| Cow::Owned(found.path));
     // Before a model is opened: to read its header brings pages in.
     let mut album = Album::of(path);
     let files = if path.is_dir() {
@@ -262,8 +264,7 @@ fn regular_files(dir: &Path) -> crate::Result<Vec<PathBuf>> {
 impl Target {
     fn of(path: &Path, album: &mut Album) -> crate::Result<Self> {
         let metadata = fs::metadata(path).map_err(Error::io(path, "looking at the file"))?;
-        let (major, minor) = device(metadata.dev());
-        let of_stat = Id { major, minor, inode: metadata.ino() };
+        let of_stat = id_of_stat(&metadata);
         let (id, resident) = match open_regular(path) {
             Ok((file, _)) => (mapped_id(&file).unwrap_or(of_stat), album.find(path)?.map(|c| c.total())),
             // Who may not read it may know who maps it all the same.
@@ -280,6 +281,17 @@ impl Target {
             resident,
         })
     }
+}
+
+/// How the kernel's tables name the file at a path, as far as that can be known.
+pub(super) fn id_of(path: &Path) -> Option<Id> {
+    let (file, _) = open_regular(path).ok()?;
+    mapped_id(&file).or_else(|| Some(id_of_stat(&file.metadata().ok()?)))
+}
+
+fn id_of_stat(metadata: &fs::Metadata) -> Id {
+    let (major, minor) = device(metadata.dev());
+    Id { major, minor, inode: metadata.ino() }
 }
 
 #[cfg(target_os = "linux")]

@@ -13,6 +13,9 @@
 //! and never resized. It is written with pwrite(2) and read with pread(2), and mapped only to have an
 //! address for futex(2): whoever truncates it gets an error out of that, and nobody a `SIGBUS`.
 //!
+//! The publisher has two locks on it, which end together. flock(2) keeps a second one out. Beside it stands one of fcntl(2)
+//! for the open file: of that kind alone one can ask whether it is held, without taking it for a moment.
+//!
 //! A flip is one pwrite(2) of three words that lie in one page on both sides: a process that is killed has
 //! done it or has not. A pread(2) beside it may see a part; the check tells, and the reader looks again.
 
@@ -62,7 +65,7 @@ pub(crate) struct Control {
 struct Line([u8; 64]);
 
 impl Control {
-    /// Makes a control page of no generation, locked by this process. `None` where there is one already.
+    /// Makes a control page of no generation, [locked](Control::lock) against others, but not yet so that one could ask. `None` where there is one already.
     pub(crate) fn create(dir: &Dir, name: &OsStr, mode: u32) -> io::Result<Option<Self>> {
         let file = ExclusiveFile::create(dir, 0o600)?;
         let named = Self::fill(&file, mode).and_then(|()| match dir.rename_to_new(file.name(), name) {
@@ -107,8 +110,26 @@ impl Control {
     /// with the process, fork's children included.
     pub(crate) fn lock(&self) -> io::Result<bool> {
         match rustix::fs::flock(&self.file, FlockOperation::NonBlockingLockExclusive) {
-            Ok(()) => Ok(true),
+            Ok(()) => {
+                mark(&self.file);
+                Ok(true)
+            }
             Err(Errno::WOULDBLOCK) => Ok(false),
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    /// Whether anybody has locked it. Who asks takes no lock, and keeps nobody out.
+    pub(crate) fn is_locked(&self) -> io::Result<bool> {
+        #[cfg(target_os = "linux")]
+        return ofd(&self.file, libc::F_OFD_GETLK, libc::F_WRLCK).map(|kind| kind != libc::F_UNLCK);
+        #[cfg(not(target_os = "linux"))]
+        match rustix::fs::flock(&self.file, FlockOperation::NonBlockingLockShared) {
+            Ok(()) => {
+                rustix::fs::flock(&self.file, FlockOperation::Unlock).ok();
+                Ok(false)
+            }
+            Err(Errno::WOULDBLOCK) => Ok(true),
             Err(error) => Err(error.into()),
         }
     }
@@ -121,6 +142,8 @@ impl Control {
 
     /// Gives the lock back: closing would not, where a fork's child holds the file open as well.
     pub(crate) fn unlock(&self) {
+        #[cfg(target_os = "linux")]
+        ofd(&self.file, libc::F_OFD_SETLK, libc::F_UNLCK).ok();
         rustix::fs::flock(&self.file, FlockOperation::Unlock).ok();
     }
 
@@ -128,6 +151,13 @@ impl Control {
     pub(crate) fn is(&self, dir: &Dir, name: &OsStr) -> bool {
         let (Ok(here), Ok(there)) = (rustix::fs::fstat(&self.file), dir.stat(name)) else { return false };
         (here.st_dev, here.st_ino) == (there.st_dev, there.st_ino)
+    }
+
+    /// Whether it is a control page by how it begins, whatever has become of the rest.
+    pub(crate) fn is_one(&self) -> io::Result<bool> {
+        let mut magic = [0; MAGIC.len()];
+        let read = rustix::io::retry_on_intr(|| rustix::io::pread(&self.file, &mut magic, 0))?;
+        Ok(read == MAGIC.len() && magic == MAGIC)
     }
 
     /// What it says; `None` if that makes no sense.
@@ -220,6 +250,28 @@ impl Control {
     }
 }
 
+/// Says to who asks that the file is locked. File systems without such locks lose only that.
+fn mark(file: &File) {
+    #[cfg(target_os = "linux")]
+    ofd(file, libc::F_OFD_SETLK, libc::F_WRLCK).ok();
+    let _ = file;
+}
+
+/// fcntl(2) with a lock of the whole file, which belongs to the open file as flock(2)'s does. The kind of lock that it
+/// leaves in the structure.
+#[cfg(target_os = "linux")]
+fn ofd(file: &File, command: libc::c_int, kind: libc::c_int) -> io::Result<libc::c_int> {
+    use std::os::fd::AsRawFd as _;
+    // SAFETY: a structure of numbers, for which zeros are values: the whole file, from its start, of no process.
+    let mut lock: libc::flock = unsafe { std::mem::zeroed() };
+    lock.l_type = libc::c_short::try_from(kind).unwrap_or_default();
+    // SAFETY: the descriptor is open, and these commands read and write the structure alone.
+    match unsafe { libc::fcntl(file.as_raw_fd(), command, &raw mut lock) } {
+        -1 => Err(io::Error::last_os_error()),
+        _ => Ok(lock.l_type.into()),
+    }
+}
+
 /// Generation, head, and what tells that they belong together.
 fn record(generation: u64, head: u64) -> [u8; CLOSED - GENERATION] {
     let check =
@@ -252,14 +304,19 @@ mod tests {
         assert!(Control::create(&dir, "control".as_ref(), 0o600).unwrap().is_none());
         let other = Control::open(&dir, "control".as_ref(), false).unwrap();
         assert!(!other.lock().unwrap() && control.lock().unwrap());
+        assert!(other.is_locked().unwrap());
         control.flip(u64::MAX, 77).unwrap();
         let state = State { generation: u64::MAX, head: 77, closed: false, writer };
         assert_eq!(other.read().unwrap(), Some(state));
         control.close().unwrap();
         assert_eq!(other.read().unwrap(), Some(State { closed: true, ..state }));
         assert_eq!(std::fs::read_dir(temporary.path()).unwrap().count(), 1, "nothing is left of the second");
+        control.unlock();
+        assert!(!other.is_locked().unwrap() && control.lock().unwrap() && other.is_locked().unwrap());
         drop(control);
-        assert!(other.lock().unwrap());
+        assert!(!other.is_locked().unwrap());
+        let third = Control::open(&dir, "control".as_ref(), true).unwrap();
+        assert!(third.lock().unwrap() && !other.lock().unwrap() && other.is_locked().unwrap());
     }
 
     #[test]

@@ -62,8 +62,17 @@ pub(crate) struct Dir {
 impl Dir {
     /// Opens the directory at `path`; an empty path is the current one.
     pub(crate) fn open(path: &Path) -> io::Result<Self> {
+        Self::open_as(path, OFlags::empty())
+    }
+
+    /// As [`Dir::open`], where `path` is no link to one.
+    pub(crate) fn open_itself(path: &Path) -> io::Result<Self> {
+        Self::open_as(path, OFlags::NOFOLLOW)
+    }
+
+    fn open_as(path: &Path, also: OFlags) -> io::Result<Self> {
         let path = if path.as_os_str().is_empty() { Path::new(".") } else { path };
-        let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC | also;
         act(Op::OpenDir(path), || Ok(Self { fd: rustix::fs::open(path, flags, Mode::empty())? }))
     }
 
@@ -89,9 +98,14 @@ impl Dir {
         rustix::fs::statat(&self.fd, name, AtFlags::empty())
     }
 
+    /// What `name` itself is, be it a link.
+    pub(crate) fn lstat(&self, name: &OsStr) -> Result<Stat, Errno> {
+        rustix::fs::statat(&self.fd, name, AtFlags::SYMLINK_NOFOLLOW)
+    }
+
     /// Whether there is anything called `name`, a dangling link included.
     pub(crate) fn contains(&self, name: &OsStr) -> bool {
-        rustix::fs::statat(&self.fd, name, AtFlags::SYMLINK_NOFOLLOW).is_ok()
+        self.lstat(name).is_ok()
     }
 
     /// The names in it.

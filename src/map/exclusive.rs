@@ -156,20 +156,22 @@ impl ExclusiveFile {
         Ok(())
     }
 
+    /// Whether a file is an unfinished one by its name.
+    pub(crate) fn is_unfinished(name: &OsStr) -> bool {
+        let name = name.as_bytes();
+        name.starts_with(PREFIX.as_bytes()) && name.ends_with(b".tmp")
+    }
+
     /// Removes unfinished files of dead processes from `dir`: ours by name and owner, orphans because
     /// nobody holds their lock. Locks may be this machine's alone, so a file of another boot must also be
     /// old. Best effort.
     pub(crate) fn sweep(dir: &Dir) {
         for name in dir.names().unwrap_or_default() {
-            let bytes = name.as_bytes();
-            if !bytes.starts_with(PREFIX.as_bytes()) || !bytes.ends_with(b".tmp") {
-                continue;
-            }
-            if ours().contains(&name) {
+            if !Self::is_unfinished(&name) || ours().contains(&name) {
                 continue;
             }
             let Ok(file) = dir.open_file(&name, false) else { continue };
-            let here = bytes[PREFIX.len()..].starts_with(boot().as_bytes());
+            let here = name.as_bytes()[PREFIX.len()..].starts_with(boot().as_bytes());
             let orphan = rustix::fs::fstat(&file).is_ok_and(|stat| {
                 rustix::fs::FileType::from_raw_mode(stat.st_mode).is_file()
                     && stat.st_uid == rustix::process::geteuid().as_raw()

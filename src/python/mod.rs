@@ -48,7 +48,7 @@ mod native {
     #[pymodule_export]
     use crate::python::save::{edit, planned_size, save, save_bytes};
     #[pymodule_export]
-    use crate::python::share::{Publisher, Subscriber};
+    use crate::python::share::{Publisher, Subscriber, publications, remove_publication};
     #[pymodule_export]
     use crate::python::tensor::Tensor;
 

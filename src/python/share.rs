@@ -6,13 +6,14 @@ use super::save::{collect, stage_one};
 use crate::error::Error;
 use crate::map::Backing;
 use crate::model::Contents;
-use crate::share::{self, AttachOptions, Candidate, PublishOptions};
+use crate::share::{self, AttachOptions, Candidate, Publication, PublishOptions};
 use pyo3::prelude::*;
+use pyo3::types::PyDict;
 use std::collections::{BTreeMap, HashSet};
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError, RwLock};
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, UNIX_EPOCH};
 
 /// Who waits does so in turns, so that Ctrl-C is seen.
 const TURN: Duration = Duration::from_millis(100);
@@ -229,17 +230,12 @@ impl Subscriber {
     #[pyo3(signature = (place, mode = "c", *, timeout = None))]
     fn new(py: Python<'_>, place: PathBuf, mode: &str, timeout: Option<f64>) -> PyResult<Self> {
         let mode = super::open::mode(mode)?;
-        let mut left = Left::of(timeout);
-        let subscriber = loop {
-            let turn = left.turn();
-            // SAFETY: the stable-file contract, which Python's documentation puts to the caller; nobody but
-            // publishers writes to a publication.
-            let attached = py.detach(|| unsafe { AttachOptions::new().wait(turn).attach(&place) });
-            match attached {
-                Err(Error::Publication { .. }) if !left.is_over() => py.check_signals()?,
-                attached => break attached?,
-            }
-        };
+        let options = AttachOptions::new().wait(most(timeout).unwrap_or(Duration::MAX));
+        // Ctrl-C is seen.
+        let go_on = || Python::attach(|py| py.check_signals());
+        // SAFETY: the stable-file contract, which Python's documentation puts to the caller; nobody but
+        // publishers writes to a publication.
+        let subscriber = py.detach(|| unsafe { options.attach_while(&place, go_on) })?;
         let model = py.detach(|| subscriber.mapped(Self::backing(mode)))?;
         let model = Py::new(py, Model::new(model, mode, false))?;
         Ok(Self {
@@ -321,6 +317,44 @@ impl Subscriber {
     }
 }
 
+/// A time to wait, in seconds.
+fn most(timeout: Option<f64>) -> Option<Duration> {
+    timeout.map(|seconds| Duration::try_from_secs_f64(seconds.max(0.0)).unwrap_or(Duration::MAX))
+}
+
+/// What is published at these places, or all that has a name: the fields of `maptensors.Publication`.
+#[pyfunction]
+pub(super) fn publications(py: Python<'_>, places: Option<Vec<PathBuf>>) -> PyResult<Vec<Bound<'_, PyDict>>> {
+    let found = py.detach(|| match places {
+        None => Publication::all(),
+        Some(places) => places.iter().map(Publication::at).collect(),
+    })?;
+    let facts = |found: Publication| {
+        let dict = PyDict::new(py);
+        dict.set_item("name", found.name)?;
+        dict.set_item("path", found.path.into_os_string())?;
+        dict.set_item("generation", found.generation)?;
+        dict.set_item("tensors", found.tensors)?;
+        dict.set_item("nbytes", found.nbytes)?;
+        dict.set_item("allocated", found.allocated)?;
+        dict.set_item("spare", found.spare)?;
+        dict.set_item("unfinished", found.unfinished)?;
+        dict.set_item("publishing", found.publishing)?;
+        dict.set_item("process", found.process)?;
+        let since = found.published.and_then(|at| at.duration_since(UNIX_EPOCH).ok());
+        dict.set_item("published", since.map(|since| since.as_secs_f64()))?;
+        dict.set_item("damage", found.damage)?;
+        Ok(dict)
+    };
+    found.into_iter().map(facts).collect()
+}
+
+/// Takes away what nobody publishes any more; bytes that its files took.
+#[pyfunction]
+pub(super) fn remove_publication(py: Python<'_>, place: PathBuf) -> PyResult<u64> {
+    Ok(py.detach(|| Publication::at(place)?.remove())?)
+}
+
 /// What is left of a time to wait.
 struct Left {
     /// `None`: for ever.
@@ -330,9 +364,7 @@ struct Left {
 impl Left {
     /// So many seconds. Longer than the clock can count is for ever.
     fn of(timeout: Option<f64>) -> Self {
-        let most =
-            timeout.map(|seconds| Duration::try_from_secs_f64(seconds.max(0.0)).unwrap_or(Duration::MAX));
-        Self { until: most.and_then(|most| Instant::now().checked_add(most)) }
+        Self { until: most(timeout).and_then(|most| Instant::now().checked_add(most)) }
     }
 
     fn left(&self) -> Duration {

@@ -1,7 +1,7 @@
 //! One publisher at a time.
 
 use super::segment;
-use super::store::{CONTROL, damaged};
+use super::store::{CONTROL, damaged, nothing};
 use crate::error::{Error, Result};
 use crate::map::ExclusiveFile;
 use crate::map::control::{Control, State};
@@ -55,14 +55,75 @@ pub(super) fn take(dir: &Dir, path: &Path, mode: u32) -> Result<(Control, State)
         // publication has another.
         clear(dir, path)?;
     }
-    Err(Error::Busy {
-        path: path.into(),
-        what: "others begin and end publications there all the time".into(),
-    })
+    Err(busy(path))
+}
+
+/// The control page of a publication that is to be removed, this process's alone: also of one that is damaged. In a
+/// named one, where nobody else has any business, whatever stands in for the page is taken away, and a page made.
+pub(super) fn take_to_remove(dir: &Dir, path: &Path, named: bool) -> Result<Control> {
+    const TRIES: usize = 1000;
+    let io = |action| Error::io(path, action);
+    for _ in 0..TRIES {
+        let control = match Control::open(dir, CONTROL.as_ref(), true) {
+            Ok(control) if !named && !control.is_one().map_err(io("reading the control page"))? => {
+                return Err(foreign(path));
+            }
+            Ok(control) => control,
+            Err(error) if error.kind() == ErrorKind::NotFound && named => {
+                // Before the page is made: it may take the room that an unfinished file has.
+                ExclusiveFile::sweep(dir);
+                match Control::create(dir, CONTROL.as_ref(), 0o600).map_err(io("making the control page"))? {
+                    Some(control) => control,
+                    None => continue,
+                }
+            }
+            Err(error) if error.kind() == ErrorKind::NotFound => return Err(nothing(path)),
+            Err(error) => {
+                let is_file = dir.lstat(CONTROL.as_ref()).is_ok_and(|stat| {
+                    rustix::fs::FileType::from_raw_mode(stat.st_mode) == rustix::fs::FileType::RegularFile
+                });
+                match (is_file, named) {
+                    (true, _) => return Err(io("opening the control page")(error)),
+                    (false, false) => return Err(foreign(path)),
+                    (false, true) => dir.remove(CONTROL.as_ref()).map_err(io("removing the control page"))?,
+                }
+                continue;
+            }
+        };
+        let state = control.read().map_err(io("reading the control page"))?;
+        if !control.lock().map_err(io("locking the control page"))? {
+            let what = held_by(state.unwrap_or_default().writer);
+            return Err(Error::Busy { path: path.into(), what });
+        }
+        if control.is(dir, CONTROL.as_ref()) {
+            return Ok(control);
+        }
+    }
+    Err(busy(path))
+}
+
+/// Ends a publication whose control page is this process's: who is attached is told, its files are removed, and its
+/// directory if nothing else is in it.
+pub(super) fn end(control: &Control, dir: &Dir, path: &Path) -> Result<()> {
+    control.close().map_err(Error::io(path, "closing the control page"))?;
+    clear(dir, path)?;
+    // Others may have put something there; it is theirs.
+    std::fs::remove_dir(path).ok();
+    Ok(())
+}
+
+fn foreign(path: &Path) -> Error {
+    let what = "its control page is none, so this may be no publication: remove what is yours yourself";
+    Error::Publication { path: path.into(), what: what.into() }
+}
+
+fn busy(path: &Path) -> Error {
+    let what = "others begin and end publications there all the time".into();
+    Error::Busy { path: path.into(), what }
 }
 
 /// Removes the files of a publication that is over, the control page last.
-pub(super) fn clear(dir: &Dir, path: &Path) -> Result<()> {
+fn clear(dir: &Dir, path: &Path) -> Result<()> {
     let names = dir.names().map_err(Error::io(path, "listing the publication"))?;
     for name in names.iter().filter(|name| segment::number_of(name).is_some()) {
         dir.remove(name).map_err(Error::io(path, "removing a segment"))?;

@@ -28,6 +28,12 @@
 //! long as a reader does. Who had looked it up by its old name, and opens it late, finds another number
 //! in it and looks at the control page again.
 //!
+//! # What is left behind
+//!
+//! A publication stays when its publisher ends, however it ends: a reader may hold it, and the next publisher goes on.
+//! [`Publication`] finds those that have a name, says what they take and whether anybody publishes there, without a
+//! lock of its own, and removes what nobody publishes any more.
+//!
 //! # Dead bytes
 //!
 //! What becomes of tensors' old bytes in segments that other tensors live in is in `plan.rs`.
@@ -42,7 +48,9 @@ mod claim;
 mod compare;
 mod place;
 mod plan;
+mod publication;
 mod publisher;
+mod room;
 mod segment;
 mod store;
 mod subscriber;
@@ -52,5 +60,6 @@ mod write;
 
 #[cfg(feature = "python")]
 pub(crate) use compare::Candidate;
+pub use publication::Publication;
 pub use publisher::{PublishOptions, Publisher};
 pub use subscriber::{AttachOptions, Refreshed, Subscriber};

@@ -1,6 +1,7 @@
 //! From what a user names to a directory.
 
 use crate::error::{Error, Result, quote};
+use crate::map::disk::Dir;
 use rustix::fs::{Mode, OFlags};
 use std::os::unix::fs::{DirBuilderExt as _, MetadataExt as _, PermissionsExt as _};
 use std::path::{Path, PathBuf};
@@ -30,6 +31,49 @@ impl Place {
             let path = std::path::absolute(place).map_err(Error::io(place, "finding the directory"))?;
             return Ok(Self { path, named: false });
         }
+        Self::named(place, true)
+    }
+
+    /// As [`Place::of`], and makes nothing: where names lie there may be nothing yet.
+    ///
+    /// # Errors
+    /// As [`Place::of`].
+    pub(super) fn existing(place: &Path) -> Result<Self> {
+        if place.as_os_str().as_encoded_bytes().contains(&b'/') {
+            Self::of(place)
+        } else {
+            Self::named(place, false)
+        }
+    }
+
+    /// The directories of all that has a name, whatever they hold.
+    ///
+    /// # Errors
+    /// As [`Place::of`]; [`Error::Io`].
+    pub(super) fn all() -> Result<Vec<Self>> {
+        let base = base(false)?;
+        let dir = match Dir::open(&base) {
+            Ok(dir) => dir,
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),
+            Err(error) => return Err(Error::io(&base, "opening the directory of publications")(error)),
+        };
+        let mut names = dir.names().map_err(Error::io(&base, "listing the publications"))?;
+        names.sort();
+        let names = names.iter().filter(|name| name.to_str().is_some_and(is_name));
+        Ok(names.map(|name| Self { path: base.join(name), named: true }).collect())
+    }
+
+    /// Its name, if it has one.
+    pub(super) fn name(&self) -> Option<&str> {
+        self.path.file_name().filter(|_| self.named)?.to_str()
+    }
+
+    /// The directory, open to look into: what has a name is no link to elsewhere.
+    pub(super) fn open(&self) -> std::io::Result<Dir> {
+        if self.named { Dir::open_itself(&self.path) } else { Dir::open(&self.path) }
+    }
+
+    fn named(place: &Path, make: bool) -> Result<Self> {
         let name = place.to_str().filter(|name| is_name(name)).ok_or_else(|| {
             Error::Argument(format!(
                 "{} is no name for a publication: it has 1 to {LONGEST} bytes, does not start with a dot, and \
@@ -37,7 +81,7 @@ impl Place {
                 quote(&place.to_string_lossy())
             ))
         })?;
-        Ok(Self { path: base()?.join(name), named: true })
+        Ok(Self { path: base(make)?.join(name), named: true })
     }
 
     /// Makes the directory, where there is none, with x where files have r.
@@ -77,20 +121,22 @@ fn is_name(name: &str) -> bool {
     (1..=LONGEST).contains(&name.len()) && !name.starts_with('.') && !name.chars().any(char::is_control)
 }
 
-/// Where publications that have a name lie.
-fn base() -> Result<PathBuf> {
+/// Where publications that have a name lie: made, or only looked at, if it is there.
+fn base(make: bool) -> Result<PathBuf> {
     match std::env::var_os(BASE).filter(|base| !base.is_empty()).map(PathBuf::from) {
         None => {
             let shared = Path::new("/dev/shm");
             let memory = cfg!(target_os = "linux") && shared.is_dir();
             let parent = if memory { shared.to_owned() } else { std::env::temp_dir() };
             let base = parent.join(format!("maptensors-{}", rustix::process::geteuid().as_raw()));
-            make_own(&base)?;
+            own(&base, make)?;
             Ok(base)
         }
         Some(base) if base.is_absolute() => {
-            let made = std::fs::DirBuilder::new().recursive(true).mode(0o700).create(&base);
-            made.map_err(Error::io(&base, "making the directory of publications"))?;
+            if make {
+                let done = std::fs::DirBuilder::new().recursive(true).mode(0o700).create(&base);
+                done.map_err(Error::io(&base, "making the directory of publications"))?;
+            }
             Ok(base)
         }
         Some(base) => Err(Error::Argument(format!(
@@ -100,11 +146,11 @@ fn base() -> Result<PathBuf> {
     }
 }
 
-/// Makes a directory of our own among everybody's, where somebody else may have made one of that name: whose
-/// then could read and exchange all that is published.
-fn make_own(base: &Path) -> Result<()> {
+/// Looks at a directory of our own among everybody's, and makes it if asked to. Somebody else may have made one of that
+/// name: whose then could read and exchange all that is published.
+fn own(base: &Path, make: bool) -> Result<()> {
     let io = |action| Error::io(base, action);
-    match std::fs::DirBuilder::new().mode(0o700).create(base) {
+    match if make { std::fs::DirBuilder::new().mode(0o700).create(base) } else { Ok(()) } {
         Err(error) if error.kind() != std::io::ErrorKind::AlreadyExists => {
             return Err(io("making the directory of publications")(error));
         }
@@ -120,6 +166,7 @@ fn make_own(base: &Path) -> Result<()> {
     let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
     let fd = match rustix::fs::open(base, flags, Mode::empty()) {
         Ok(fd) => std::fs::File::from(fd),
+        Err(rustix::io::Errno::NOENT) if !make => return Ok(()),
         Err(rustix::io::Errno::NOTDIR | rustix::io::Errno::LOOP) => return refuse("is no directory"),
         Err(rustix::io::Errno::ACCESS) => return refuse("is another user's"),
         Err(error) => return Err(io("opening the directory of publications")(error.into())),
@@ -164,24 +211,28 @@ mod tests {
     fn a_base_that_others_have_a_hand_in_is_refused() {
         let dir = tempfile::tempdir().unwrap();
         let at = |name: &str| dir.path().join(name);
-        make_own(&at("new")).unwrap();
+        own(&at("new"), false).unwrap();
+        assert!(!at("new").exists(), "only looked at");
+        own(&at("new"), true).unwrap();
         assert_eq!(std::fs::metadata(at("new")).unwrap().mode() & 0o7777, 0o700);
-        make_own(&at("new")).unwrap();
+        own(&at("new"), true).unwrap();
         std::os::unix::fs::symlink(at("new"), at("link")).unwrap();
         std::fs::write(at("file"), b"").unwrap();
         for (name, found) in [("link", "no directory"), ("file", "no directory")] {
-            let error = make_own(&at(name)).unwrap_err().to_string();
-            assert!(error.contains(found), "{error}");
+            for make in [false, true] {
+                let error = own(&at(name), make).unwrap_err().to_string();
+                assert!(error.contains(found), "{error}");
+            }
         }
         for mode in [0o710, 0o701, 0o777, 0o1777] {
             std::fs::set_permissions(at("new"), std::fs::Permissions::from_mode(mode)).unwrap();
-            let error = make_own(&at("new")).unwrap_err().to_string();
+            let error = own(&at("new"), true).unwrap_err().to_string();
             assert!(error.contains("open to others"), "{mode:o}: {error}");
         }
         if rustix::process::geteuid().is_root() {
             std::fs::set_permissions(at("new"), std::fs::Permissions::from_mode(0o700)).unwrap();
             std::os::unix::fs::chown(at("new"), Some(65_534), None).unwrap();
-            let error = make_own(&at("new")).unwrap_err().to_string();
+            let error = own(&at("new"), true).unwrap_err().to_string();
             assert!(error.contains("another user's"), "{error}");
         } else {
             println!("!!! SKIPPED: another user's directory: needs root");

@@ -1,9 +1,10 @@
 //! Who writes.
 
-use super::claim::{clear, take};
+use super::claim::{end, take};
 use super::compare::Candidate;
 use super::place::Place;
 use super::plan::Listed;
+use super::room;
 use super::segment::{self, Opened};
 use super::store::{CONTROL, Store, damaged};
 use crate::error::{Error, Result};
@@ -131,7 +132,8 @@ impl Publisher {
         place.make(options.mode)?;
         let path = place.path.clone();
         let dir = Dir::open(&path).map_err(Error::io(&path, "opening the directory"))?;
-        let (control, state) = take(&dir, &path, options.mode)?;
+        let (control, state) =
+            take(&dir, &path, options.mode).map_err(room::told(&path.join(CONTROL), 4096))?;
         control.sign(options.mode).map_err(Error::io(&path, "signing the control page"))?;
         ExclusiveFile::sweep(&dir);
         let store = Store { dir, path, control };
@@ -379,12 +381,7 @@ impl Publisher {
         if !self.is_there(&self.store.dir) {
             return Err(self.gone());
         }
-        let io = |action| Error::io(&self.store.path, action);
-        self.store.control.close().map_err(io("closing the control page"))?;
-        clear(&self.store.dir, &self.store.path)?;
-        // Others may have put something there; it is theirs.
-        std::fs::remove_dir(&self.store.path).ok();
-        Ok(())
+        end(&self.store.control, &self.store.dir, &self.store.path)
     }
 
     /// # Errors

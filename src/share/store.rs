@@ -46,24 +46,48 @@ impl Generation {
 }
 
 impl Store {
-    /// Opens a publication to look at it.
+    /// Opens a publication to look at it; `None` where there is none, or none yet.
     ///
     /// # Errors
-    /// [`Error::Publication`] where there is none, [`Error::Io`].
-    pub(super) fn open(path: &Path) -> Result<Self> {
-        let none = |error: std::io::Error| match error.kind() {
-            ErrorKind::NotFound => Error::Publication {
-                path: path.into(),
-                what:
-                    "nothing is published there, or not yet (a publisher makes it; attaching can wait for it)"
-                        .into(),
-            },
-            ErrorKind::InvalidData => damaged(path, "its control page is no file"),
-            _ => Error::io(path, "opening the publication")(error),
-        };
-        let dir = Dir::open(path).map_err(none)?;
-        let control = Control::open(&dir, CONTROL.as_ref(), false).map_err(none)?;
-        Ok(Self { dir, path: path.into(), control })
+    /// [`Error::Publication`] for one that is damaged, [`Error::Io`].
+    pub(super) fn open(path: &Path) -> Result<Option<Self>> {
+        match Dir::open(path) {
+            Ok(dir) => Self::within(dir, path),
+            Err(error) if error.kind() == ErrorKind::NotFound => Ok(None),
+            Err(error) => Err(Error::io(path, "opening the publication")(error)),
+        }
+    }
+
+    /// As [`Store::open`], in a directory that is open.
+    ///
+    /// # Errors
+    /// As [`Store::open`].
+    pub(super) fn within(dir: Dir, path: &Path) -> Result<Option<Self>> {
+        // A publisher may begin between a look at the page and one at the rest.
+        for last in [false, true] {
+            match Control::open(&dir, CONTROL.as_ref(), false) {
+                Ok(control) => return Ok(Some(Self { dir, path: path.into(), control })),
+                Err(error) if error.kind() == ErrorKind::NotFound => {}
+                Err(error) if error.kind() == ErrorKind::InvalidData => {
+                    return Err(damaged(path, "its control page is no file"));
+                }
+                Err(error) => return Err(Error::io(path, "opening the publication")(error)),
+            }
+            let names = dir.names().map_err(Error::io(path, "listing the publication"))?;
+            match names.iter().find(|name| segment::number_of(name).is_some()) {
+                None => return Ok(None),
+                Some(_) if !last => {}
+                // A publisher would refuse to begin there.
+                Some(name) => {
+                    let name = name.display();
+                    let what = format!(
+                        "there is {name}, but no control page: this is no publication, or a damaged one"
+                    );
+                    return Err(Error::Publication { path: path.into(), what });
+                }
+            }
+        }
+        Ok(None)
     }
 
     /// What the control page says.
@@ -82,6 +106,11 @@ impl Store {
     pub(super) fn state(&self) -> Result<State> {
         let state = self.look()?;
         if state.closed { Err(self.over()) } else { Ok(state) }
+    }
+
+    /// Whether the publication is over: what else is wrong with it is of no interest then.
+    pub(super) fn is_over(&self) -> bool {
+        self.look().is_ok_and(|state| state.closed)
     }
 
     fn over(&self) -> Error {
@@ -168,7 +197,36 @@ impl Store {
     }
 }
 
+/// What one who attaches finds. An error is what no publisher puts right.
+pub(super) enum Found {
+    Whole(Store, Generation),
+    /// No generation yet.
+    Begun(Store),
+    /// Not there yet, or over, and perhaps being replaced by another.
+    NotYet(Error),
+}
+
+impl Found {
+    pub(super) fn at(path: &Path) -> Result<Self> {
+        let Some(store) = Store::open(path)? else { return Ok(Self::NotYet(nothing(path))) };
+        match store.generation(&[]) {
+            Ok(Some(generation)) => Ok(Self::Whole(store, generation)),
+            Ok(None) => Ok(Self::Begun(store)),
+            Err(error) if store.is_over() => Ok(Self::NotYet(error)),
+            Err(error) => Err(error),
+        }
+    }
+}
+
+/// That there is none, or none yet.
+pub(super) fn nothing(path: &Path) -> Error {
+    let what = "nothing is published there, or not yet (a publisher makes it; attaching can wait for it)";
+    Error::Publication { path: path.into(), what: what.into() }
+}
+
 pub(super) fn damaged(path: &Path, what: &str) -> Error {
-    let what = format!("the publication is damaged: {what}; remove the directory to start anew");
+    let what = format!(
+        "the publication is damaged: {what}; to start anew, remove it (`maptensors publications --remove`)"
+    );
     Error::Publication { path: path.into(), what }
 }

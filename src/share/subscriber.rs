@@ -2,7 +2,7 @@
 
 use super::place::Place;
 use super::segment::Opened;
-use super::store::{Generation, Store};
+use super::store::{Found, Generation, Store};
 use crate::error::{Error, Result};
 use crate::layout::Layout;
 use crate::map::{Backing, MapOptions, Mapping};
@@ -17,6 +17,10 @@ const SLICE: Duration = Duration::from_millis(250);
 
 /// How often who waits for a publication to appear looks.
 const LOOK: Duration = Duration::from_millis(10);
+
+/// How long what waits for a publication looks at a damaged one, before it says so: somebody may be removing its files
+/// one by one, and what comes after that is worth waiting for. No publisher repairs it.
+const PATIENCE: Duration = Duration::from_secs(1);
 
 /// How to attach; [`Subscriber::attach`] is the defaults.
 ///
@@ -49,7 +53,8 @@ impl AttachOptions {
         Self::default()
     }
 
-    /// Waits so long for the first generation to appear, and for the publication itself.
+    /// Waits so long for the first generation to appear, and for the publication itself. What is there, but damaged,
+    /// is an error after a second.
     #[must_use]
     pub fn wait(mut self, most: Duration) -> Self {
         self.wait = most;
@@ -65,38 +70,60 @@ impl AttachOptions {
     /// As [`Subscriber::attach`].
     #[allow(unsafe_code)]
     pub unsafe fn attach(&self, place: impl AsRef<Path>) -> Result<Subscriber> {
-        let place = Place::of(place.as_ref())?;
+        // SAFETY: the caller's promise is passed on.
+        unsafe { self.attach_while(place.as_ref(), || Ok(())) }
+    }
+
+    /// As [`AttachOptions::attach`], as long as `go_on`, which is asked several times a second, is no error.
+    ///
+    /// # Safety
+    /// As [`Subscriber::attach`].
+    #[allow(unsafe_code)]
+    pub(crate) unsafe fn attach_while<E: From<Error>>(
+        &self,
+        place: &Path,
+        mut go_on: impl FnMut() -> Result<(), E>,
+    ) -> Result<Subscriber, E> {
+        let place = Place::of(place)?;
         // Longer than the clock can count is for ever.
         let until = Instant::now().checked_add(self.wait);
         let left = || until.map_or(SLICE, |until| until.saturating_duration_since(Instant::now()));
+        let mut damaged: Option<Instant> = None;
         loop {
-            let attempt = Store::open(&place.path).and_then(|store| {
-                let found = store.generation(&[])?;
-                Ok((store, found))
-            });
-            let error = match attempt {
-                Ok((store, Some(generation))) => {
+            let error = match Found::at(&place.path) {
+                Ok(Found::Whole(store, generation)) => {
                     // SAFETY: the caller's promise is passed on.
                     let held = unsafe { Held::new(generation) }?;
                     return Ok(Subscriber { store, held });
                 }
-                Ok((store, None)) if !left().is_zero() => {
+                Ok(Found::Begun(store)) if !left().is_zero() => {
+                    damaged = None;
                     store.control.wait(0, left().min(SLICE));
+                    go_on()?;
                     continue;
                 }
-                Ok((store, None)) => Error::Publication {
+                Ok(Found::Begun(store)) => Error::Publication {
                     path: store.path,
                     what: "there is a publisher, but no generation yet (attaching can wait for the first)"
                         .into(),
                 },
-                // Not there yet, or being replaced by another.
-                Err(error @ Error::Publication { .. }) => error,
-                Err(error) => return Err(error),
+                Ok(Found::NotYet(error)) => {
+                    damaged = None;
+                    error
+                }
+                Err(error @ Error::Publication { .. }) => {
+                    if damaged.get_or_insert_with(Instant::now).elapsed() >= PATIENCE {
+                        return Err(error.into());
+                    }
+                    error
+                }
+                Err(error) => return Err(error.into()),
             };
             if left().is_zero() {
-                return Err(error);
+                return Err(error.into());
             }
             std::thread::sleep(left().min(LOOK));
+            go_on()?;
         }
     }
 }

@@ -2,6 +2,7 @@
 
 use super::plan::{Listed, Plan};
 use super::publisher::Publisher;
+use super::room;
 use super::segment::{self, Head, KEY, Note, Segment};
 use super::store::damaged;
 use crate::digest::CHECKSUMS;
@@ -99,7 +100,7 @@ impl Publisher {
         metadata.insert(KEY.into(), note.encode(path)?);
         let mut layout = layout.clone();
         layout.set_metadata(Some(metadata));
-        let draft = self.draft(spare, path, &layout)?;
+        let draft = self.draft(spare, path, &layout).map_err(room::told(path, layout.data_len()))?;
         let head = Segment { layout: draft.layout().clone(), note };
         Ok((draft, Made { head, carried, plan, removed }))
     }
@@ -154,7 +155,7 @@ impl Publisher {
         }
         let note = Note { number, generation, versions, head: None };
         let layout = layout.metadata(KEY, note.encode(&path)?).build()?;
-        let mut draft = self.draft.create(&path, &layout)?;
+        let mut draft = self.draft.create(&path, &layout).map_err(room::told(&path, layout.data_len()))?;
         for (old, carried) in tensors() {
             let from = segment::open(&self.store.dir, &self.store.path, old.note.number)?;
             for info in carried.iter().filter_map(|&place| old.layout.at(place)) {

@@ -39,6 +39,29 @@ impl Mount {
         Some(Self { root })
     }
 
+    /// So much memory; `None`, loudly, as above.
+    pub fn memory(test: &str, size: u64) -> Option<Self> {
+        if !super::is_root() {
+            super::skip(test, "mounting a file system needs root");
+            return None;
+        }
+        let root = super::disk_dir();
+        let mount = Self { root };
+        std::fs::create_dir(mount.path()).unwrap();
+        let size = format!("size={size}");
+        let made =
+            Command::new("mount").args(["-t", "tmpfs", "tmpfs", "-o", &size]).arg(mount.path()).output();
+        if made.as_ref().is_ok_and(|made| made.status.success()) {
+            return Some(mount);
+        }
+        super::skip(test, &format!("mounting memory: {made:?}"));
+        // Nothing to unmount.
+        let Self { root } = &mount;
+        std::fs::remove_dir_all(root.path()).unwrap();
+        std::mem::forget(mount);
+        None
+    }
+
     pub fn path(&self) -> PathBuf {
         self.root.path().join("mnt")
     }

@@ -1,5 +1,9 @@
 """Live weights: published by one process, held by others."""
 
+import dataclasses
+import doctest
+import errno
+import importlib
 import os
 import signal
 import stat
@@ -7,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import maptensors as mt
@@ -346,3 +351,107 @@ def test_torch_in_mode_r_is_refused_for_what_it_is(place: str) -> None:
         with pytest.raises(Exception, match=r"^tensor \"w\" is read-only, and torch"):
             weights.state()
         assert weights.state(framework="numpy")["w"].tolist() == [1, 1, 1]
+
+
+def test_what_was_published_is_found_and_removed_also_after_a_kill(names: Path) -> None:
+    assert mt.publications() == []
+    with pytest.raises(mt.errors.PublicationError, match="nothing is published"):
+        mt.publications("policy")
+    assert not names.exists(), "only looked"
+    code = """
+publisher = mt.publish("policy", {"a": np.full(10_000, 1.0), "b": np.zeros(10_000)})
+publisher.publish({"a": np.full(10_000, 2.0), "b": np.zeros(10_000)}, changed=["a"])
+print("published", flush=True)
+time.sleep(600)
+"""
+    began = time.time()
+    other = child(code, "")
+    assert other.stdout is not None
+    assert other.stdout.readline() == "published\n"
+    [found] = mt.publications()
+    assert (found.name, found.path) == ("policy", str(names / "policy"))
+    assert (found.generation, found.tensors, found.nbytes) == (2, 2, 160_000)
+    assert found.allocated == sum(512 * path.stat().st_blocks for path in Path(found.path).iterdir())
+    assert (found.publishing, found.process, found.damage) == (True, other.pid, None)
+    assert found.published is not None
+    assert began - 1 < found.published < time.time() + 1
+    with pytest.raises(mt.errors.BusyError, match=str(other.pid)):
+        found.remove()
+    other.kill()
+    other.communicate()
+    assert mt.publications("policy", names / "policy") == [
+        dataclasses.replace(found, publishing=False),
+        dataclasses.replace(found, publishing=False, name=None),
+    ]
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        found.name = "other"  # type: ignore[misc]
+    assert found.remove() == found.allocated
+    assert not any(names.iterdir())
+    with pytest.raises(mt.errors.PublicationError, match="nothing is published"):
+        found.remove()
+
+
+@pytest.mark.parametrize("damage", ["control", "missing"])
+def test_damage_is_told_to_who_waits_for_ever_and_found(names: Path, damage: str) -> None:
+    mt.publish("policy", state_of(1.0)).close()
+    [head] = (names / "policy").glob("*.safetensors")
+    if damage == "control":
+        (names / "policy/control").write_bytes(b"")
+    else:
+        head.unlink()
+    with pytest.raises(mt.errors.PublicationError, match="damaged"):
+        mt.attach("policy", timeout=None)
+    [found] = mt.publications()
+    assert "damaged" in (found.damage or "")
+    assert found.remove() == found.allocated > 0
+    assert mt.publications() == []
+
+
+def test_ctrl_c_ends_waiting_for_a_publication(place: str) -> None:
+    code = """
+try:
+    print("waiting", flush=True)
+    mt.attach(place, timeout=None)
+except KeyboardInterrupt:
+    print("interrupted", flush=True)
+"""
+    other = child(code, place)
+    assert other.stdout is not None
+    assert other.stdout.readline() == "waiting\n"
+    time.sleep(0.3)
+    other.send_signal(signal.SIGINT)
+    assert other.communicate(timeout=30)[0] == "interrupted\n"
+
+
+@pytest.fixture
+def little_memory(tmp_path: Path) -> Iterator[Path]:
+    """4 MiB of memory to publish to."""
+    if os.geteuid() != 0:
+        pytest.skip("mounting memory needs root: publishing what does not fit is untested")
+    place = tmp_path / "memory"
+    place.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(place)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode != 0:
+        pytest.skip(f"mounting memory is refused here, what does not fit is untested: {done.stderr.strip()}")
+    yield place
+    subprocess.run(["umount", str(place)], check=True)
+
+
+def test_what_does_not_fit_says_what_it_takes_and_what_to_do(little_memory: Path) -> None:
+    with mt.publish(little_memory / "p", {"a": np.zeros(1000)}) as publisher:
+        with pytest.raises(OSError, match="No space left") as caught:
+            publisher.publish({"a": np.zeros(1 << 20)})
+        assert caught.value.errno == errno.ENOSPC
+        assert str(caught.value.filename).startswith(str(little_memory))
+        [note] = caught.value.__notes__
+        for word in [f"room for {8 << 20} bytes", "are free", "maptensors publications", "--shm-size"]:
+            assert word in note
+        assert publisher.publish({"a": np.ones(1000)}) == 2
+
+
+def test_the_docstrings_examples_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    result = doctest.testmod(importlib.import_module("maptensors._share"))
+    assert result.failed == 0
+    assert result.attempted > 10
