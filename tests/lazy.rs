@@ -155,6 +155,76 @@ fn a_page_of_two_locked_tensors_is_unlocked_behind_the_second() {
 }
 
 #[test]
+fn a_lock_that_fails_midway_leaves_locked_exactly_what_was() {
+    const PAGE: usize = 4096;
+    let dir = scratch();
+    let path = dir.path().join("model.safetensors");
+    // Neighbours share a page; the last one's end is cut off.
+    let sizes = [3 * PAGE, 3 * PAGE + 100, 3 * PAGE, 3 * PAGE + 100, 3 * PAGE, 9 * PAGE];
+    for before in [vec![], vec!["t1"], vec!["t2"], vec!["t1", "t3"], vec!["t0", "t4"]] {
+        std::fs::write(&path, packed(&sizes)).unwrap();
+        let model = open(&path);
+        // (the first also asks whether anything may be locked here)
+        let tried = if before.is_empty() { model.lock("t0") } else { model.lock(&before[..]) };
+        if let Err(error) = tried {
+            eprintln!("!!! not tested: {error}");
+            return;
+        }
+        if before.is_empty() {
+            model.unlock("t0").unwrap();
+        }
+        let locked = || {
+            assert!(model.prefetch(["t0", "t1", "t2", "t3", "t4"]).unwrap().wait().unwrap());
+            model
+                .residency_by_tensor(..)
+                .unwrap()
+                .into_iter()
+                .map(|(_, pages)| pages.locked)
+                .collect::<Vec<_>>()
+        };
+        let was = locked();
+        assert_eq!(was.iter().any(|&pages| pages > 0), !before.is_empty());
+        let cut = std::fs::metadata(&path).unwrap().len() - 6 * PAGE as u64;
+        // The contract is broken here on purpose; no byte behind the cut is looked at.
+        std::fs::File::options().write(true).open(&path).unwrap().set_len(cut).unwrap();
+        for names in [&["t0", "t2", "t5"][..], &["t0", "t1", "t2", "t3", "t4", "t5"], &["t3", "t5"]] {
+            assert!(matches!(model.lock(names), Err(Error::Io { .. })));
+            assert!(common::soon(|| locked() == was), "{before:?}, {names:?}: {:?}, not {was:?}", locked());
+        }
+        // What was locked before is known to be: it is unlocked by its name, and then nothing is locked.
+        if !before.is_empty() {
+            model.unlock(&before[..]).unwrap();
+        }
+        assert_eq!(locked(), [0; 6]);
+    }
+}
+
+#[test]
+fn of_a_model_that_was_opened_locked_neighbours_of_what_is_unlocked_stay_so() {
+    let dir = scratch();
+    let path = dir.path().join("model.safetensors");
+    std::fs::write(&path, packed(&[50_000, 50_000, 50_000])).unwrap();
+    // SAFETY: a file of the test's own, not written any more.
+    let model = match unsafe { OpenOptions::new().lock(true).open(&path) } {
+        Ok(model) => model,
+        Err(error) => return eprintln!("!!! not tested: {error}"),
+    };
+    model.unlock("t1").unwrap();
+    for name in ["t0", "t2"] {
+        let is_locked = common::soon(|| {
+            assert!(model.tensor(name).unwrap().as_bytes().iter().all(|&byte| byte == 7));
+            let pages = model.residency_of(name).unwrap();
+            pages.locked == pages.pages
+        });
+        assert!(is_locked, "{name}");
+    }
+    let own = model.residency_of("t1").unwrap();
+    assert_eq!(own.locked, 2);
+    model.unlock(..).unwrap();
+    assert_eq!(model.residency().unwrap().locked, 0);
+}
+
+#[test]
 fn a_locked_tensor_of_no_bytes_keeps_no_page_of_others_locked() {
     let dir = scratch();
     let path = dir.path().join("model.safetensors");
@@ -166,6 +236,12 @@ fn a_locked_tensor_of_no_bytes_keeps_no_page_of_others_locked() {
     }
     model.unlock(["t0", "t2"]).unwrap();
     assert_eq!(model.residency().unwrap().locked, 0);
+    // Nor is it taken for the one that begins where it lies.
+    model.lock(..).unwrap();
+    model.unlock("t1").unwrap();
+    model.unlock("t0").unwrap();
+    let t2 = model.residency_of("t2").unwrap();
+    assert_eq!(t2.locked, t2.pages);
 }
 
 #[test]

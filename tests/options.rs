@@ -228,6 +228,27 @@ fn huge_pages_are_asked_for_unless_refused() {
 }
 
 #[test]
+fn promoted_pages_are_huge_unless_that_is_refused() {
+    let dir = disk_dir();
+    let path = dir.path().join("model.safetensors");
+    model(&path, 8 * MIB);
+    for (huge, flag, other) in [(true, "hg", "nh"), (false, "nh", "hg")] {
+        let options = OpenOptions::new().dense_edits(true).huge_pages(huge);
+        // SAFETY: a file of the test's own, which nobody writes meanwhile.
+        let mut model = unsafe { options.open_mut(&path) }.unwrap();
+        let name = model.names().next().unwrap().to_owned();
+        let mut tensor = model.tensor_mut(&name).unwrap();
+        let bytes = tensor.as_bytes_mut();
+        bytes.fill(1);
+        let middle = smaps::at(bytes[bytes.len() / 2..].as_ptr().addr());
+        assert!(middle.path.is_empty() && middle.size("Anonymous") >= 4 * MIB, "{middle:?}");
+        // Whether there were huge pages to be had is the machine's.
+        assert!(middle.has(flag) && !middle.has(other), "{middle:?}");
+        assert!(huge || middle.size("AnonHugePages") == 0);
+    }
+}
+
+#[test]
 fn a_window_at_any_byte_shows_those_bytes_and_works_like_a_whole_file() {
     let page = rustix::param::page_size();
     let dir = disk_dir();

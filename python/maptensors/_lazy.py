@@ -2,7 +2,9 @@
 
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping
+import traceback
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from types import TracebackType
 from typing import NamedTuple, Self
 
@@ -30,7 +32,8 @@ class Prefetch:
 
     def __init__(self, prefetch: _native.Prefetch) -> None:
         self._prefetch = prefetch
-        self._error: Exception | None = None
+        self._error: BaseException | None = None
+        self._teller: _Teller | None = None
 
     @property
     def done(self) -> bool:
@@ -49,17 +52,21 @@ class Prefetch:
     def wait(self, timeout: float | None = None) -> bool:
         """Wait until it has ended: True if all is there, False if it was cancelled.
 
-        What could not be read is raised, with the tensor's name; after ``timeout`` seconds, TimeoutError.
+        What could not be read is raised, with the tensor's name; and what the function that is told of
+        progress raised, which cancels it. After ``timeout`` seconds, TimeoutError.
         """
-        if self._error is not None:
-            raise self._error
+        deadline = None if timeout is None else time.monotonic() + timeout
+        all_there: bool | None = False
         try:
             all_there = self._prefetch.wait(timeout)
         except Exception as error:
             self._error = error
-            raise
         if all_there is None:
             raise TimeoutError(f"it was not all in memory within {timeout} seconds; it still comes")
+        if self._teller is not None:
+            self._error = self._error or self._teller.ended(deadline)
+        if self._error is not None:
+            raise self._error
         return all_there
 
     def __enter__(self) -> Self:
@@ -78,13 +85,51 @@ class Prefetch:
         return f"Prefetch({done} of {total} bytes)"
 
 
-def _tell(prefetch: _native.Prefetch, told: Told) -> None:
-    # Sleeps in Python, so that it ends with the interpreter wherever it is.
-    while not prefetch.done():
+class _Teller(threading.Thread):
+    """Tells of a prefetch in the background. What that raises cancels it, and its ``wait()`` raises it."""
+
+    def __init__(self, prefetch: Prefetch, told: Told) -> None:
+        super().__init__(name="maptensors-progress", daemon=True)
+        self._prefetch = prefetch._prefetch
+        self._told = told
+        self._error: BaseException | None = None
+        self._is_forgotten = False
+        self._end = threading.Event()
+        # Once nobody has the prefetch, nobody waits for it.
+        weakref.finalize(prefetch, self._forgotten)
+
+    def run(self) -> None:
+        try:
+            # Sleeps in Python, so that it ends with the interpreter wherever it is.
+            _tell(self._prefetch, self._told, self._end.wait)
+        except BaseException as error:
+            self._error = error
+            self._prefetch.cancel()
+            if self._is_forgotten:
+                raise
+
+    def ended(self, deadline: float | None) -> BaseException | None:
+        """Wait until the last has been told, unless it is the one that waits; return what was raised."""
+        self._end.set()
+        if threading.current_thread() is not self:
+            self.join(None if deadline is None else max(0.0, deadline - time.monotonic()))
+        error, self._error = self._error, None
+        return error
+
+    def _forgotten(self) -> None:
+        self._is_forgotten = True
+        if self._error is not None:
+            traceback.print_exception(self._error)
+
+
+def _tell(prefetch: _native.Prefetch, told: Told, sleep: Callable[[float], object]) -> None:
+    try:
+        while not prefetch.done():
+            told(*prefetch.progress())
+            sleep(_TURN)
         told(*prefetch.progress())
-        time.sleep(_TURN)
-    told(*prefetch.progress())
-    told.close()
+    finally:
+        told.close()
 
 
 def prefetch(
@@ -96,14 +141,14 @@ def prefetch(
 ) -> Prefetch:
     """Begin to bring tensors into memory: :meth:`maptensors.Model.prefetch`."""
     told = Told(progress, "prefetching")
-    native = _native.prefetch(model, names, lock)
-    begun = Prefetch(native)
+    begun = Prefetch(_native.prefetch(model, names, lock))
     if told and not wait:
-        threading.Thread(target=_tell, args=(native, told), name="maptensors-progress", daemon=True).start()
+        begun._teller = _Teller(begun, told)
+        begun._teller.start()
     elif wait:
         try:
             if told:
-                _tell(native, told)
+                _tell(begun._prefetch, told, time.sleep)
             begun.wait()
         except BaseException:
             begun.cancel()
@@ -114,8 +159,8 @@ def prefetch(
 class Stream(Iterator[tuple[str, _native.Tensor]]):
     """Names and tensors, one after the other: :meth:`maptensors.Model.stream`.
 
-    An error concerns one tensor; the next may be asked for. Leaving the loop, :meth:`close` and ``with`` end
-    the reading ahead.
+    An error concerns one tensor; the next may be asked for. Leaving the loop, :meth:`close`, ``with``, and an
+    error of the function that is told of progress end the reading ahead.
     """
 
     def __init__(self, stream: _native.Stream, told: Told) -> None:
@@ -130,7 +175,11 @@ class Stream(Iterator[tuple[str, _native.Tensor]]):
     def __next__(self) -> tuple[str, _native.Tensor]:
         tensor = self._stream.next()
         if self._told:
-            self._told(*self._stream.progress())
+            try:
+                self._told(*self._stream.progress())
+            except BaseException:
+                self.close()
+                raise
         if tensor is None:
             self.close()
             raise StopIteration

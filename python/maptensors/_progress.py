@@ -1,6 +1,5 @@
 """Progress bars, where tqdm is installed."""
 
-import _thread
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -35,7 +34,7 @@ class Bar:
 
 
 class Told:
-    """Calls what is to be told of progress. Its errors are printed, and stop nothing but the telling."""
+    """Calls what is to be told of progress, and lets its errors through; a bar's own stop only the bar."""
 
     def __init__(self, progress: Progress | bool | None, what: str) -> None:
         self._bar = Bar(what) if progress is True else None
@@ -49,12 +48,12 @@ class Told:
             return
         try:
             self._progress(done, total)
-        except KeyboardInterrupt:
-            # The main thread will see it, as it would have.
-            _thread.interrupt_main()
         except Exception as error:
-            told, self._progress = self._progress, None
-            print(f"maptensors: {told!r} failed: {error!r}", file=sys.stderr)
+            if self._bar is None:
+                raise
+            # Its stream was closed, say: no reason to stop what it only shows.
+            self._progress = None
+            print(f"maptensors: the progress bar failed: {error!r}", file=sys.stderr)
 
     def close(self) -> None:
         """Leave a bar as it is."""

@@ -4,6 +4,7 @@ use crate::error::{Error, Result};
 use std::io;
 use std::ops::Range;
 use std::path::Path;
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 /// Holds the pages of `len` bytes at `ptr` in memory, until [`unlock_range`] or the end of their mapping.
 ///
@@ -13,17 +14,29 @@ use std::path::Path;
 ///
 /// # Errors
 /// [`Error::Limit`] where `RLIMIT_MEMLOCK` does not allow it, with the limit; [`Error::Io`] where a page cannot
-/// be read, or for what mlock2(2) answers else.
-pub(crate) fn lock_range(path: &Path, ptr: *const u8, len: usize) -> Result<()> {
+/// be read, or for what mlock2(2) answers else. Some pages may be locked then: which of them were before, the caller
+/// knows.
+pub(super) fn lock_range(path: &Path, ptr: *const u8, len: usize, moving: &Moving) -> Result<()> {
     if len == 0 {
         return Ok(());
     }
     let (start, len) = whole_pages(ptr, len);
-    lock(start, len).map_err(|error| refused(path, len, error))?;
-    read_in(start, len).map_err(|error| {
-        unlock(start, len).ok();
-        Error::io(path, "reading pages in, to lock them")(error)
-    })
+    {
+        let _still = moving.wait();
+        lock(start, len).map_err(|error| refused(path, len, error))?;
+    }
+    read_in(start, len).map_err(Error::io(path, "reading pages in, to lock them"))
+}
+
+/// Held while pages of a mapping are put in the place of others, which are locked afterwards as those were: who locks
+/// or unlocks meanwhile would do so to pages that go. Who only reads or writes never waits.
+#[derive(Debug, Default)]
+pub(super) struct Moving(Mutex<()>);
+
+impl Moving {
+    pub(super) fn wait(&self) -> MutexGuard<'_, ()> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
 }
 
 /// Has the pages that hold some bytes stay in memory from when they come there.
@@ -42,11 +55,12 @@ pub(super) fn lock_pages(ptr: *const u8, len: usize) -> io::Result<()> {
 ///
 /// # Errors
 /// What munlock(2) answers.
-pub(crate) fn unlock_range(ptr: *const u8, len: usize) -> io::Result<()> {
+pub(super) fn unlock_range(ptr: *const u8, len: usize, moving: &Moving) -> io::Result<()> {
     if len == 0 {
         return Ok(());
     }
     let (start, len) = whole_pages(ptr, len);
+    let _still = moving.wait();
     unlock(start, len)
 }
 
@@ -170,14 +184,16 @@ mod tests {
         let mapping = unsafe { Mapping::open_copy_on_write(&file, 2 * CHUNK) }.unwrap();
         let page = rustix::param::page_size();
         let part = 3 * page..CHUNK + page;
-        if let Err(error) = lock_range(Path::new("f"), mapping.ptr().wrapping_add(part.start), part.len()) {
+        if let Err(error) =
+            lock_range(Path::new("f"), mapping.ptr().wrapping_add(part.start), part.len(), &mapping.moving)
+        {
             eprintln!("!!! not tested: {error}");
             return;
         }
         let found = mapping.residency(0..2 * CHUNK).unwrap();
         assert_eq!((found.private, found.locked), (0, part.len() / page));
         assert_eq!(mapping.residency(0..3 * page).unwrap().locked, 0);
-        unlock_range(mapping.ptr(), 2 * CHUNK).unwrap();
+        unlock_range(mapping.ptr(), 2 * CHUNK, &mapping.moving).unwrap();
         assert_eq!(mapping.residency(0..2 * CHUNK).unwrap().locked, 0);
     }
 }

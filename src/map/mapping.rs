@@ -2,10 +2,11 @@
 
 #[cfg(test)]
 use super::Window;
+use super::lock::{self, Moving};
 use super::options::{MapOptions, aligning};
 #[cfg(target_os = "linux")]
 use super::promote;
-use super::{Advice, CHUNK, Residency, each_in_parallel, lock, residency};
+use super::{Advice, CHUNK, Residency, each_in_parallel, residency};
 use memmap2::MmapRaw;
 use std::fs::File;
 use std::io;
@@ -70,6 +71,11 @@ pub struct Mapping {
     pub(super) told: bool,
     /// Where in the file the first byte lies.
     pub(super) offset: u64,
+    /// Whether copies of its pages may be huge.
+    pub(super) huge_pages: bool,
+    /// Whether all of it was locked when it was made.
+    pub(super) locked_whole: bool,
+    pub(super) moving: Arc<Moving>,
 }
 
 impl Mapping {
@@ -106,8 +112,19 @@ impl Mapping {
     /// `start + len` bytes lie inside `raw`, writable unless `backing` says otherwise.
     pub(super) fn new(raw: MmapRaw, start: usize, len: usize, backing: Backing) -> Self {
         debug_assert!(start + len <= raw.len());
-        let raw = Arc::new(raw);
-        Self { raw, start, len, backing, base: None, identity: None, told: true, offset: 0 }
+        Self {
+            raw: Arc::new(raw),
+            start,
+            len,
+            backing,
+            base: None,
+            identity: None,
+            told: true,
+            offset: 0,
+            huge_pages: true,
+            locked_whole: false,
+            moving: Arc::default(),
+        }
     }
 
     pub(super) fn huge(raw: MmapRaw, len: usize, backing: Backing) -> Self {
@@ -280,17 +297,21 @@ impl Mapping {
         #[cfg(target_os = "linux")]
         {
             let (ptr, len) = (self.ptr().wrapping_add(range.start), range.len());
+            let _moving = self.moving.wait();
             let locked = lock::locked()?;
             // SAFETY: pages of `raw`, private and writable because the backing is copy-on-write; the last page
             // of a file's mapping is mapped whole.
-            unsafe { promote::promote(ptr, len) }?;
-            // The new pages are of a mapping of their own, which nobody has locked.
+            let promoted = unsafe { promote::promote(ptr, len, self.huge_pages) };
+            // The new pages are of a mapping of their own, which nobody has locked. There are some where it failed
+            // midway, too.
+            let mut kept = Ok(());
             for run in locked {
                 let (start, end) = (run.start.max(ptr.addr()), run.end.min(ptr.addr() + len));
                 if start < end {
-                    lock::lock_pages(ptr.with_addr(start), end - start)?;
+                    kept = kept.and(lock::lock_pages(ptr.with_addr(start), end - start));
                 }
             }
+            promoted.and(kept)?;
         }
         #[cfg(not(target_os = "linux"))]
         drop(range);

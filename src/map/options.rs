@@ -75,8 +75,8 @@ impl MapOptions {
         self
     }
 
-    /// Whether to ask for huge pages before the first touch (default), or for none. What
-    /// [`promote`](Mapping::promote) copies is huge in any case.
+    /// Whether to ask for huge pages before the first touch (default), or for none; what
+    /// [`promote`](Mapping::promote) copies is then of small ones too.
     #[must_use]
     pub fn huge_pages(mut self, huge: bool) -> Self {
         self.huge_pages = huge;
@@ -351,7 +351,7 @@ impl MapOptions {
         };
         let mut mapping = Mapping::new(raw, start, window.len, backing);
         mapping.offset = window.offset;
-        self.advise_huge(&mapping);
+        self.advise_huge(&mut mapping);
         mapping.identity = identity(file);
         mapping.told = may_ask(file).unwrap_or(true);
         if backing == Backing::CopyOnWrite {
@@ -370,14 +370,15 @@ impl MapOptions {
         if self.reserve_swap == Some(false) {
             options.no_reserve_swap();
         }
-        let mapping = Mapping::new(options.map_anon()?.into(), start, len, Backing::Owned);
-        self.advise_huge(&mapping);
+        let mut mapping = Mapping::new(options.map_anon()?.into(), start, len, Backing::Owned);
+        self.advise_huge(&mut mapping);
         Ok(mapping)
     }
 
     /// Before the first touch, or the page tables fill with 4 KiB entries. Only advice: a kernel without huge
     /// pages for files says no, and nothing changes.
-    fn advise_huge(&self, mapping: &Mapping) {
+    fn advise_huge(&self, mapping: &mut Mapping) {
+        mapping.huge_pages = self.huge_pages;
         if self.huge_pages {
             mapping.advise(Advice::HugePage).ok();
         } else {
@@ -387,11 +388,12 @@ impl MapOptions {
     }
 
     /// Locks and fills, as asked for.
-    fn settled(&self, mapping: Mapping, path: &Path) -> Result<Mapping> {
+    fn settled(&self, mut mapping: Mapping, path: &Path) -> Result<Mapping> {
         if self.lock {
             // Before anything is read: a limit shows at once, and no page can go again between.
             lock::lock_pages(mapping.ptr(), mapping.len)
                 .map_err(|error| lock::refused(path, mapping.len, error))?;
+            mapping.locked_whole = true;
         }
         if self.populate || self.lock {
             let filled = if mapping.backing == Backing::Owned {

@@ -1,6 +1,7 @@
 //! The pages of a mapping, to be brought, given back and locked: nothing here looks at a byte.
 
-use super::{Backing, Mapping, Residency, lock, mapping, residency};
+use super::lock::{self, Moving};
+use super::{Backing, Mapping, Residency, mapping, residency};
 use crate::error::Result;
 use memmap2::MmapRaw;
 use std::fs::File;
@@ -25,6 +26,8 @@ pub(crate) struct Pages {
     path: Arc<Path>,
     identity: Option<(u64, u64)>,
     told: bool,
+    locked_whole: bool,
+    moving: Arc<Moving>,
     /// The file, opened again when it is first needed; none where its path leads to another now.
     file: Arc<OnceLock<Option<File>>>,
 }
@@ -75,6 +78,8 @@ impl Mapping {
             path: path.into(),
             identity: self.identity,
             told: self.told,
+            locked_whole: self.locked_whole,
+            moving: self.moving.clone(),
             file: Arc::default(),
         }
     }
@@ -88,6 +93,11 @@ impl Pages {
     /// Whether the bytes are a file's, and so can be read again.
     pub(crate) fn is_of_a_file(&self) -> bool {
         !matches!(self.backing, Backing::Owned)
+    }
+
+    /// Whether all of them were locked when they were mapped.
+    pub(crate) fn is_locked_whole(&self) -> bool {
+        self.locked_whole
     }
 
     fn ptr(&self, at: usize) -> *mut u8 {
@@ -285,16 +295,16 @@ impl Pages {
         })
     }
 
-    /// Holds the pages of a part in memory, reading them in first.
+    /// Holds the pages of a part in memory, and reads them in.
     ///
     /// # Errors
-    /// As [`lock::lock_range`].
+    /// As [`lock::lock_range`]; a part of them may be locked then.
     ///
     /// # Panics
     /// If the part lies outside: a fault of this crate.
     pub(crate) fn lock(&self, part: Range<usize>) -> Result<()> {
         assert!(part.start <= part.end && part.end <= self.len);
-        lock::lock_range(&self.path, self.ptr(part.start), part.len())
+        lock::lock_range(&self.path, self.ptr(part.start), part.len(), &self.moving)
     }
 
     /// Ends [`Pages::lock`].
@@ -306,7 +316,7 @@ impl Pages {
     /// If the part lies outside: a fault of this crate.
     pub(crate) fn unlock(&self, part: Range<usize>) -> io::Result<()> {
         assert!(part.start <= part.end && part.end <= self.len);
-        lock::unlock_range(self.ptr(part.start), part.len())
+        lock::unlock_range(self.ptr(part.start), part.len(), &self.moving)
     }
 
     /// The parts that are locked, whoever locked them, in order.
@@ -316,7 +326,10 @@ impl Pages {
     pub(crate) fn locked(&self) -> io::Result<Vec<Range<usize>>> {
         let (start, end) = (self.ptr(0).addr(), self.ptr(self.len).addr());
         let within = |run: &Range<usize>| run.start.max(start) - start..run.end.min(end).max(start) - start;
-        let locked = lock::locked()?;
+        let locked = {
+            let _still = self.moving.wait();
+            lock::locked()?
+        };
         Ok(locked.iter().filter(|run| run.start < end && run.end > start).map(within).collect())
     }
 

@@ -2,7 +2,8 @@
 //!
 //! The kernel copies a written page of a file mapping 4 KiB at a time, with a fault for each. Where a whole
 //! range will be written, copying it once into fresh huge pages and moving those over the range
-//! (mremap(2), `MREMAP_FIXED`) takes a fault for each 2 MiB instead.
+//! (mremap(2), `MREMAP_FIXED`) takes a fault for each 2 MiB instead. Where huge pages are refused, the copies
+//! are of small ones, made by all threads at once all the same.
 
 use super::{CHUNK, each_in_parallel};
 use rustix::mm::{Advice, MapFlags, MremapFlags, ProtFlags, madvise, mmap_anonymous, mremap_fixed, munmap};
@@ -11,12 +12,12 @@ use std::io;
 /// Bytes copied and moved at a time: what is needed beyond the copies themselves.
 const BLOCK: usize = 32 * CHUNK;
 
-/// Replaces the pages that hold `len` bytes at `ptr` by private copies of them.
+/// Replaces the pages that hold `len` bytes at `ptr` by private copies of them, in huge pages unless they are refused.
 ///
 /// # Safety
 /// Those pages are mapped, private, readable and writable, owned by the caller, and nobody writes to them
 /// meanwhile. Pointers into them stay valid.
-pub(super) unsafe fn promote(ptr: *mut u8, len: usize) -> io::Result<()> {
+pub(super) unsafe fn promote(ptr: *mut u8, len: usize, huge_pages: bool) -> io::Result<()> {
     if len == 0 {
         return Ok(());
     }
@@ -32,7 +33,7 @@ pub(super) unsafe fn promote(ptr: *mut u8, len: usize) -> io::Result<()> {
     }
     each_in_parallel(blocks, |block: Block| {
         // SAFETY: the block lies in the caller's pages; blocks do not overlap.
-        unsafe { promote_block(block.target, block.len) }
+        unsafe { promote_block(block.target, block.len, huge_pages) }
     })
 }
 
@@ -47,7 +48,7 @@ unsafe impl Send for Block {}
 
 /// # Safety
 /// As [`promote`]; `target` and `len` are multiples of the page size.
-unsafe fn promote_block(target: *mut u8, len: usize) -> io::Result<()> {
+unsafe fn promote_block(target: *mut u8, len: usize, huge_pages: bool) -> io::Result<()> {
     let prot = ProtFlags::READ | ProtFlags::WRITE;
     let flags = MapFlags::PRIVATE | MapFlags::NORESERVE;
     // Room to shift the copy until its huge pages fall where the target's do: mremap moves only those whole.
@@ -63,8 +64,9 @@ unsafe fn promote_block(target: *mut u8, len: usize) -> io::Result<()> {
     let _behind = Mapped { ptr: copy.wrapping_add(len), len: room - shift - len };
     std::mem::forget(fresh);
     let fresh = Mapped { ptr: copy, len };
+    let advice = if huge_pages { Advice::LinuxHugepage } else { Advice::LinuxNoHugepage };
     // SAFETY: inside the fresh mapping. Only advice: without huge pages the copy is made of small ones.
-    unsafe { madvise(copy.cast(), len, Advice::LinuxHugepage) }.ok();
+    unsafe { madvise(copy.cast(), len, advice) }.ok();
     // SAFETY: `target` is readable by the caller's promise and not written meanwhile; `copy` is fresh, ours
     // and as long; they are different mappings.
     unsafe { std::ptr::copy_nonoverlapping(target, copy, len) };
@@ -94,6 +96,8 @@ impl Drop for Mapped {
 mod tests {
     use crate::map::{CHUNK, Mapping};
     use std::os::unix::fs::FileExt as _;
+    use std::path::Path;
+    use std::time::Duration;
 
     #[test]
     fn promoted_pages_hold_the_same_bytes_edits_included_and_belong_to_the_process() {
@@ -118,5 +122,40 @@ mod tests {
         file.read_exact_at(&mut on_disk, 0).unwrap();
         assert!(on_disk == bytes);
         assert!(mapping.promote(0..len + 1).is_err());
+    }
+
+    #[test]
+    fn locks_and_unlocks_that_race_with_promoting_hold() {
+        let len = 16 * CHUNK;
+        let file = tempfile::tempfile().unwrap();
+        file.write_all_at(&vec![7; len], 0).unwrap();
+        // SAFETY: a file of our own, unlinked, not written any more.
+        let mapping = unsafe { Mapping::open_copy_on_write(&file, len) }.unwrap();
+        let pages = mapping.pages(Path::new("f"));
+        let part = CHUNK + 4096..len - CHUNK;
+        if let Err(error) = pages.lock(part.clone()) {
+            eprintln!("!!! not tested: {error}");
+            return;
+        }
+        let locked = || -> Vec<_> { pages.locked().unwrap() };
+        // Out of step with each other, so that they meet at every point of one another.
+        for turn in 0..60 {
+            pages.unlock(0..len).unwrap();
+            std::thread::scope(|scope| {
+                // SAFETY: nobody writes.
+                scope.spawn(|| unsafe { mapping.promote_shared(0..len) }.unwrap());
+                std::thread::sleep(Duration::from_micros(turn * 100));
+                pages.lock(part.clone()).unwrap();
+            });
+            assert!(locked().iter().eq([&part]), "lock {turn}");
+            std::thread::scope(|scope| {
+                // SAFETY: nobody writes.
+                scope.spawn(|| unsafe { mapping.promote_shared(0..len) }.unwrap());
+                std::thread::sleep(Duration::from_micros(turn * 100));
+                pages.unlock(part.clone()).unwrap();
+            });
+            assert!(locked().is_empty(), "unlock {turn}");
+        }
+        assert!(mapping.as_bytes().iter().all(|&byte| byte == 7));
     }
 }

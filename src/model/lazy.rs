@@ -96,7 +96,8 @@ impl Model {
     /// pages stay shared until they are written.
     ///
     /// # Errors
-    /// As [`Model::residency_of`]; [`Error::Limit`](crate::Error::Limit) where `RLIMIT_MEMLOCK` does not allow it.
+    /// As [`Model::residency_of`]; [`Error::Limit`](crate::Error::Limit) where `RLIMIT_MEMLOCK` does not allow it. Exactly
+    /// what was locked before is locked then.
     ///
     /// ```
     /// # // SAFETY: nobody writes to the file while it is mapped.

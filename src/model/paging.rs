@@ -1,21 +1,82 @@
 //! A model's tensors as pages: which are in memory, brought, given back, locked.
 
 use super::Catalog;
-use super::select::{Place, Select};
+use super::select::{Place, Run, Select};
 use crate::error::{Error, Result, quote};
 use crate::map::{Evicted, Pages, Residency, each_in_parallel};
-use std::collections::BTreeSet;
+use std::collections::BTreeMap;
+use std::io;
 use std::ops::Range;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-/// The tensors of a model that were locked by name: a page that two of them share stays locked until both are
-/// unlocked.
+/// The tensors of a model that are locked: a page that two of them share stays locked until both are unlocked.
 #[derive(Debug, Default)]
-pub(crate) struct Locks(Mutex<BTreeSet<Place>>);
+pub(crate) struct Locks(Mutex<Held>);
+
+#[derive(Debug, Default)]
+struct Held {
+    /// By shard and first byte, their ends. None is empty, and no two overlap.
+    tensors: BTreeMap<(usize, usize), usize>,
+    /// Whether those that were locked with their files are among them.
+    has_whole_files: bool,
+}
 
 impl Locks {
-    fn held(&self) -> MutexGuard<'_, BTreeSet<Place>> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    fn held(&self, paging: &Paging<'_>) -> MutexGuard<'_, Held> {
+        let mut held = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if !std::mem::replace(&mut held.has_whole_files, true) {
+            for (shard, _) in paging.pages.iter().enumerate().filter(|(_, pages)| pages.is_locked_whole()) {
+                let tensors = paging.catalog.shards()[shard].layout.iter();
+                held.add(&tensors.map(|info| (shard, info.bytes())).collect::<Vec<_>>());
+            }
+        }
+        held
+    }
+}
+
+impl Held {
+    fn add(&mut self, tensors: &[Run]) {
+        let filled = tensors.iter().filter(|(_, bytes)| !bytes.is_empty());
+        self.tensors.extend(filled.map(|(shard, bytes)| ((*shard, bytes.start), bytes.end)));
+    }
+
+    /// Unlocks the pages of a run that hold no part of a tensor that is locked.
+    fn unlock_rest(&self, pages: &[Pages], (shard, run): &Run) -> io::Result<()> {
+        let pages = &pages[*shard];
+        let all = pages.pages_of(run);
+        let before = self.tensors.range((*shard, 0)..(*shard, all.start)).next_back();
+        let inside = self.tensors.range((*shard, all.start)..(*shard, all.end));
+        let mut from = all.start;
+        for (&(_, start), &end) in before.into_iter().chain(inside) {
+            let kept = pages.pages_of(&(start..end));
+            pages.unlock(from..kept.start.max(from))?;
+            from = from.max(kept.end);
+        }
+        pages.unlock(from..all.end.max(from))
+    }
+}
+
+/// Tensors to be locked, all of them or none.
+pub(super) struct ToLock {
+    /// As they lie in their files.
+    runs: Vec<Run>,
+    tensors: Vec<Run>,
+    locks: Arc<Locks>,
+}
+
+impl ToLock {
+    pub(super) fn lock(&self, pages: &[Pages]) -> Result<()> {
+        let mut held = self.locks.0.lock().unwrap_or_else(PoisonError::into_inner);
+        for (i, (shard, run)) in self.runs.iter().enumerate() {
+            if let Err(error) = pages[*shard].lock(run.clone()) {
+                for run in &self.runs[..=i] {
+                    held.unlock_rest(pages, run).ok();
+                }
+                return Err(error);
+            }
+        }
+        held.add(&self.tensors);
+        Ok(())
     }
 }
 
@@ -28,7 +89,7 @@ pub(crate) struct Paging<'a> {
 }
 
 impl Paging<'_> {
-    fn failed(&self, shard: usize, action: &'static str) -> impl FnOnce(std::io::Error) -> Error {
+    fn failed(&self, shard: usize, action: &'static str) -> impl FnOnce(io::Error) -> Error {
         Error::io(&self.catalog.shards()[shard].path, action)
     }
 
@@ -107,66 +168,34 @@ impl Paging<'_> {
         pages.start < part.end && part.start < pages.end
     }
 
-    /// Locks what is selected: all of it or, where nothing was locked yet, nothing.
+    /// What is selected, to be locked with its pages.
+    pub(super) fn to_lock(&self, places: &[Place]) -> ToLock {
+        drop(self.locks.held(self));
+        ToLock {
+            runs: self.catalog.runs(places),
+            tensors: places.iter().map(|&place| (place.0, self.catalog.bytes(place))).collect(),
+            locks: self.locks.clone(),
+        }
+    }
+
+    /// Locks what is selected: all of it or, where that fails, what was locked before.
     pub(crate) fn lock(&self, select: &Select<'_>) -> Result<()> {
-        let places = self.catalog.select(select)?;
-        lock(&self.pages, &self.catalog.runs(&places), &places, self.locks)
+        self.to_lock(&self.catalog.select(select)?).lock(&self.pages)
     }
 
     /// Unlocks what is selected, but for pages that hold a part of a tensor that stays locked.
     pub(crate) fn unlock(&self, select: &Select<'_>) -> Result<()> {
         let places = self.catalog.select(select)?;
-        let mut held = self.locks.held();
+        let mut held = self.locks.held(self);
         for place in &places {
-            held.remove(place);
-        }
-        let mut kept: Vec<Option<Vec<Range<usize>>>> = vec![None; self.pages.len()];
-        for (shard, run) in self.catalog.runs(&places) {
-            let mut part = self.pages[shard].pages_of(&run);
-            let kept = kept[shard].get_or_insert_with(|| {
-                // One of no bytes, which may lie within the run, has no page.
-                let bytes = held.range((shard, 0)..(shard + 1, 0)).map(|&place| self.catalog.bytes(place));
-                bytes
-                    .filter(|bytes| !bytes.is_empty())
-                    .map(|bytes| self.pages[shard].pages_of(&bytes))
-                    .collect()
-            });
-            // Only neighbours can have a share, and only in the pages at the ends.
-            let first = kept.partition_point(|pages| pages.end <= part.start);
-            for pages in kept[first..].iter().take_while(|pages| pages.start < run.end) {
-                if pages.start < part.end && part.start < pages.end {
-                    if pages.start <= part.start {
-                        part.start = pages.end.min(part.end);
-                    } else {
-                        part.end = pages.start;
-                    }
-                }
+            let bytes = self.catalog.bytes(*place);
+            if !bytes.is_empty() {
+                held.tensors.remove(&(place.0, bytes.start));
             }
-            self.pages[shard].unlock(part).map_err(self.failed(shard, "unlocking its pages"))?;
+        }
+        for run in self.catalog.runs(&places) {
+            held.unlock_rest(&self.pages, &run).map_err(self.failed(run.0, "unlocking its pages"))?;
         }
         Ok(())
     }
-}
-
-/// Locks runs, which are those of `places`.
-pub(super) fn lock(
-    pages: &[Pages],
-    runs: &[(usize, Range<usize>)],
-    places: &[Place],
-    locks: &Locks,
-) -> Result<()> {
-    let mut held = locks.held();
-    for (i, (shard, run)) in runs.iter().enumerate() {
-        if let Err(error) = pages[*shard].lock(run.clone()) {
-            // What was locked before must stay so, and may share pages with these.
-            if held.is_empty() {
-                for (shard, run) in &runs[..i] {
-                    pages[*shard].unlock(run.clone()).ok();
-                }
-            }
-            return Err(error);
-        }
-    }
-    held.extend(places);
-    Ok(())
 }

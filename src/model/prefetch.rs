@@ -1,6 +1,6 @@
 //! Bringing tensors into memory, in the background.
 
-use super::paging::{Locks, Paging, lock};
+use super::paging::{Paging, ToLock};
 use super::select::{Place, Run, Select};
 use crate::error::{Error, Result, quote};
 use crate::map::{CHUNK, Pages, each_in_parallel};
@@ -48,7 +48,7 @@ struct Work {
     pages: Vec<Pages>,
     pieces: Vec<Piece>,
     /// What to lock, once it is there.
-    lock: Option<(Vec<Run>, Vec<Place>, Arc<Locks>)>,
+    lock: Option<ToLock>,
     /// To say which tensor could not be read.
     names: Vec<(Run, String)>,
 }
@@ -87,7 +87,7 @@ impl Paging<'_> {
             pages: self.pages.clone(),
             pieces: pieces(&runs, |shard| self.catalog.shards()[shard].layout.data_range()),
             names: places.iter().map(named).collect(),
-            lock: lock.then(|| (runs, places, self.locks.clone())),
+            lock: lock.then(|| self.to_lock(&places)),
         };
         let shared = Arc::new(Shared {
             total,
@@ -127,8 +127,8 @@ impl Work {
         if shared.cancelled.load(Ordering::Relaxed) {
             return Ok(false);
         }
-        if let Some((runs, places, locks)) = to_lock {
-            lock(&pages, &runs, &places, &locks)?;
+        if let Some(to_lock) = to_lock {
+            to_lock.lock(&pages)?;
         }
         Ok(true)
     }

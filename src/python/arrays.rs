@@ -141,20 +141,22 @@ impl Array<'_> {
 
     /// The bytes that [`Array::flat`] shows.
     fn flat_range(&self) -> Range<usize> {
-        if !self.memory.is_shared() {
-            return 0..self.memory.len();
-        }
+        if self.memory.is_shared() { self.extent() } else { 0..self.memory.len() }
+    }
+
+    /// From the lowest to the highest element.
+    pub(super) fn extent(&self) -> Range<usize> {
         let Some(strides) = self.strides.filter(|_| self.elements() > 0) else {
             return self.offset..self.offset + self.nbytes();
         };
-        // From the lowest to the highest element, by steps that may be negative.
-        let itemsize = self.dtype.itemsize().unwrap_or(1);
-        let (mut start, mut end) = (self.offset, self.offset + itemsize);
+        // By steps that may be negative.
+        let (mut below, mut above) = (0, 1);
         for (&dim, &stride) in self.shape.iter().zip(strides) {
-            let reach = stride.unsigned_abs() * (dim - 1) * itemsize;
-            if stride < 0 { start -= reach } else { end += reach }
+            let reach = stride.unsigned_abs() * (dim - 1);
+            if stride < 0 { below += reach } else { above += reach }
         }
-        start..end
+        let bits = self.dtype.bits();
+        self.offset - (below * bits).div_ceil(8)..self.offset + (above * bits).div_ceil(8)
     }
 
     /// 4-bit floats one to the byte, as `ml_dtypes` holds them.

@@ -65,6 +65,7 @@ impl Data {
 pub(super) fn look_at(name: &str, object: &Bound<'_, PyAny>) -> PyResult<Given> {
     let py = object.py();
     if let Ok(tensor) = object.cast::<Tensor>() {
+        tensor.get().look(py)?;
         let array = tensor.get().array();
         let (dtype, shape) = (array.dtype, array.shape.to_vec());
         let keep = if array.strides.is_none() {

@@ -322,9 +322,9 @@ pub(super) fn shard<'py>(
     for piece in pieces {
         let (shard, index) = piece.place;
         let Some(info) = parts.catalog.shards()[shard].layout.at(index) else { continue };
-        let (memory, start) = match piece.at {
-            At::Mapped(part) => (&parts.memories[shard], part.start),
-            At::Gathered(part) => (&memory, part.start),
+        let (memory, start, watch) = match piece.at {
+            At::Mapped(part) => (&parts.memories[shard], part.start, parts.watch(shard)),
+            At::Gathered(part) => (&memory, part.start, None),
         };
         let tensor = Tensor::whole(
             memory.clone(),
@@ -334,7 +334,7 @@ pub(super) fn shard<'py>(
             info.name(),
             parts.read_only,
         );
-        dict.set_item(info.name(), tensor)?;
+        dict.set_item(info.name(), tensor.watched(watch))?;
     }
     Ok((dict, sizes.asked, sizes.touched, sizes.gathered))
 }

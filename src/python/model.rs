@@ -243,7 +243,8 @@ impl Model {
     /// Brings tensors into memory in the background: all, or those that `names` selects, a name, a pattern
     /// (`"*.mlp.*"`) or a list of them. Returns a `Prefetch` to `wait()` for, ask for its `progress`, or `cancel()`;
     /// dropped, it goes on. Errors are raised by `wait()`. `wait` waits here; `progress` is called with the bytes
-    /// done and their total, and True shows a `tqdm` bar where it is installed; `lock` locks them then.
+    /// done and their total, and what it raises ends the prefetch; True shows a `tqdm` bar where it is installed. `lock`
+    /// locks them then.
     #[pyo3(signature = (names = None, *, wait = false, progress = None, lock = false))]
     fn prefetch<'py>(
         slf: &Bound<'py, Self>,
@@ -264,6 +265,7 @@ impl Model {
     }
 
     /// Reads tensors in and holds them in memory, until `unlock` or the end of the last array. They are not copied.
+    /// Where it fails, `RLIMIT_MEMLOCK` reached say, exactly what was locked before still is.
     #[pyo3(signature = (names = None))]
     fn lock(&self, py: Python<'_>, names: Option<Names>) -> PyResult<()> {
         lazy::lock(py, &*self.parts()?, names)
@@ -277,7 +279,7 @@ impl Model {
 
     /// Names and tensors, one after the other, through a bounded part of memory: read ahead in the background,
     /// given back behind, edits excepted. `budget` is bytes, or text like "2GiB"; `order` is "file", "name", or a list
-    /// of names. `progress` as for `prefetch`. A tensor that is kept stays valid.
+    /// of names. `progress` as for `prefetch`: what it raises ends the stream. A tensor that is kept stays valid.
     #[pyo3(signature = (*, budget = None, names = None, order = None, progress = None))]
     fn stream<'py>(
         slf: &Bound<'py, Self>,

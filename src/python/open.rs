@@ -103,7 +103,8 @@ pub(super) fn is_mapped(backend: &str) -> PyResult<bool> {
 ///
 /// `guard=True` keeps the files open and looks at each access through the model (`model[name]`, `model.numpy()`,
 /// iterating, `stream()`, `shard()`, `changed()`, saving) whether their size and time of writing are as they were (in `"r+"` the size alone);
-/// if not, `ChangedError` is raised. The tensor's pages are read in before it is handed out, so that an I/O error
+/// if not, `ChangedError` is raised. So does a `Tensor` each time it becomes an array, a buffer, a capsule or `bytes`, is
+/// assigned to or saved. The tensor's pages are read in before it is handed out, so that an I/O error
 /// is an `OSError`. What is already out can still suffer: after a truncation, touching it is `SIGBUS`; bytes
 /// overwritten in the file show in pages that this process has not written; and a page that the kernel
 /// dropped for want of memory, and cannot read again, is `SIGBUS` too. `"pread"` and `"memfd"` know none of that.

@@ -1,7 +1,7 @@
 //! What an open model consists of.
 
 use super::lazy::Names;
-use super::tensor::Tensor;
+use super::tensor::{Tensor, Watch};
 use crate::error::Error;
 use crate::layout::TensorInfo;
 use crate::map::{CHUNK, Memory, SharedMemory};
@@ -27,7 +27,7 @@ pub(super) struct Parts {
     /// What `lock` holds.
     pub(super) locks: Arc<Locks>,
     /// With `guard`.
-    guards: Option<Guards>,
+    guards: Option<Arc<Guards>>,
     /// Like no other's in this process.
     pub(super) token: u64,
 }
@@ -49,7 +49,7 @@ impl Parts {
             promoted,
             marks: Mutex::default(),
             locks: Arc::default(),
-            guards,
+            guards: guards.map(Arc::new),
             token: new_token(),
         }
     }
@@ -125,7 +125,16 @@ impl Parts {
 
     pub(super) fn tensor(&self, shard: usize, index: usize, info: &TensorInfo<'_>) -> Result<Tensor, Error> {
         let (memory, offset) = self.place(shard, index, info)?;
-        Ok(Tensor::whole(memory, offset, info.dtype(), info.shape(), info.name(), self.read_only))
+        // A copy is nothing of the file's any more.
+        let watch = if Arc::ptr_eq(&memory, &self.memories[shard]) { self.watch(shard) } else { None };
+        let tensor = Tensor::whole(memory, offset, info.dtype(), info.shape(), info.name(), self.read_only);
+        Ok(tensor.watched(watch))
+    }
+
+    /// What a tensor of a shard asks before it is handed out again: with `guard`.
+    pub(super) fn watch(&self, shard: usize) -> Option<Arc<Watch>> {
+        let guards = self.guards.clone()?;
+        Some(Arc::new(Watch { guards, shard, path: self.catalog.shards()[shard].path.as_path().into() }))
     }
 
     pub(super) fn check(&self) -> Result<(), Error> {

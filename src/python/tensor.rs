@@ -5,11 +5,12 @@ use super::given;
 use crate::dtype::DType;
 use crate::error::{Error, quote};
 use crate::map::SharedMemory;
+use crate::model::Guards;
 use crate::tensor::Selection;
 use pyo3::exceptions::{PyIndexError, PyTypeError, PyValueError};
 use pyo3::prelude::*;
 use pyo3::types::{PyBool, PyBytes, PyEllipsis, PyInt, PySlice, PyTuple};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 /// A tensor where it lies: in a mapped file, in a file being made, or in memory of its own.
@@ -29,6 +30,15 @@ pub(super) struct Tensor {
     strides: Option<Vec<isize>>,
     read_only: bool,
     name: Arc<str>,
+    /// Of a model that is guarded.
+    watch: Option<Arc<Watch>>,
+}
+
+/// The file that a tensor lies in, to ask whether it is still as it was.
+pub(super) struct Watch {
+    pub(super) guards: Arc<Guards>,
+    pub(super) shard: usize,
+    pub(super) path: Arc<Path>,
 }
 
 impl Tensor {
@@ -43,7 +53,22 @@ impl Tensor {
         read_only: bool,
     ) -> Self {
         let read_only = read_only || memory.is_read_only();
-        Self { memory, offset, dtype, shape: shape.to_vec(), strides: None, read_only, name: name.into() }
+        let (shape, name) = (shape.to_vec(), name.into());
+        Self { memory, offset, dtype, shape, strides: None, read_only, name, watch: None }
+    }
+
+    pub(super) fn watched(self, watch: Option<Arc<Watch>>) -> Self {
+        Self { watch, ..self }
+    }
+
+    /// Asks before its memory is handed out, read or written: of a model that is guarded.
+    ///
+    /// # Errors
+    /// Those of a guard.
+    pub(super) fn look(&self, py: Python<'_>) -> PyResult<()> {
+        let Some(watch) = &self.watch else { return Ok(()) };
+        let read = || self.memory.populate_read(self.array().extent());
+        Ok(py.detach(|| watch.guards.hand_out(watch.shard, &watch.path, read))?)
     }
 
     pub(super) fn array(&self) -> Array<'_> {
@@ -87,6 +112,7 @@ impl Tensor {
             shape: selection.shape,
             read_only: self.read_only,
             name: self.name.clone(),
+            watch: self.watch.clone(),
         })
     }
 
@@ -199,6 +225,7 @@ impl Tensor {
 
     /// The elements as `bytes`, in C order, little endian: a copy.
     fn tobytes<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyBytes>> {
+        self.look(py)?;
         let array = self.array();
         PyBytes::new_with(py, array.nbytes(), |to| {
             py.detach(|| array.gather(&self.selection(), to));
@@ -215,12 +242,14 @@ impl Tensor {
     ///
     /// bfloat16 and 8-bit floats use `ml_dtypes`. 4-bit floats are unpacked, which copies.
     fn numpy<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyAny>> {
+        self.look(py)?;
         self.array().numpy(py, None)
     }
 
     /// A torch tensor of the same memory with a storage of its own; on another `device`, a copy there.
     #[pyo3(signature = (device = None))]
     fn torch<'py>(&self, py: Python<'py>, device: Option<Bound<'py, PyAny>>) -> PyResult<Bound<'py, PyAny>> {
+        self.look(py)?;
         self.array().torch(py, device.as_ref())
     }
 
@@ -229,6 +258,7 @@ impl Tensor {
     /// JAX holds arrays to be immutable: do not write to this tensor while one lives.
     #[pyo3(signature = (device = None))]
     fn jax<'py>(&self, py: Python<'py>, device: Option<Bound<'py, PyAny>>) -> PyResult<Bound<'py, PyAny>> {
+        self.look(py)?;
         self.array().jax(py, device.as_ref(), None)
     }
 
@@ -274,6 +304,7 @@ impl Tensor {
                 quote(&self.name)
             )));
         }
+        part.look(py)?;
         given::assign(py, &part.array(), value)
     }
 
@@ -326,6 +357,7 @@ impl Tensor {
     ) -> PyResult<Bound<'py, PyAny>> {
         // A CPU has no streams; the standard says to ignore what is given.
         drop(stream);
+        self.look(py)?;
         self.array().dlpack(py, max_version.is_some_and(|v| v.0 >= 1), dl_device, copy)
     }
 
@@ -342,6 +374,7 @@ impl Tensor {
         view: *mut pyo3::ffi::Py_buffer,
         flags: std::ffi::c_int,
     ) -> PyResult<()> {
+        slf.get().look(slf.py())?;
         // SAFETY: the protocol's promise, passed on.
         unsafe { super::buffer::fill(slf.as_any(), &slf.get().array(), view, flags) }
     }
@@ -365,6 +398,7 @@ impl Tensor {
             strides: self.strides.clone(),
             read_only: self.read_only,
             name: self.name.clone(),
+            watch: self.watch.clone(),
         }
     }
 }

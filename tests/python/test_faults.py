@@ -92,6 +92,10 @@ try:
             draft.fill(tensors())
         saved = mt.open(target)
         say(far(saved["a"].numpy()), far(saved["b"].numpy()))
+    if "Tensor" in stage:
+        tensor = model["a"]
+        change()
+        say(far(tensor.numpy()))
     if "untouched" in stage:
         change()
         say(far(model["a"].numpy()))
@@ -137,6 +141,9 @@ OUTCOMES = {
     ),
     "untouched, guard": ("ChangedError", "ChangedError", "ChangedError", "old", "old"),
     "touched, guard": ("ChangedError", "ChangedError", "ChangedError", "old", "old"),
+    # Not yet an array: it asks when it becomes one.
+    "Tensor": ("SIGBUS", "zeros", "new", "old", "old"),
+    "Tensor, guard": ("ChangedError", "ChangedError", "ChangedError", "old", "old"),
     # What is out is out.
     "view, guard": ("SIGBUS", "zeros", "new", "old", "old"),
     "untouched, pread": OLD,
@@ -211,6 +218,7 @@ def test_the_table_in_the_documentation_is_the_one_tested_here():
         "opened, not touched": "untouched",
         "a view that is out": "view",
         "guarded, at the next access": "touched, guard",
+        "guarded, a `Tensor` of Python's that is out": "Tensor, guard",
         "guarded, a view that is out": "view, guard",
         "`pread`, `memfd`": "view, pread",
         "`r+`": "untouched, r+",
@@ -222,6 +230,66 @@ def test_the_table_in_the_documentation_is_the_one_tested_here():
         "edited pages": ("`SIGBUS`, edits lost", *("edits and old bytes",) * 4),
         "edited, other pages": tuple(plain[said] for said in OUTCOMES["view"]),
     }
+
+
+#: What a `Tensor` is taken for, each an access; the file is cut off before.
+WAYS = """
+import os, sys
+import jax, numpy as np, torch
+import maptensors as mt
+
+path = sys.argv[1]
+saved = {name: np.ones((512, 512), "float32") for name in "ab"}
+mt.save(saved, path, durable=False)
+whole = os.stat(path).st_size
+ways = {
+    "numpy": lambda tensor: tensor.numpy(),
+    "torch": lambda tensor: tensor.torch(),
+    "jax": lambda tensor: tensor.jax(),
+    "array": np.asarray,
+    "from_dlpack": np.from_dlpack,
+    "torch.from_dlpack": torch.from_dlpack,
+    "buffer": memoryview,
+    "tobytes": lambda tensor: tensor.tobytes(),
+    "bytes": bytes,
+    "assignment": lambda tensor: tensor.__setitem__(..., 2),
+    "assignment of a part": lambda tensor: tensor.__setitem__(0, 2),
+    "assigned": lambda tensor: other["a"].__setitem__(slice(len(tensor)), tensor),
+    "a part": lambda tensor: tensor[1].numpy(),
+    "a part backwards": lambda tensor: tensor[::-1, ::2].numpy(),
+    "another dtype": lambda tensor: tensor.view("I32").numpy(),
+    "saved": lambda tensor: mt.save({"a": tensor}, path + ".saved", durable=False),
+    "serialized": lambda tensor: mt.save_bytes({"a": tensor}),
+}
+other = mt.load(open(path, "rb").read())
+for guard, mode in ((True, "c"), (True, "r+")):
+    for how, use in ways.items():
+        model = mt.open(path, mode, guard=guard)
+        tensors = [model["a"], model.shard(0, 2, {"*": "column"})["a"], next(model.stream())[1]]
+        assert all(tensor.mapped for tensor in tensors)
+        gathered = model.shard(0, 2, {"*": "row"})["a"]
+        for tensor in tensors:
+            use(tensor)  # as long as nothing has changed
+        del model
+        os.truncate(path, 4096)
+        for tensor in tensors:
+            try:
+                use(tensor)
+                print(how, mode, "raised nothing")
+            except mt.errors.ChangedError as error:
+                assert path in str(error), error
+        # Memory of the rank's own has nothing to do with the file.
+        assert gathered.numpy().size == 512 * 256
+        mt.save(saved, path, durable=False)
+        assert os.stat(path).st_size == whole
+print("done")
+"""
+
+
+def test_a_tensor_of_a_guarded_model_asks_again_however_it_is_taken(disk):
+    done = run_python(WAYS, disk / "model")
+    assert done.returncode == 0, f"{done.returncode}\n{done.stdout}\n{done.stderr}"
+    assert done.stdout.splitlines() == ["done"]
 
 
 def test_an_unreadable_page_is_an_error_under_a_guard_and_when_populating(tmp_path):
