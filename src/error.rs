@@ -325,6 +325,11 @@ impl Error {
         }
     }
 
+    /// Whether it is that of work that was called off.
+    pub(crate) fn is_called_off(&self) -> bool {
+        matches!(self, Self::Io { source, .. } if source.raw_os_error() == Some(libc::ECANCELED))
+    }
+
     /// For `map_err`: an [`Error::Io`] that says what was being done to which file.
     pub(crate) fn io(path: &Path, action: &'static str) -> impl FnOnce(io::Error) -> Self {
         move |source| Self::Io { path: path.to_owned(), action: action.into(), source }

@@ -339,3 +339,36 @@ fn killed_child() {
     checkpoints.wait().unwrap();
     std::process::abort();
 }
+
+#[test]
+fn looking_for_checkpoints_makes_no_directory_and_the_first_save_does() {
+    let temporary = tempfile::tempdir().unwrap();
+    let dir = temporary.path().join("a/b");
+    let model = Model::read("models/digits.safetensors").unwrap();
+    let checkpoints = CheckpointOptions::new().keep(1).open(&dir).unwrap();
+    assert_eq!(checkpoints.steps().unwrap(), [0; 0]);
+    assert_eq!(checkpoints.latest().unwrap(), None);
+    assert!(checkpoints.find(None).is_err() && checkpoints.find(Some(1)).is_err());
+    checkpoints.remove(1).unwrap();
+    assert!(!temporary.path().join("a").exists());
+    for step in [1, 2] {
+        checkpoints.save(model.tensors().map(|t| (t.name(), t)), step).unwrap();
+        assert_eq!(checkpoints.steps().unwrap(), [step]);
+    }
+    checkpoints.close().unwrap();
+    // What is no directory is an error at once.
+    let file = temporary.path().join("file");
+    std::fs::write(&file, b"").unwrap();
+    assert!(Checkpointer::open(&file).is_err());
+}
+
+#[test]
+fn a_directory_that_others_make_meanwhile_is_seen() {
+    let temporary = tempfile::tempdir().unwrap();
+    let dir = temporary.path().join("later");
+    let model = Model::read("models/digits.safetensors").unwrap();
+    let reader = Checkpointer::open(&dir).unwrap();
+    let writer = Checkpointer::open(&dir).unwrap();
+    writer.save(model.tensors().map(|t| (t.name(), t)), 7).unwrap();
+    assert_eq!(reader.latest().unwrap(), Some(7));
+}

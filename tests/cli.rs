@@ -511,3 +511,50 @@ fn checksums_are_those_that_a_file_carries_whatever_the_budget() {
     assert!(two.lines().all(|line| line.ends_with(".safetensors: fc1.bias")), "{two}");
     assert!(complaint(&["checksum", "--budget", "2x", "m"], 2).contains("2GiB"));
 }
+
+#[test]
+fn an_index_that_misstates_the_size_is_warned_of_and_is_no_failure() {
+    let dir = tempfile::tempdir().unwrap();
+    let at = |name: &str| dir.path().join(name).to_str().unwrap().to_owned();
+    let model = maptensors::Model::read("models/digits.safetensors").unwrap();
+    maptensors::SaveOptions::new()
+        .checksums(true)
+        .max_shard_size(17_000)
+        .save(model.tensors().map(|t| (t.name(), t)), at("model.safetensors"))
+        .unwrap();
+    let index = at("model.safetensors.index.json");
+    let path = dir.path().to_str().unwrap();
+    let size: u64 = model.tensors().map(|t| t.as_bytes().len() as u64).sum();
+    let (right, wrong) = (format!("\"total_size\": {size}"), "\"total_size\": 7");
+    assert_eq!(json(&["verify", "--json", path])["total_size"], Value::Null);
+    assert!(!printed(&["verify", path]).contains("warning"));
+    let text = fs::read_to_string(&index).unwrap();
+    assert!(text.contains(&right), "{text}");
+    fs::write(&index, text.replace(&right, wrong)).unwrap();
+
+    let said = printed(&["verify", path]);
+    assert!(said.contains("4 tensors as saved"), "{said}");
+    assert!(
+        said.contains(&format!("warning: the index says total_size 7, the tensors take {size}")),
+        "{said}"
+    );
+    let verified = json(&["verify", "--json", path]);
+    assert_eq!(verified["total_size"], serde_json::json!({ "found": 7, "expected": size }));
+    assert_eq!((&verified["tensors"], &verified["checksums"]), (&4.into(), &true.into()));
+    // Where there is nothing else to verify, too.
+    let bare = at("bare");
+    fs::create_dir(&bare).unwrap();
+    for entry in fs::read_dir("models/digits-sharded").unwrap() {
+        let from = entry.unwrap().path();
+        let text = fs::read(&from).unwrap();
+        let text = match String::from_utf8(text) {
+            Ok(text) => text.replace(&right, wrong).into_bytes(),
+            Err(binary) => binary.into_bytes(),
+        };
+        fs::write(Path::new(&bare).join(from.file_name().unwrap()), text).unwrap();
+    }
+    let answer = run(&["verify", &bare]);
+    assert_eq!(answer.status.code(), Some(2));
+    assert!(String::from_utf8(answer.stdout).unwrap().contains("warning: the index says total_size 7"));
+    assert!(printed(&["verify", "--missing-ok", &bare]).contains("total_size 7"));
+}

@@ -54,6 +54,9 @@ def save(
 
     With ``max_shard_size`` (bytes, or text like ``"5GB"``) what does not fit one file is saved over several,
     named after ``path`` (``model-00001-of-00002.safetensors``), with ``model.safetensors.index.json`` last.
+
+    Ctrl-C on the main thread ends it soon, also while it waits for the disk: what was unfinished is gone, and
+    what was there is as it was.
     """
     limit = None if max_shard_size is None else parse_size(max_shard_size)
     given = _metadata(tensors, metadata)

@@ -119,6 +119,8 @@ class Checkpointer:
     :func:`maptensors.create`, has the first output made ready at once. ``progress`` is called with the bytes
     staged and their total; True shows a ``tqdm`` bar where it is installed.
 
+    A directory that is not there is made by the first save, or for ``example``; looking makes none.
+
     One Checkpointer at a time saves into a directory, and a fork's child has to open its own. What falls out
     first is what was there before this run: going back to an earlier step loses nothing of the new run,
     but ``latest`` is the highest step until :meth:`remove` takes the abandoned ones away.
@@ -159,7 +161,7 @@ class Checkpointer:
     def save(
         self, state: Mapping[str, Any], step: int, *, metadata: Mapping[str, str] | None = None
     ) -> Saved:
-        """Save a state; it is durable when this returns."""
+        """Save a state; it is durable when this returns. Ctrl-C calls it off, and leaves nothing of it."""
         return Saved(**self._checkpoints.save(*self._prepared(state, step, metadata)))
 
     def save_async(
@@ -170,6 +172,8 @@ class Checkpointer:
         What happens to the state from now on does not reach the file. One more save may be queued behind one
         under way; the next call then waits. An error is raised by the :class:`Saving` returned, or else by
         the next save, :meth:`wait` or :meth:`close`.
+
+        Ctrl-C while it copies calls it off. Later, in any wait, it ends the waiting: the save goes on.
         """
         return Saving(self._checkpoints.save_async(*self._prepared(state, step, metadata)))
 

@@ -251,6 +251,10 @@ struct VerifyArgs {
     /// A file without checksums is not an error
     #[arg(long)]
     missing_ok: bool,
+
+    /// One JSON document per path, each on a line
+    #[arg(long)]
+    json: bool,
 }
 
 /// Write what turns one model into another to a small file.
@@ -335,7 +339,9 @@ impl Typed {
                 json: typed.json,
                 width,
             }),
-            Command::Verify(VerifyArgs { paths, missing_ok }) => Job::Verify(Check { paths, missing_ok }),
+            Command::Verify(VerifyArgs { paths, missing_ok, json }) => {
+                Job::Verify(Check { paths, missing_ok, json })
+            }
             Command::Delta(DeltaArgs { base, new, out }) => Job::Delta(Make { base, new, out }),
             Command::Apply(ApplyArgs { paths }) => {
                 // Three at least: the parser sees to it.

@@ -185,6 +185,26 @@ pub(super) struct Check {
     pub(super) paths: Vec<PathBuf>,
     /// Whether a file without checksums is none of our business.
     pub(super) missing_ok: bool,
+    pub(super) json: bool,
+}
+
+/// What `verify --json` prints of a model; the keys are an interface.
+#[derive(Serialize)]
+struct Verified {
+    path: String,
+    tensors: usize,
+    checksums: bool,
+    damaged: Vec<String>,
+    /// Where an index misstates it; no damage.
+    total_size: Option<Misstated>,
+    #[serde(skip)]
+    is_known: bool,
+}
+
+#[derive(Serialize)]
+struct Misstated {
+    found: u64,
+    expected: u64,
 }
 
 impl Check {
@@ -192,24 +212,16 @@ impl Check {
     pub(super) fn run(&self, out: &mut impl Write) -> Answer {
         let mut code = DONE;
         for path in &self.paths {
-            let shown = printable(&path.to_string_lossy());
-            let answer = open(path).and_then(|model| {
-                let carries = model.metadata().contains_key(crate::digest::CHECKSUMS);
-                if carries || !self.missing_ok {
-                    model.verify()?;
-                }
-                Ok((model.len(), carries))
-            });
-            match answer {
-                Ok((tensors, true)) => {
-                    writeln!(out, "{shown}: {} as saved", text::plural(tensors, "tensor"))?;
-                }
-                Ok((_, false)) => writeln!(out, "{shown}: no checksums")?,
-                Err(Error::Checksum { tensor, others, .. }) => {
-                    for name in std::iter::once(&tensor).chain(&others) {
-                        writeln!(out, "{shown}: damaged: {}", text::name(name))?;
+            match self.verify(path) {
+                Ok((verified, trouble)) => {
+                    self.tell(&verified, out)?;
+                    if !verified.damaged.is_empty() {
+                        code = code.max(DIFFERENT);
                     }
-                    code = code.max(DIFFERENT);
+                    if let Some(error) = trouble {
+                        complain(&error);
+                        code = TROUBLE;
+                    }
                 }
                 Err(error) => {
                     complain(&error);
@@ -218,5 +230,54 @@ impl Check {
             }
         }
         Ok(code)
+    }
+
+    /// What is found, and what kept it from finding more.
+    fn verify(&self, path: &Path) -> crate::Result<(Verified, Option<Error>)> {
+        let model = open(path)?;
+        let checksums = model.metadata().contains_key(crate::digest::CHECKSUMS);
+        let (damaged, trouble) = match if checksums || !self.missing_ok { model.verify() } else { Ok(()) } {
+            Ok(()) => (Vec::new(), None),
+            Err(Error::Checksum { tensor, others, .. }) => {
+                (std::iter::once(tensor).chain(others).collect(), None)
+            }
+            Err(error) => (Vec::new(), Some(error)),
+        };
+        let misstated = |(found, expected)| Misstated { found, expected };
+        let verified = Verified {
+            path: path.to_string_lossy().into(),
+            tensors: model.len(),
+            checksums,
+            damaged,
+            total_size: model.misstated_size().map(misstated),
+            is_known: trouble.is_none(),
+        };
+        Ok((verified, trouble))
+    }
+
+    fn tell(&self, verified: &Verified, out: &mut impl Write) -> Result<(), Box<dyn std::error::Error>> {
+        let Verified { path, tensors, checksums, damaged, total_size, .. } = verified;
+        if self.json {
+            writeln!(out, "{}", text::json_safe(&serde_json::to_string(verified)?))?;
+            return Ok(());
+        }
+        let shown = printable(path);
+        match (checksums, damaged.as_slice()) {
+            _ if !verified.is_known => {}
+            (true, []) => writeln!(out, "{shown}: {} as saved", text::plural(*tensors, "tensor"))?,
+            (true, names) => {
+                for name in names {
+                    writeln!(out, "{shown}: damaged: {}", text::name(name))?;
+                }
+            }
+            (false, _) => writeln!(out, "{shown}: no checksums")?,
+        }
+        if let Some(Misstated { found, expected }) = total_size {
+            writeln!(
+                out,
+                "{shown}: warning: the index says total_size {found}, the tensors take {expected}"
+            )?;
+        }
+        Ok(())
     }
 }

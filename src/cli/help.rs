@@ -74,6 +74,9 @@ Examples:
 Files carry checksums when they were saved so: SaveOptions::checksums in Rust,
 checksums=True in Python. They find damage, not deceit.
 
+An index whose total_size is wrong is warned of. It loads all the same, so that
+is no failure.
+
 Exit codes: 0 as saved, 1 damaged (the tensors are named), 2 trouble, such as
 a file without checksums.";
 

@@ -7,6 +7,7 @@ mod demo;
 mod edit;
 mod help;
 mod inspect;
+mod interrupt;
 mod pages;
 mod picture;
 mod process;
@@ -80,7 +81,8 @@ pub fn run<I: IntoIterator<Item = OsString>>(args: I) -> u8 {
     if matches!(job, Job::Diff(_) | Job::Changed(_) | Job::Verify(_)) {
         return answer(&job, out);
     }
-    let done = job.run(&mut out).and_then(|code| Ok(out.flush().map(|()| code)?));
+    let done = if job.writes() { interrupt::guarded(|| job.run(&mut out)) } else { job.run(&mut out) };
+    let done = done.and_then(|code| Ok(out.flush().map(|()| code)?));
     match done {
         Ok(code) => code,
         Err(error) if is_broken_pipe(&*error) => DONE,
@@ -94,6 +96,11 @@ pub fn run<I: IntoIterator<Item = OsString>>(args: I) -> u8 {
 }
 
 impl Job {
+    /// Whether it makes files of models, which are not to be left unfinished.
+    fn writes(&self) -> bool {
+        matches!(self, Self::Edit(_) | Self::Delta(_) | Self::Apply(_) | Self::Demo { .. })
+    }
+
     fn run(&self, out: &mut impl Write) -> Result<u8, Box<dyn Error>> {
         match self {
             Self::Inspect(inspect) => inspect.run(out),

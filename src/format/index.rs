@@ -8,8 +8,9 @@
 use super::Text;
 use crate::error::{Error, Result};
 use hashbrown::{HashMap, HashSet};
-use serde::Serialize;
 use serde::de::{self, DeserializeSeed, Deserializer, IgnoredAny, MapAccess, Visitor};
+use serde::{Deserialize, Serialize};
+use serde_json::value::RawValue;
 use std::cell::RefCell;
 use std::collections::BTreeMap;
 use std::fmt;
@@ -24,6 +25,8 @@ pub(crate) struct Index {
     names: String,
     /// Where each name ends in `names`, and the place of its shard in `shards`.
     ends: Vec<(usize, u32)>,
+    /// `metadata.total_size`, which nothing relies on: no more than a hint, and often wrong.
+    pub(crate) total_size: Option<u64>,
 }
 
 impl Index {
@@ -103,9 +106,10 @@ impl<'de> Visitor<'de> for &Top<'_> {
     }
 
     fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Index, A::Error> {
-        let mut index = None;
+        let (mut index, mut total_size) = (None, None);
         while let Some(key) = map.next_key_seed(Text)? {
             match &*key {
+                "metadata" => total_size = stated_size(map.next_value::<&RawValue>()?),
                 "weight_map" if index.is_some() => {
                     let (path, name) = (self.path.into(), key.into_owned());
                     return Err(self.stop(Error::Duplicate { path, what: "key", name }));
@@ -116,8 +120,19 @@ impl<'de> Visitor<'de> for &Top<'_> {
                 }
             }
         }
-        index.ok_or_else(|| de::Error::missing_field("weight_map"))
+        let mut index: Index = index.ok_or_else(|| de::Error::missing_field("weight_map"))?;
+        index.total_size = total_size;
+        Ok(index)
     }
+}
+
+/// `total_size`, if it is there and a size: metadata may be anything.
+fn stated_size(metadata: &RawValue) -> Option<u64> {
+    #[derive(Deserialize)]
+    struct Metadata {
+        total_size: u64,
+    }
+    serde_json::from_str(metadata.get()).ok().map(|Metadata { total_size }| total_size)
 }
 
 /// `{"tensor": "shard", …}`
@@ -141,7 +156,8 @@ impl<'de> Visitor<'de> for WeightMap<'_, '_> {
 
     fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Index, A::Error> {
         let path = self.top.path;
-        let mut index = Index { shards: Vec::new(), names: String::new(), ends: Vec::new() };
+        let mut index =
+            Index { shards: Vec::new(), names: String::new(), ends: Vec::new(), total_size: None };
         let mut places: HashMap<String, u32> = HashMap::new();
         let mut last = 0;
         while let Some(tensor) = map.next_key_seed(Text)? {

@@ -1,5 +1,6 @@
 //! Bytes from file to file, without passing through this process where the kernel can do that.
 
+use super::cancel;
 use super::disk::{self, Op};
 use rustix::io::Errno;
 use std::fs::File;
@@ -35,6 +36,7 @@ pub(crate) fn copy_range(
     disk::act(Op::Copy(from, to), || {
         let mut done = 0;
         while done < len {
+            cancel::check()?;
             done += match step(from, from_offset + done, to, to_offset + done, len - done)? {
                 0 => return Err(io::ErrorKind::UnexpectedEof.into()),
                 copied => copied,

@@ -23,6 +23,7 @@ mod advice;
 mod atomic;
 #[cfg(feature = "cli")]
 pub(crate) mod cached;
+pub(crate) mod cancel;
 pub(crate) mod control;
 mod copy;
 pub(crate) mod disk;

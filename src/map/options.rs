@@ -410,7 +410,10 @@ impl MapOptions {
 /// Fills memory with as many bytes of `file`, from an offset, on several threads.
 pub(super) fn read_all_at(to: &mut [u8], file: &File, offset: u64) -> io::Result<()> {
     let chunks: Vec<_> = to.chunks_mut(CHUNK).enumerate().collect();
-    super::each_in_parallel(chunks, |(i, chunk)| file.read_exact_at(chunk, offset + (i * CHUNK) as u64))
+    super::each_in_parallel(chunks, |(i, chunk)| {
+        super::cancel::check()?;
+        file.read_exact_at(chunk, offset + (i * CHUNK) as u64)
+    })
 }
 
 /// How far behind a page boundary memory has to start for byte `data_start` to lie on a 64-byte boundary.

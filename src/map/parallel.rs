@@ -1,6 +1,6 @@
 //! Work on several threads.
 
-use super::disk;
+use super::{cancel, disk};
 
 /// Runs `work` on every item, on as many threads as help. The first error stops handing out items.
 pub(crate) fn each_in_parallel<T: Send, E: Send>(
@@ -32,10 +32,10 @@ pub(crate) fn each_in_parallel<T: Send, E: Send>(
     };
     std::thread::scope(|scope| {
         for _ in 1..threads {
-            let (watching, take_and_work) = (disk::watching(), &take_and_work);
+            let (watching, cancel, take_and_work) = (disk::watching(), cancel::current(), &take_and_work);
             // Where the system gives no thread (RLIMIT_AS, RLIMIT_NPROC, a cgroup's pids.max), there are fewer.
             if std::thread::Builder::new()
-                .spawn_scoped(scope, move || disk::watched(watching, take_and_work))
+                .spawn_scoped(scope, move || disk::watched(watching, || cancel::under(cancel, take_and_work)))
                 .is_err()
             {
                 break;

@@ -67,8 +67,9 @@ pub(super) fn assemble<M: Send + Sync>(
     })?;
     let (shards, memories): (_, Vec<_>) = opened.into_iter().flatten().unzip();
     let (memories, guards): (_, Vec<_>) = memories.into_iter().unzip();
-    let catalog = Catalog::new(shards)?;
+    let mut catalog = Catalog::new(shards)?;
     if let Some(index) = &place.index {
+        catalog.stated_size = index.total_size;
         check_index(index, &catalog, &place.path)?;
     }
     let guards = watched.then(|| Guards::new(guards.into_iter().flatten().collect()));

@@ -25,6 +25,8 @@ pub(crate) struct Catalog {
     metadata: BTreeMap<String, String>,
     /// The checksum of every tensor, in file order, as the files hold them: once somebody asked.
     pub(super) sums: OnceLock<Vec<u128>>,
+    /// The size of all tensors, as an index states it.
+    pub(super) stated_size: Option<u64>,
 }
 
 impl Catalog {
@@ -37,6 +39,7 @@ impl Catalog {
             hasher: DefaultHashBuilder::default(),
             metadata: BTreeMap::new(),
             sums: OnceLock::new(),
+            stated_size: None,
         };
         if shards.len() != 1 {
             catalog.lookup.reserve(shards.iter().map(|s| s.layout.len()).sum(), |_| 0);

@@ -171,6 +171,9 @@ pub(crate) fn compare(pairs: &[Pair<'_>], hash: bool) -> Vec<Difference> {
     }
     let parts = Mutex::new(Vec::with_capacity(jobs.len()));
     let done = map::each_in_parallel(jobs, |(p, ranges): (usize, Vec<Range<usize>>)| {
+        if map::cancel::is_called_off() {
+            return Ok(());
+        }
         let part = pairs[p].job(&ranges, hash);
         if !part.is_empty() {
             parts.lock().unwrap_or_else(PoisonError::into_inner).push((p, part));

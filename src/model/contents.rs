@@ -287,6 +287,7 @@ pub(crate) fn hash_all(
     });
     let sums = Mutex::new(vec![0u128; lens.len()]);
     map::each_in_parallel(jobs.collect(), |(tensor, range): (usize, Range<usize>)| {
+        map::cancel::check()?;
         let mut bytes = vec![0; STEP.min(range.len())];
         let mut sum = 0u128;
         for start in range.clone().step_by(STEP) {

@@ -31,6 +31,13 @@ impl Catalog {
         Ok(stated)
     }
 
+    /// What an index states of the size of all tensors and what it is, in bytes, where these differ.
+    pub(crate) fn misstated_size(&self) -> Option<(u64, u64)> {
+        let found = self.stated_size?;
+        let expected = self.infos().map(|(_, info)| info.nbytes()).sum();
+        (found != expected).then_some((found, expected))
+    }
+
     /// The checksum of every tensor in the files, in file order, where it is known without reading them.
     pub(super) fn known_sums(&self) -> Option<&Vec<u128>> {
         if let Some(sums) = self.sums.get() {
@@ -109,5 +116,18 @@ impl Model {
     /// ```
     pub fn verify(&self) -> Result<()> {
         self.contents().verify()
+    }
+
+    /// Where an index's `metadata.total_size` is not the bytes that its tensors take: what it says, and what they
+    /// take. Such a model is sound all the same: nothing relies on that number, and many tools write it wrong. A
+    /// model opened without an index has none.
+    ///
+    /// ```
+    /// let model = maptensors::Model::read("models/digits-sharded")?;
+    /// assert_eq!(model.misstated_size(), None);
+    /// # Ok::<(), maptensors::Error>(())
+    /// ```
+    pub fn misstated_size(&self) -> Option<(u64, u64)> {
+        self.catalog.misstated_size()
     }
 }

@@ -1,14 +1,15 @@
 //! `maptensors._native.Checkpoints`: what `maptensors.Checkpointer` stands on.
 
+use super::interrupt::{GRACE, wait_in_turns};
 use super::save::{Metadata, collect, sizes, stage_one};
 use crate::error::Error;
+use crate::map::cancel::{self, Cancel};
 use crate::save::{self, CheckpointOptions, Checkpointer, Ready};
 use pyo3::exceptions::PyKeyboardInterrupt;
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
 
 /// The checkpoints of a directory.
 #[pyclass(frozen, module = "maptensors._native")]
@@ -28,14 +29,20 @@ impl Checkpoints {
         tensors: &Bound<'_, PyAny>,
         step: u64,
         metadata: Metadata,
-        inline: bool,
+        alone: bool,
+        cancel: &Cancel,
     ) -> PyResult<save::Saving> {
         let checkpointer = self.checkpointer()?;
         let tensors = collect(tensors)?;
         let given = metadata.as_ref();
+        if let Some(room) = wait_in_turns(py, None, |most| checkpointer.room_within(alone, most))? {
+            room?;
+        }
         py.detach(|| {
-            checkpointer.run(&sizes(&tensors), given, step, inline, |part, path, create| {
-                Python::attach(|py| stage_one(py, &tensors[part], path, &metadata, create))
+            checkpointer.run(&sizes(&tensors), given, step, false, |part, path, create| {
+                let commit = Python::attach(|py| stage_one(py, &tensors[part], path, &metadata, create))?;
+                let cancel = cancel.clone();
+                Ok(Box::new(move || cancel::under(Some(cancel), commit)))
             })
         })
     }
@@ -93,8 +100,19 @@ impl Checkpoints {
         step: u64,
         metadata: Metadata,
     ) -> PyResult<Bound<'py, PyDict>> {
-        let saving = self.start(py, tensors, step, metadata, true)?;
-        saved(py, &py.detach(|| saving.wait())?)
+        let cancel = Cancel::default();
+        let saving = self.start(py, tensors, step, metadata, true, &cancel)?;
+        match wait_in_turns(py, None, |most| saving.wait_for(most)) {
+            Ok(Some(outcome)) => saved(py, &outcome?),
+            Ok(None) => Err(Error::Argument("the save did not end".into()).into()),
+            Err(raised) => {
+                py.detach(|| {
+                    cancel.call_off();
+                    saving.wait_for(GRACE)
+                });
+                Err(raised)
+            }
+        }
     }
 
     /// Stages, and returns what waits for the rest.
@@ -105,7 +123,7 @@ impl Checkpoints {
         step: u64,
         metadata: Metadata,
     ) -> PyResult<Saving> {
-        Ok(Saving { saving: self.start(py, tensors, step, metadata, false)? })
+        Ok(Saving { saving: self.start(py, tensors, step, metadata, false, &Cancel::default())? })
     }
 
     /// Makes an output of so many bytes ready.
@@ -136,7 +154,7 @@ impl Checkpoints {
     /// Waits for saves under way; an error nobody was told of comes here.
     fn wait(&self, py: Python<'_>) -> PyResult<()> {
         let checkpointer = self.checkpointer()?;
-        Ok(py.detach(|| checkpointer.wait())?)
+        finished(py, &checkpointer)
     }
 
     /// Waits for saves under way, and ends the background thread.
@@ -147,11 +165,14 @@ impl Checkpoints {
             // A fork's child: what is under way is its parent's.
             return Ok(());
         }
-        Ok(py.detach(|| {
-            let done = checkpointer.wait();
-            drop(checkpointer);
-            done
-        })?)
+        let done = finished(py, &checkpointer);
+        if done.as_ref().is_err_and(|error| error.is_instance_of::<PyKeyboardInterrupt>(py)) {
+            // What is under way is finished all the same, when this is closed again.
+            *self.open.lock().unwrap_or_else(PoisonError::into_inner) = Some(checkpointer);
+            return done;
+        }
+        py.detach(|| drop(checkpointer));
+        done
     }
 }
 
@@ -166,22 +187,9 @@ impl Saving {
     /// Waits at most so many seconds; what was saved, as a dict, or None if it is not yet.
     #[pyo3(signature = (timeout = None))]
     fn wait<'py>(&self, py: Python<'py>, timeout: Option<f64>) -> PyResult<Option<Bound<'py, PyDict>>> {
-        // In turns, so that Ctrl-C is seen.
-        const TURN: Duration = Duration::from_millis(100);
-        let mut left =
-            timeout.map(|seconds| Duration::try_from_secs_f64(seconds.max(0.0)).unwrap_or(Duration::MAX));
-        loop {
-            let turn = left.map_or(TURN, |left| left.min(TURN));
-            if let Some(outcome) = py.detach(|| self.saving.wait_for(turn)) {
-                return saved(py, &outcome?).map(Some);
-            }
-            py.check_signals()?;
-            if let Some(left) = &mut left {
-                *left = left.saturating_sub(turn);
-                if left.is_zero() {
-                    return Ok(None);
-                }
-            }
+        match wait_in_turns(py, timeout, |most| self.saving.wait_for(most))? {
+            Some(outcome) => saved(py, &outcome?).map(Some),
+            None => Ok(None),
         }
     }
 
@@ -194,6 +202,14 @@ impl Saving {
     #[getter]
     fn staged(&self) -> f64 {
         self.saving.staged.as_secs_f64()
+    }
+}
+
+/// Waits for what is under way.
+fn finished(py: Python<'_>, checkpointer: &Checkpointer) -> PyResult<()> {
+    match wait_in_turns(py, None, |most| checkpointer.wait_for(most))? {
+        Some(done) => Ok(done?),
+        None => Ok(()),
     }
 }
 

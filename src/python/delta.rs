@@ -1,6 +1,7 @@
 //! Deltas, differences and checksums, of models and of files.
 
 use super::changes::numbers;
+use super::interrupt::{abandonable, interruptible};
 use super::model::Model;
 use super::open::{self, Files};
 use super::parts::Parts;
@@ -8,6 +9,7 @@ use crate::error::Error;
 use crate::model::{Contents, ModelMut, OpenOptions, Place, compare_contents};
 use crate::save::{SaveOptions, apply_delta as apply, write_delta, write_diff};
 use crate::{map::Backing, model::Model as Opened};
+use pyo3::exceptions::PyUserWarning;
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
 use std::collections::BTreeMap;
@@ -69,7 +71,7 @@ pub(super) fn save_delta(
 ) -> PyResult<()> {
     let parts = model.get().parts()?;
     let options = options(metadata, durable, checksums);
-    Ok(py.detach(|| parts.with_contents(|contents| write_delta(contents, &path, &options)))?)
+    Ok(interruptible(py, || parts.with_contents(|contents| write_delta(contents, &path, &options)))??)
 }
 
 /// Writes what turns `a` into `b` (models or paths) to a delta file at `path`. Compares all of both.
@@ -86,7 +88,7 @@ pub(super) fn save_diff(
 ) -> PyResult<()> {
     let (a, b) = (Given::of(a)?, Given::of(b)?);
     let options = options(metadata, durable, checksums);
-    Ok(py.detach(|| a.with(|a| b.with(|b| write_diff(a, b, &path, &options))))?)
+    Ok(interruptible(py, || a.with(|a| b.with(|b| write_diff(a, b, &path, &options))))??)
 }
 
 /// How `b` differs from `a` (models or paths): a dict of `changed` (name to `elements`, `bytes`, `pages`,
@@ -99,7 +101,7 @@ pub(super) fn diff<'py>(
     b: &Bound<'py, PyAny>,
 ) -> PyResult<Bound<'py, PyDict>> {
     let (a, b) = (Given::of(a)?, Given::of(b)?);
-    let found = py.detach(|| a.with(|a| b.with(|b| Ok(compare_contents(a, b, false).report()))))?;
+    let found = interruptible(py, || a.with(|a| b.with(|b| Ok(compare_contents(a, b, false).report()))))??;
     let changed = PyDict::new(py);
     for change in &found.changed {
         changed.set_item(&change.name, numbers(py, change)?)?;
@@ -151,7 +153,7 @@ pub(super) fn apply_delta(
 ) -> PyResult<Model> {
     let (mode, mapped) = (open::mode(mode)?, open::is_mapped(backend)?);
     let (base, deltas) = (Files::of(base)?, deltas(delta)?);
-    let model = py.detach(|| -> Result<_, Error> {
+    let model = interruptible(py, || -> Result<_, Error> {
         let place = base.place()?;
         let base = if mapped {
             map(&place, Backing::CopyOnWrite)?
@@ -159,7 +161,7 @@ pub(super) fn apply_delta(
             OpenOptions::new().read_place(&place)?
         };
         Ok(apply(ModelMut::new(base, false), &opened(&deltas)?)?.into_model())
-    })?;
+    })??;
     Ok(Model::new(model, mode, false))
 }
 
@@ -177,17 +179,27 @@ pub(super) fn materialize(
     durable: bool,
 ) -> PyResult<bool> {
     let (base, deltas) = (Files::of(base)?, self::deltas(deltas)?);
-    Ok(py.detach(|| -> Result<_, Error> {
+    Ok(abandonable(py, move || -> Result<_, Error> {
         let base = ModelMut::new(map(&base.place()?, Backing::CopyOnWrite)?, false);
         let model = apply(base, &opened(&deltas)?)?;
         SaveOptions::new().durable(durable).materialize(&model, &out)
-    })?)
+    })??)
 }
 
 /// Holds every tensor of a model (or path) against the checksum that its file carries. Raises
 /// `ChecksumError`, whose `tensors` names those that differ; a file without checksums is an error too.
+///
+/// Warns where an index's `metadata.total_size` is not the bytes that the tensors take, which harms nobody.
 #[pyfunction]
 pub(super) fn verify(py: Python<'_>, model: &Bound<'_, PyAny>) -> PyResult<()> {
     let given = Given::of(model)?;
-    Ok(py.detach(|| given.with(|contents| contents.verify()))?)
+    let (verified, misstated) = interruptible(py, || -> Result<_, Error> {
+        given.with(|contents| Ok((contents.verify(), contents.catalog.misstated_size())))
+    })??;
+    if let Some((found, expected)) = misstated {
+        let text = format!("the index says total_size {found}, but the tensors take {expected} bytes");
+        let text = std::ffi::CString::new(text).unwrap_or_default();
+        PyErr::warn(py, &py.get_type::<PyUserWarning>(), &text, 1)?;
+    }
+    Ok(verified?)
 }

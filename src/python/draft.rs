@@ -1,5 +1,6 @@
 //! `maptensors.Draft`: a file being made in place.
 
+use super::interrupt::{LONG, abandonable};
 use super::tensor::Tensor;
 use super::{arrays, given};
 use crate::error::{Error, quote};
@@ -51,22 +52,27 @@ impl Draft {
         Ok(Tensor::whole(self.memory.clone(), info.bytes().start, info.dtype(), info.shape(), name, false))
     }
 
-    pub(super) fn finish(&self) -> Result<(), Error> {
+    /// What commits it, on any thread. The draft is closed from here on.
+    pub(super) fn finishing(&self) -> Result<impl FnOnce() -> Result<(), Error> + Send + 'static, Error> {
         let Some(pending) = self.pending.lock().unwrap_or_else(PoisonError::into_inner).take() else {
             return Err(Error::Argument("the draft is committed or closed already".into()));
         };
-        let io = |action| Error::io(&self.path, action);
-        if self.mapped {
-            // Before the sync: what is written later must not reach a file others may have mapped.
-            self.memory.detach(pending.file().file()).map_err(io("detaching the new file from memory"))?;
-        } else {
-            let data = self.layout.data_range();
-            let source: Source<'_> = self.memory.source(&data);
-            save::fill(Target::File(pending.file()), vec![(data.start, source)], &|_| ())
-                .map_err(io("writing tensor data"))?;
-        }
-        save::checksum::seal(&self.layout, pending.file(), &self.path)?;
-        pending.publish(self.durable)
+        let (layout, memory, path) = (self.layout.clone(), self.memory.clone(), self.path.clone());
+        let (mapped, durable) = (self.mapped, self.durable);
+        Ok(move || {
+            let io = |action| Error::io(&path, action);
+            if mapped {
+                // Before the sync: what is written later must not reach a file others may have mapped.
+                memory.detach(pending.file().file()).map_err(io("detaching the new file from memory"))?;
+            } else {
+                let data = layout.data_range();
+                let source: Source<'_> = memory.source(&data);
+                save::fill(Target::File(pending.file()), vec![(data.start, source)], &|_| ())
+                    .map_err(io("writing tensor data"))?;
+            }
+            save::checksum::seal(&layout, pending.file(), &path)?;
+            pending.publish(durable)
+        })
     }
 }
 
@@ -151,7 +157,9 @@ impl Draft {
 
     /// Syncs the file and renames it into place.
     fn commit(&self, py: Python<'_>) -> PyResult<()> {
-        Ok(py.detach(|| self.finish())?)
+        let finish = self.finishing()?;
+        let commit = self.layout.data_len() >= LONG;
+        Ok(if commit { abandonable(py, finish)? } else { py.detach(finish) }?)
     }
 
     /// Gives the file up, if it is not committed: nothing is left behind.

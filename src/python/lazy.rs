@@ -1,5 +1,6 @@
 //! Which pages are in memory and which are to be: what `maptensors._lazy` and `Model` stand on.
 
+use super::interrupt::{TURN, wait_in_turns};
 use super::model::Model;
 use super::parts::Parts;
 use super::tensor::Tensor;
@@ -12,10 +13,6 @@ use pyo3::exceptions::{PyRuntimeError, PyTypeError};
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
-
-/// What waits sees signals so often.
-const TURN: Duration = Duration::from_millis(100);
 
 /// Names and patterns: one, or a list.
 pub(super) struct Names(Vec<String>);
@@ -171,21 +168,7 @@ impl Prefetch {
     /// Waits at most so many seconds: whether all is there, or None if it goes on.
     #[pyo3(signature = (timeout = None))]
     fn wait(&self, py: Python<'_>, timeout: Option<f64>) -> PyResult<Option<bool>> {
-        let mut left =
-            timeout.map(|seconds| Duration::try_from_secs_f64(seconds.max(0.0)).unwrap_or(Duration::MAX));
-        loop {
-            let turn = left.map_or(TURN, |left| left.min(TURN));
-            if let Some(outcome) = py.detach(|| self.inner.wait_for(turn)) {
-                return Ok(Some(outcome?));
-            }
-            py.check_signals()?;
-            if let Some(left) = &mut left {
-                *left = left.saturating_sub(turn);
-                if left.is_zero() {
-                    return Ok(None);
-                }
-            }
-        }
+        Ok(wait_in_turns(py, timeout, |most| self.inner.wait_for(most))?.transpose()?)
     }
 
     /// Whether it has ended.

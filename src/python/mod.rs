@@ -18,6 +18,7 @@ mod dlpack;
 mod draft;
 mod error;
 mod given;
+mod interrupt;
 mod lazy;
 mod model;
 mod open;

@@ -2,6 +2,7 @@
 
 use super::arrays::Array;
 use super::changes::Changes;
+use super::interrupt::interruptible;
 use super::lazy::{self, Names};
 use super::parts::Parts;
 use super::tensor::Tensor;
@@ -309,7 +310,7 @@ impl Model {
     /// none did; a write of the same value is no change.
     fn changed(&self, py: Python<'_>) -> PyResult<Changes> {
         let parts = self.parts()?;
-        Ok(py.detach(|| parts.with_contents(|contents| contents.changes()))?.into())
+        Ok(interruptible(py, || parts.with_contents(|contents| contents.changes()))??.into())
     }
 
     /// From now on, `changed()` and `save_delta` tell what changed since now. Takes a copy of the pages that

@@ -1,5 +1,6 @@
 //! From Python's arguments to an open model.
 
+use super::interrupt::interruptible;
 use super::model::Model;
 use crate::error::Error;
 use crate::map::Backing;
@@ -156,7 +157,7 @@ pub(super) fn open(
         })?));
     }
     let backing = if mode == "r" { Backing::ReadOnly } else { Backing::CopyOnWrite };
-    let opened = py.detach(|| -> Result<Opened, Error> {
+    let open = || -> Result<Opened, Error> {
         let place = files.place()?;
         match backend {
             Backend::Pread => options.read_place(&place),
@@ -165,7 +166,9 @@ pub(super) fn open(
             // `&[u8]` of the mapping outlives this statement.
             Backend::Mmap => unsafe { options.open_place(&place, backing) },
         }
-    })?;
+    };
+    let reads = backend != Backend::Mmap || populate || lock || verify == "all";
+    let opened = if reads { interruptible(py, open)? } else { py.detach(open) }?;
     Ok(Model::new(opened, mode, dense_edits))
 }
 

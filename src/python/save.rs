@@ -3,6 +3,7 @@
 use super::arrays;
 use super::draft::Draft;
 use super::given::{self, Data, Given};
+use super::interrupt::{LONG, abandonable, interruptible};
 use super::model::Model;
 use crate::digest::CHECKSUMS;
 use crate::error::Error;
@@ -85,9 +86,11 @@ pub(super) fn save(
     let options = DraftOptions::new().durable(durable).mapped(mapped).checksums(checksums);
     let write = |part: Range<usize>, path: &Path| -> PyResult<()> {
         let create = |path: &Path, layout: &Layout| options.create(path, layout);
-        let commit = stage_one(py, &tensors[part], path, &metadata, &create)?;
-        py.detach(commit)?;
-        Ok(())
+        let tensors = &tensors[part];
+        let commit = stage_one(py, tensors, path, &metadata, &create)?;
+        // Unmapping takes its time as well.
+        let commit = move || commit().map(drop);
+        Ok(if is_long(tensors) { abandonable(py, commit)? } else { py.detach(commit) }?)
     };
     match max_shard_size {
         None => write(0..tensors.len(), &path)?,
@@ -124,7 +127,7 @@ pub(super) fn edit(
     for (tensor, name) in rename {
         edit = edit.rename(tensor, name);
     }
-    Ok(match py.detach(|| edit.apply(&path))? {
+    Ok(match abandonable(py, move || edit.apply(&path))?? {
         Edited::InPlace => "in place",
         Edited::Rewritten => "rewritten",
         Edited::Unchanged => "unchanged",
@@ -134,6 +137,11 @@ pub(super) fn edit(
 /// Names and bytes.
 pub(super) fn sizes(tensors: &[(String, Given)]) -> Vec<(&str, u64)> {
     tensors.iter().map(|(name, given)| (name.as_str(), given.nbytes())).collect()
+}
+
+/// Whether saving these takes so long that somebody may interrupt it.
+fn is_long(tensors: &[(String, Given)]) -> bool {
+    tensors.iter().map(|(_, given)| given.nbytes()).sum::<u64>() >= LONG
 }
 
 /// Whether every tensor lies in one piece of CPU memory that no other has a part in.
@@ -159,7 +167,7 @@ pub(super) fn stage_one(
     create: Create<'_>,
 ) -> PyResult<Commit> {
     let strided = tensors.iter().any(|(_, given)| given.data.source().is_none());
-    let draft = py.detach(|| -> Result<_, Error> {
+    let stage = || -> Result<_, Error> {
         let mut draft = create(path, &plan(tensors, metadata)?)?;
         if strided {
             draft.materialize()?;
@@ -167,7 +175,8 @@ pub(super) fn stage_one(
         let jobs = jobs(draft.layout(), tensors);
         draft.fill(jobs)?;
         Ok(draft)
-    })?;
+    };
+    let draft = if is_long(tensors) { interruptible(py, stage)? } else { py.detach(stage) }?;
     // Ctrl-C while the data was copied: nothing is visible yet, and the draft cleans up.
     py.check_signals()?;
     if !strided {
@@ -183,7 +192,8 @@ pub(super) fn stage_one(
             py.check_signals()?;
         }
     }
-    Ok(Box::new(move || draft.finish().map(|()| None)))
+    let finish = draft.finishing()?;
+    Ok(Box::new(move || finish().map(|()| None)))
 }
 
 /// The length of the file that tensors, or a spec of them as for `create`, would make.
@@ -230,7 +240,7 @@ pub(super) fn save_bytes<'py>(
     PyBytes::new_with(py, layout.data_range().end, |bytes| {
         bytes[..header.len()].copy_from_slice(&header);
         let placed = place(&layout, jobs(&layout, &tensors), Path::new(""))?;
-        py.detach(|| fill(Target::Memory(bytes), placed, &|_| ()))
+        interruptible(py, || fill(Target::Memory(bytes), placed, &|_| ()))?
             .map_err(Error::io(Path::new(""), "copying tensor data"))?;
         if layout.metadata().contains_key(CHECKSUMS) {
             let written = Source::from(&*bytes);

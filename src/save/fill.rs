@@ -1,6 +1,6 @@
 //! Copying many tensors into a file at once.
 
-use crate::map::{self, CHUNK, ExclusiveFile, Source};
+use crate::map::{self, CHUNK, ExclusiveFile, Source, cancel};
 use std::io;
 
 /// Where bytes of a file are put.
@@ -38,6 +38,7 @@ pub(crate) fn fill(
             }
             map::each_in_parallel(chunks, |(start, chunk)| {
                 let end = start + chunk.len();
+                cancel::check()?;
                 for_each_part(jobs, start, end, |source, part, offset| {
                     let to = offset - start;
                     source.copy_to(part.clone(), &mut chunk[to..to + part.len()]);
@@ -49,6 +50,7 @@ pub(crate) fn fill(
         Target::File(file) => {
             let chunks = (span.start / CHUNK..span.end.div_ceil(CHUNK)).collect();
             map::each_in_parallel(chunks, |i: usize| {
+                cancel::check()?;
                 for_each_part(jobs, i * CHUNK, (i + 1) * CHUNK, |source, part, offset| {
                     let len = part.len();
                     source.write_to(part, file.file(), offset as u64)?;

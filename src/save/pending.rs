@@ -1,20 +1,24 @@
 //! A file on its way to its name: the commit protocol's steps, in their only order.
 
 use crate::error::{Error, Result};
+use crate::map::cancel::Unfinished;
 use crate::map::disk::Dir;
 use crate::map::{ExclusiveFile, mode_of_new_files};
 use rustix::fs::FileType;
 use rustix::io::Errno;
 use std::ffi::{OsStr, OsString};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 /// An unfinished file beside the path it is meant for. Dropped without
 /// [`publish`](Pending::publish), it leaves nothing behind.
 pub(crate) struct Pending {
-    dir: Dir,
+    dir: Arc<Dir>,
     path: PathBuf,
     name: OsString,
     file: ExclusiveFile,
+    /// Removed by whoever calls the work off.
+    unfinished: Unfinished,
     /// The mode of the file to be replaced, if there is one.
     mode: Option<u32>,
     published: bool,
@@ -63,8 +67,9 @@ impl Pending {
     }
 
     fn new(dir: Dir, file: ExclusiveFile, path: &Path, name: &OsStr, mode: Option<u32>) -> Self {
-        let owner = std::process::id();
-        Self { dir, path: path.into(), name: name.into(), file, mode, published: false, owner }
+        let (dir, owner) = (Arc::new(dir), std::process::id());
+        let unfinished = Unfinished::new(&dir, file.name());
+        Self { dir, path: path.into(), name: name.into(), file, unfinished, mode, published: false, owner }
     }
 
     /// Means the file for another path in the same directory, with the mode that a file made there would have.
@@ -102,6 +107,8 @@ impl Pending {
     /// Steps 4 to 6: mode, sync, rename, sync of the directory.
     pub(crate) fn publish(mut self, durable: bool) -> Result<()> {
         let path = self.path.clone();
+        // It may have been filled under another work than this.
+        self.unfinished.take_on(&self.dir);
         if let Some(mode) = self.mode {
             self.file.set_mode(mode).map_err(Error::io(&path, "setting its mode"))?;
         }
@@ -109,8 +116,8 @@ impl Pending {
             self.file.sync().map_err(Error::io(&path, "writing it to disk"))?;
         }
         self.file.release().map_err(Error::io(&path, "giving up its lease"))?;
-        self.dir
-            .rename(self.file.name(), &self.name)
+        self.unfinished
+            .finish(|| self.dir.rename(self.file.name(), &self.name))
             .map_err(Error::io(&path, "renaming the finished file into place"))?;
         self.published = true;
         if durable {

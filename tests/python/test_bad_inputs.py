@@ -381,6 +381,22 @@ def test_a_wrong_total_size_is_no_error(total: Any, tmp_path: Path) -> None:
         assert model["a"].tobytes() == b"1234"
 
 
+def test_verify_warns_of_a_wrong_total_size(tmp_path: Path) -> None:
+    tensors = {"a": np.arange(4, dtype="float32"), "b": np.arange(4, dtype="float32")}
+    mt.save(tensors, tmp_path / "model.safetensors", max_shard_size=16, checksums=True)
+    mt.verify(tmp_path)  # no warning: that would be an error here
+    index = tmp_path / "model.safetensors.index.json"
+    text = index.read_text()
+    assert '"total_size": 32' in text
+    index.write_text(text.replace('"total_size": 32', '"total_size": 33'))
+    with pytest.warns(UserWarning, match="total_size 33, but the tensors take 32 bytes"):
+        mt.verify(tmp_path)
+    with mt.open(tmp_path) as model, pytest.warns(UserWarning, match="total_size 33"):
+        mt.verify(model)
+    with mt.open(tmp_path, verify="all") as model:  # opening is no place for it
+        assert model["a"].tobytes() == tensors["a"].tobytes()
+
+
 def test_a_missing_shard_is_named(tmp_path: Path) -> None:
     index = index_of({"weight_map": {"a": "gone.safetensors"}}, tmp_path)
     with pytest.raises(FileNotFoundError) as caught:

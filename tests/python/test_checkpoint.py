@@ -424,3 +424,17 @@ def test_progress_counts_what_is_not_contiguous(tmp_path: Path) -> None:
     with mt.Checkpointer(tmp_path, progress=lambda *at: told.append(at)) as checkpoints:
         saved = checkpoints.save({"t": torch.ones(1000, 1000).T, "n": np.ones(5)}, 1)
     assert max(told) == (saved.nbytes, saved.nbytes)
+
+
+def test_loading_and_listing_make_no_directory(tmp_path: Path) -> None:
+    directory = tmp_path / "missing"
+    checkpoints = mt.Checkpointer(directory)
+    assert checkpoints.steps() == []
+    assert checkpoints.latest() is None
+    with pytest.raises(ValueError, match="no checkpoint yet"):
+        checkpoints.load()
+    assert not directory.exists()
+    checkpoints.save({"w": np.zeros(3)}, 1)
+    assert checkpoints.steps() == [1]
+    mt.Checkpointer(tmp_path / "prepared", example={"w": np.zeros(3)}).close()
+    assert (tmp_path / "prepared").is_dir()

@@ -13,15 +13,17 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, Literal
 
 import maptensors as mt
 import numpy as np
 import pytest
 import torch
-from support import ROOT
+from support import PAGE, ROOT, file_offset
 
 PRELUDE = """
-import sys, time, os, hashlib
+import sys, time, os, hashlib, signal
+signal.signal(signal.SIGINT, signal.default_int_handler)  # also as a job in a shell's background
 import numpy as np, maptensors as mt
 place = sys.argv[1]
 """
@@ -455,3 +457,89 @@ def test_the_docstrings_examples_run(monkeypatch: pytest.MonkeyPatch) -> None:
     result = doctest.testmod(importlib.import_module("maptensors._share"))
     assert result.failed == 0
     assert result.attempted > 10
+
+
+# torch has no read-only tensors.
+@pytest.mark.parametrize(("framework", "mode"), [("jax", "r"), ("jax", "c"), ("torch", "c")])
+def test_arrays_held_over_generations_and_removal_stay_and_nothing_is_written_under_them(
+    place: str, framework: str, mode: Literal["r", "c"]
+) -> None:
+    """Values alone would not tell an alias from a copy; addresses would not tell what was written there."""
+
+    def address(array: Any) -> int:
+        return array.unsafe_buffer_pointer() if framework == "jax" else array.data_ptr()
+
+    # No page of the file is shared with a neighbour, and each starts at a multiple of 64.
+    size = 3 * PAGE
+    publisher = mt.publish(place, state_of(0.0, size))
+    weights = mt.attach(place, mode)
+    held: list[tuple[float, int, int, Any]] = []
+    for value in map(float, range(6)):
+        if value:
+            publisher.publish(state_of(value, size))
+            assert weights.refresh() == {"a", "b"}
+        model = weights.model
+        taken = [weights.state(framework=framework)["a"], getattr(model["a"], framework)()]
+        path, offset = model.info("a")["path"], model.info("a")["offset"]
+        inode = os.stat(path).st_ino
+        for array in taken:
+            assert address(array) == model["a"].data_ptr()
+            assert file_offset(Path(path), address(array), array.nbytes) == offset
+            held.append((value, inode, address(array), array))
+        del model, taken, array
+    # A file that is held is never used again: each generation has its own.
+    assert len({inode for _, inode, _, _ in held}) == 6
+
+    def check() -> None:
+        for value, inode, at, array in held:
+            assert (np.asarray(array) == value).all()
+            assert address(array) == at
+            assert inode_at(at) == inode
+
+    check()
+    # Who writes to the generation that comes next writes to pages of its own.
+    publisher.publish(state_of(6.0, size))
+    weights.refresh()
+    if mode == "c":
+        weights.model["a"].numpy()[:] = 99.0
+    check()
+    weights.close()
+    publisher.remove()
+    assert not os.path.exists(place)
+    check()
+    with mt.publish(place, state_of(7.0, size)):  # another of that name
+        check()
+
+
+def inode_at(address: int) -> int:
+    """The file that is mapped at an address."""
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        bounds, _, _, _, inode = line.split()[:5]
+        start, end = (int(bound, 16) for bound in bounds.split("-"))
+        if start <= address < end:
+            return int(inode)
+    raise AssertionError(f"nothing is mapped at {address:#x}")
+
+
+def test_another_process_may_hold_nothing_but_a_jax_array(place: str) -> None:
+    code = """
+import jax
+model = mt.attach(place, "r").model
+held, at = model["a"].jax(), model["a"].data_ptr()
+assert held.unsafe_buffer_pointer() == at
+del model
+print("held", flush=True)
+sys.stdin.readline()
+assert (np.asarray(held) == 0).all() and held.unsafe_buffer_pointer() == at
+assert float(jax.numpy.abs(held).max()) == 0
+print("same", flush=True)
+"""
+    publisher = mt.publish(place, state_of(0.0))
+    other = child(code, place)
+    assert other.stdout is not None
+    assert other.stdout.readline() == "held\n"
+    for value in map(float, range(1, 9)):
+        publisher.publish(state_of(value))
+    publisher.remove()
+    assert other.communicate("\n", timeout=60)[0] == "same\n"
+    assert other.returncode == 0

@@ -124,7 +124,7 @@ impl CheckpointOptions {
         self
     }
 
-    /// Opens the checkpoints of a directory, which is made where it is not there.
+    /// Opens the checkpoints of a directory. Where it is not there, the first save makes it.
     ///
     /// # Errors
     /// [`Error::Io`].
@@ -165,7 +165,7 @@ pub struct Checkpointer {
 pub(crate) type Create<'a> = &'a (dyn Fn(&Path, &Layout) -> Result<Draft> + Sync);
 
 impl Checkpointer {
-    /// Opens the checkpoints of a directory, which is made where it is not there; keeps all.
+    /// Opens the checkpoints of a directory, and keeps all. Where it is not there, the first save makes it.
     ///
     /// # Errors
     /// [`Error::Io`].
@@ -238,10 +238,11 @@ impl Checkpointer {
     /// What would be saved in shards is not made ready.
     ///
     /// # Errors
-    /// [`Error::Argument`] in a fork's child.
+    /// [`Error::Argument`] in a fork's child; [`Error::Io`] for a directory that cannot be made.
     pub fn prepare(&self, bytes: u64) -> Result<()> {
         self.queue.own()?;
         if self.options.max_shard_size.is_none_or(|limit| bytes <= limit) {
+            self.queue.store().make()?;
             self.queue.prepare(bytes);
         }
         Ok(())
@@ -355,6 +356,7 @@ impl Checkpointer {
     ) -> Result<Saving, E> {
         let begun = Instant::now();
         self.queue.own()?;
+        self.queue.store().make()?;
         self.queue.make_room(inline)?;
         // For an index: checksums are those of each file.
         let metadata = metadata.map(|metadata| {
@@ -416,6 +418,18 @@ impl Checkpointer {
     /// As [`Checkpointer::close`].
     pub fn wait(&self) -> Result<()> {
         self.queue.finish()
+    }
+
+    /// As [`Checkpointer::wait`], at most so long: `None` if saves are still under way.
+    #[cfg(feature = "python")]
+    pub(crate) fn wait_for(&self, most: std::time::Duration) -> Option<Result<()>> {
+        self.queue.finish_within(most)
+    }
+
+    /// Waits at most so long until one more save can begin, or (`alone`) none is under way.
+    #[cfg(feature = "python")]
+    pub(crate) fn room_within(&self, alone: bool, most: std::time::Duration) -> Option<Result<()>> {
+        self.queue.room_within(alone, most)
     }
 }
 

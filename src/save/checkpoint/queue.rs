@@ -227,11 +227,16 @@ impl Queue {
     /// # Errors
     /// That of an earlier save nobody was told of.
     pub(super) fn make_room(&self, alone: bool) -> Result<()> {
-        let most = usize::from(!alone);
-        let state = self.shared.wait_while(|state| {
-            state.commits > most || (state.commits == 0 && (state.working || !state.tasks.is_empty()))
-        });
-        first_error(state)
+        first_error(self.shared.wait_while(|state| !state.has_room(alone)))
+    }
+
+    /// As [`make_room`](Queue::make_room), waiting at most so long: `None` if there is none by then.
+    #[cfg(feature = "python")]
+    pub(super) fn room_within(&self, alone: bool, most: Duration) -> Option<Result<()>> {
+        if let Err(error) = self.own() {
+            return Some(Err(error));
+        }
+        self.shared.wait_while_for(most, |state| !state.has_room(alone)).map(first_error)
     }
 
     /// A draft for a file at `path`: in the output made ready, if there is one.
@@ -270,7 +275,16 @@ impl Queue {
     /// That of a save nobody was told of.
     pub(super) fn finish(&self) -> Result<()> {
         self.own()?;
-        first_error(self.shared.wait_while(|state| state.working || !state.tasks.is_empty()))
+        first_error(self.shared.wait_while(State::is_busy))
+    }
+
+    /// As [`finish`](Queue::finish), waiting at most so long: `None` if it goes on.
+    #[cfg(feature = "python")]
+    pub(super) fn finish_within(&self, most: Duration) -> Option<Result<()>> {
+        if let Err(error) = self.own() {
+            return Some(Err(error));
+        }
+        self.shared.wait_while_for(most, State::is_busy).map(first_error)
     }
 
     /// Has the tasks done: by the worker, or here where the system gives no thread.
@@ -297,6 +311,17 @@ fn first_error(mut state: MutexGuard<'_, State>) -> Result<()> {
     Ok(())
 }
 
+impl State {
+    fn is_busy(&self) -> bool {
+        self.working || !self.tasks.is_empty()
+    }
+
+    /// Whether there is room for one more save; `alone`: and no other.
+    fn has_room(&self, alone: bool) -> bool {
+        self.commits <= usize::from(!alone) && (self.commits > 0 || !self.is_busy())
+    }
+}
+
 impl Shared {
     fn push(&self, task: Task) {
         let mut state = lock(&self.state);
@@ -307,6 +332,14 @@ impl Shared {
     fn wait_while(&self, busy: impl Fn(&State) -> bool) -> MutexGuard<'_, State> {
         let state = lock(&self.state);
         self.turned.wait_while(state, |state| busy(state)).unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// As [`wait_while`](Shared::wait_while), at most so long.
+    #[cfg(feature = "python")]
+    fn wait_while_for(&self, most: Duration, busy: impl Fn(&State) -> bool) -> Option<MutexGuard<'_, State>> {
+        let waited = self.turned.wait_timeout_while(lock(&self.state), most, |state| busy(state));
+        let (state, timeout) = waited.unwrap_or_else(PoisonError::into_inner);
+        (!timeout.timed_out()).then_some(state)
     }
 
     /// Does what there is to do; `for_ever`: and waits for more.
@@ -343,8 +376,12 @@ impl Shared {
                 ticket.tell(Outcome::Saved(Saved { step, path, bytes, ready, staged, finished, durable }));
             }
             Err(error) => {
+                // Who called it off knows.
+                let is_news = !error.is_called_off();
                 ticket.tell(Outcome::Failed(Some(error)));
-                lock(&self.state).failed.push(ticket.clone());
+                if is_news {
+                    lock(&self.state).failed.push(ticket.clone());
+                }
             }
         }
     }

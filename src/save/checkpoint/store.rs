@@ -8,6 +8,7 @@ use crate::map::{ExclusiveFile, open_regular, read_exact_at};
 use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::{OsStr, OsString};
 use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
 
 const PREFIX: &str = "step-";
 const FILE: &str = ".safetensors";
@@ -15,19 +16,47 @@ const INDEX: &str = ".safetensors.index.json";
 
 /// Checkpoints are `step-0000000100.safetensors`, or an index of that stem and its shards.
 pub(super) struct Store {
-    dir: Dir,
+    /// Once it is there: the first save makes it.
+    dir: OnceLock<Dir>,
     path: PathBuf,
 }
 
 impl Store {
-    /// Opens a directory, which is made where it is not there.
+    /// Opens a directory, if it is there.
     pub(super) fn open(path: &Path) -> Result<Self> {
-        std::fs::create_dir_all(path).map_err(Error::io(path, "making the directory of checkpoints"))?;
         // The process may change its own directory later.
         let absolute = std::path::absolute(path);
         let path = absolute.map_err(Error::io(path, "finding the directory of checkpoints"))?;
-        let dir = Dir::open(&path).map_err(Error::io(&path, "opening the directory of checkpoints"))?;
-        Ok(Self { dir, path })
+        let store = Self { dir: OnceLock::new(), path };
+        store.find_dir()?;
+        Ok(store)
+    }
+
+    /// Makes the directory where it is not there.
+    pub(super) fn make(&self) -> Result<()> {
+        if self.find_dir()?.is_none() {
+            let made = std::fs::create_dir_all(&self.path);
+            made.map_err(Error::io(&self.path, "making the directory of checkpoints"))?;
+            self.find_dir()?;
+        }
+        Ok(())
+    }
+
+    /// `None` as long as it is not there.
+    fn find_dir(&self) -> Result<Option<&Dir>> {
+        if let Some(dir) = self.dir.get() {
+            return Ok(Some(dir));
+        }
+        match Dir::open(&self.path) {
+            Ok(dir) => Ok(Some(self.dir.get_or_init(|| dir))),
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(None),
+            Err(error) => Err(Error::io(&self.path, "opening the directory of checkpoints")(error)),
+        }
+    }
+
+    /// Of what cannot be opened there are no checkpoints to take away.
+    fn dir(&self) -> Option<&Dir> {
+        self.find_dir().ok().flatten()
     }
 
     pub(super) fn path(&self) -> &Path {
@@ -47,7 +76,8 @@ impl Store {
 
     /// The steps whose checkpoints are complete, in order.
     pub(super) fn steps(&self) -> Result<BTreeSet<u64>> {
-        let names = self.dir.names().map_err(Error::io(&self.path, "listing the checkpoints"))?;
+        let Some(dir) = self.find_dir()? else { return Ok(BTreeSet::new()) };
+        let names = dir.names().map_err(Error::io(&self.path, "listing the checkpoints"))?;
         Ok(names.iter().filter(|name| self.is_complete(name)).filter_map(|name| step_of(name)).collect())
     }
 
@@ -56,14 +86,13 @@ impl Store {
     fn is_complete(&self, name: &OsStr) -> bool {
         // Links are followed: an archived checkpoint counts, unless the archive is not there.
         let is_file = |stat: rustix::fs::Stat| rustix::fs::FileType::from_raw_mode(stat.st_mode).is_file();
-        if step_of(name).is_none() || !self.dir.stat(name).is_ok_and(is_file) {
+        let Some(dir) = self.dir() else { return false };
+        if step_of(name).is_none() || !dir.stat(name).is_ok_and(is_file) {
             return false;
         }
         let is_index = name.to_str().is_some_and(|name| name.ends_with(INDEX));
         !is_index
-            || self
-                .shards(name)
-                .is_ok_and(|shards| shards.iter().all(|shard| self.dir.contains(shard.as_ref())))
+            || self.shards(name).is_ok_and(|shards| shards.iter().all(|shard| dir.contains(shard.as_ref())))
     }
 
     /// The files that an index names.
@@ -79,38 +108,39 @@ impl Store {
     pub(super) fn take_away(&self, step: u64) -> Option<PathBuf> {
         self.remove_set(step);
         let file = OsString::from(file_name(step, FILE));
-        ExclusiveFile::hide(&self.dir, &file).ok().map(|hidden| self.path.join(hidden))
+        ExclusiveFile::hide(self.dir()?, &file).ok().map(|hidden| self.path.join(hidden))
     }
 
     /// Removes a step's index and shards, if it has any.
     pub(super) fn remove_set(&self, step: u64) {
         let index = OsString::from(file_name(step, INDEX));
+        let Some(dir) = self.dir() else { return };
         let shards = self.shards(&index).unwrap_or_default();
-        if self.dir.remove(&index).is_ok() {
+        if dir.remove(&index).is_ok() {
             // Once durably without its index it is no checkpoint: now shards may go in any order.
-            self.dir.sync().ok();
+            dir.sync().ok();
             for shard in shards.iter().filter(|shard| shard_of(shard) == Some(step)) {
-                self.dir.remove(shard.as_ref()).ok();
+                dir.remove(shard.as_ref()).ok();
             }
         }
     }
 
     /// Removes shards that no index names: of a save that was killed before its index, or a removal after it.
     pub(super) fn remove_orphans(&self) {
+        let Some(dir) = self.dir() else { return };
         let mut named: BTreeMap<u64, Vec<String>> = BTreeMap::new();
-        for name in self.dir.names().unwrap_or_default() {
+        for name in dir.names().unwrap_or_default() {
             let Some(name) = name.to_str() else { continue };
             let Some(step) = shard_of(name) else { continue };
             let known = named.entry(step).or_insert_with(|| {
                 let index = OsString::from(file_name(step, INDEX));
                 // One that cannot be read may name it.
-                self.shards(&index).unwrap_or_else(|_| {
-                    if self.dir.contains(&index) { vec![String::new()] } else { Vec::new() }
-                })
+                self.shards(&index)
+                    .unwrap_or_else(|_| if dir.contains(&index) { vec![String::new()] } else { Vec::new() })
             });
             let unknown = known.first().is_some_and(String::is_empty);
             if !unknown && !known.iter().any(|known| known == name) {
-                self.dir.remove(name.as_ref()).ok();
+                dir.remove(name.as_ref()).ok();
             }
         }
     }

@@ -65,6 +65,7 @@ fn from_copy(
         }
     }
     map::each_in_parallel(jobs, |(at, source): (usize, Source<'_>)| {
+        map::cancel::check()?;
         source.write_to(0..source.len(), pending.file().file(), at as u64)
     })
     .map_err(Error::io(path, "writing what changed"))?;
