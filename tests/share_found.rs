@@ -295,6 +295,34 @@ fn a_damaged_one_is_listed_with_what_is_wrong_and_can_be_removed() {
 }
 
 #[test]
+fn what_has_a_name_and_is_no_publishers_is_not_removed() {
+    const TEST: &str = "what_has_a_name_and_is_no_publishers_is_not_removed";
+    let Some(base) = common::role("named") else {
+        let dir = tempfile::tempdir().unwrap();
+        return named(TEST, &dir.path().join("base"));
+    };
+    let make = |name: &str| {
+        fs::create_dir_all(base.join(name)).unwrap();
+        base.join(name)
+    };
+    // A model of the user's, with and without a file that is called as the page is.
+    for name in ["model", "linked"] {
+        let state = [("a", bytes_tensor(b"mine"))];
+        maptensors::save(state, make(name).join("1.safetensors")).unwrap();
+    }
+    fs::write(base.join("precious"), b"a file of my own, longer than a magic number").unwrap();
+    fs::hard_link(base.join("precious"), base.join("linked/control")).unwrap();
+    fs::create_dir(make("directory").join("3.safetensors")).unwrap();
+    for name in ["model", "linked", "directory"] {
+        let before = listing(&base.join(name));
+        let error = Publication::at(name).unwrap().remove().unwrap_err();
+        assert!(error.to_string().contains("remove what is yours yourself"), "{name}: {error}");
+        assert_eq!(listing(&base.join(name)), before, "{name}");
+    }
+    assert_eq!(fs::read(base.join("precious")).unwrap(), b"a file of my own, longer than a magic number");
+}
+
+#[test]
 fn what_lies_at_a_path_is_removed_only_if_it_is_a_publication() {
     let dir = tempfile::tempdir().unwrap();
     let place = dir.path().join("mine");

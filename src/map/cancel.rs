@@ -57,6 +57,17 @@ pub(crate) fn check() -> io::Result<()> {
     if is_called_off() { Err(Errno::CANCELED.into()) } else { Ok(()) }
 }
 
+/// Does what makes this thread's work visible, unless it is called off; and has who calls it off wait for that.
+///
+/// # Errors
+/// `ECANCELED`, and those of `act`.
+pub(crate) fn unless_called_off<T>(act: impl FnOnce() -> io::Result<T>) -> io::Result<T> {
+    let Some(cancel) = current() else { return act() };
+    let _still = cancel.unfinished();
+    check()?;
+    act()
+}
+
 impl Cancel {
     /// Has work end, and removes its unfinished files.
     #[cfg(any(feature = "cli", feature = "python", test))]
@@ -87,17 +98,24 @@ pub(crate) struct Unfinished {
 impl Unfinished {
     pub(crate) fn new(dir: &Arc<Dir>, name: &OsStr) -> Self {
         let mut file = Self { cancel: None, name: name.into() };
-        file.take_on(dir);
+        // Called off already: it is not published.
+        file.take_on(dir).ok();
         file
     }
 
     /// From now on it belongs to this thread's work.
-    pub(crate) fn take_on(&mut self, dir: &Arc<Dir>) {
+    ///
+    /// # Errors
+    /// `ECANCELED`: called off already.
+    pub(crate) fn take_on(&mut self, dir: &Arc<Dir>) -> io::Result<()> {
         self.forget();
         self.cancel = current();
         if let Some(cancel) = &self.cancel {
-            cancel.unfinished().push((dir.clone(), self.name.clone()));
+            let mut unfinished = cancel.unfinished();
+            check()?;
+            unfinished.push((dir.clone(), self.name.clone()));
         }
+        Ok(())
     }
 
     fn forget(&self) {
@@ -143,12 +161,13 @@ mod tests {
         };
         under(Some(cancel.clone()), || {
             let (first, mut second) = (begin("a.tmp"), begin("b.tmp"));
-            second.take_on(&dir);
+            second.take_on(&dir).unwrap();
             first.finish(|| dir.rename("a.tmp".as_ref(), "a".as_ref())).unwrap();
             check().unwrap();
             cancel.call_off();
             assert_eq!(check().unwrap_err().raw_os_error(), Some(libc::ECANCELED));
             assert!(second.finish(|| Ok(())).is_err());
+            assert!(second.take_on(&dir).is_err() && unless_called_off(|| Ok(())).is_err());
         });
         check().unwrap();
         assert_eq!(dir.names().unwrap(), ["a"]);

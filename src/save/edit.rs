@@ -6,7 +6,7 @@ use crate::error::{Error, Result};
 use crate::format::safetensors::{self, Changes, PREFIX_LEN, Pieces};
 use crate::layout::Layout;
 use crate::map::disk::{self, Dir};
-use crate::map::{self, lease};
+use crate::map::{self, cancel, lease};
 use crate::model::{Catalog, Shard};
 use std::fs::File;
 use std::ops::Range;
@@ -135,7 +135,8 @@ impl HeaderEdit {
         if !plan.is_of(&file, path) {
             return Ok(false);
         }
-        disk::write_all_at(&file, &plan.header[changed.clone()], changed.start as u64)
+        let header = &plan.header[changed.clone()];
+        cancel::unless_called_off(|| disk::write_all_at(&file, header, changed.start as u64))
             .map_err(Error::io(path, "writing the header"))?;
         // Whoever waits sees the new header, all of it.
         lease::give_up(&file).ok();
@@ -313,6 +314,20 @@ mod tests {
         }
         draft.commit().unwrap();
         path
+    }
+
+    #[test]
+    fn what_was_called_off_writes_nothing_in_place_either() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = file(dir.path(), &[("step", "0001")], 2);
+        let before = std::fs::read(&path).unwrap();
+        let edit = HeaderEdit::new().set("step", "0002");
+        let cancel = cancel::Cancel::default();
+        cancel.call_off();
+        assert!(cancel::under(Some(cancel), || edit.apply(&path)).is_err());
+        assert!(std::fs::read(&path).unwrap() == before);
+        edit.apply(&path).unwrap();
+        assert!(std::fs::read(&path).unwrap() != before);
     }
 
     #[test]

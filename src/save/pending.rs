@@ -108,7 +108,7 @@ impl Pending {
     pub(crate) fn publish(mut self, durable: bool) -> Result<()> {
         let path = self.path.clone();
         // It may have been filled under another work than this.
-        self.unfinished.take_on(&self.dir);
+        self.unfinished.take_on(&self.dir).map_err(Error::io(&path, "finishing it"))?;
         if let Some(mode) = self.mode {
             self.file.set_mode(mode).map_err(Error::io(&path, "setting its mode"))?;
         }

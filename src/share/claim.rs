@@ -8,12 +8,16 @@ use crate::map::control::{Control, State};
 use crate::map::disk::Dir;
 use std::io::ErrorKind;
 use std::path::Path;
+use std::time::{Duration, Instant};
 
 /// The control page of a publication, this process's alone: the one there is, or a new one.
 pub(super) fn take(dir: &Dir, path: &Path, mode: u32) -> Result<(Control, State)> {
     /// Others may take and remove it meanwhile, but not for ever.
     const TRIES: usize = 1000;
+    /// Who removes a publication has it for a moment.
+    const PATIENCE: Duration = Duration::from_millis(100);
     let io = |action| Error::io(path, action);
+    let began = Instant::now();
     for _ in 0..TRIES {
         let control = match Control::open(dir, CONTROL.as_ref(), true) {
             Ok(control) => control,
@@ -39,6 +43,10 @@ pub(super) fn take(dir: &Dir, path: &Path, mode: u32) -> Result<(Control, State)
         };
         let state = control.read().map_err(io("reading the control page"))?;
         if !control.lock().map_err(io("locking the control page"))? {
+            if began.elapsed() < PATIENCE {
+                std::thread::sleep(PATIENCE / 50);
+                continue;
+            }
             let what = held_by(state.unwrap_or_default().writer);
             return Err(Error::Busy { path: path.into(), what });
         }
@@ -59,17 +67,27 @@ pub(super) fn take(dir: &Dir, path: &Path, mode: u32) -> Result<(Control, State)
 }
 
 /// The control page of a publication that is to be removed, this process's alone: also of one that is damaged. In a
-/// named one, where nobody else has any business, whatever stands in for the page is taken away, and a page made.
+/// named one that holds nothing but a publisher's files, whatever stands in for the page is taken away, and a page made.
 pub(super) fn take_to_remove(dir: &Dir, path: &Path, named: bool) -> Result<Control> {
     const TRIES: usize = 1000;
     let io = |action| Error::io(path, action);
     for _ in 0..TRIES {
         let control = match Control::open(dir, CONTROL.as_ref(), true) {
-            Ok(control) if !named && !control.is_one().map_err(io("reading the control page"))? => {
-                return Err(foreign(path));
+            Ok(control) if !control.is_one().map_err(io("reading the control page"))? => {
+                if !named || !is_ours(dir, path)? {
+                    return Err(foreign(path));
+                }
+                let is_ours_alone = control.lock().map_err(io("locking the control page"))?;
+                if is_ours_alone && control.is(dir, CONTROL.as_ref()) {
+                    dir.remove(CONTROL.as_ref()).map_err(io("removing the control page"))?;
+                }
+                continue;
             }
             Ok(control) => control,
             Err(error) if error.kind() == ErrorKind::NotFound && named => {
+                if !is_ours(dir, path)? {
+                    return Err(foreign(path));
+                }
                 // Before the page is made: it may take the room that an unfinished file has.
                 ExclusiveFile::sweep(dir);
                 match Control::create(dir, CONTROL.as_ref(), 0o600).map_err(io("making the control page"))? {
@@ -82,11 +100,13 @@ pub(super) fn take_to_remove(dir: &Dir, path: &Path, named: bool) -> Result<Cont
                 let is_file = dir.lstat(CONTROL.as_ref()).is_ok_and(|stat| {
                     rustix::fs::FileType::from_raw_mode(stat.st_mode) == rustix::fs::FileType::RegularFile
                 });
-                match (is_file, named) {
-                    (true, _) => return Err(io("opening the control page")(error)),
-                    (false, false) => return Err(foreign(path)),
-                    (false, true) => dir.remove(CONTROL.as_ref()).map_err(io("removing the control page"))?,
+                if is_file {
+                    return Err(io("opening the control page")(error));
                 }
+                if !named || !is_ours(dir, path)? {
+                    return Err(foreign(path));
+                }
+                dir.remove(CONTROL.as_ref()).map_err(io("removing the control page"))?;
                 continue;
             }
         };
@@ -112,8 +132,15 @@ pub(super) fn end(control: &Control, dir: &Dir, path: &Path) -> Result<()> {
     Ok(())
 }
 
+/// Whether all that is called as segments are is what a publisher wrote.
+fn is_ours(dir: &Dir, path: &Path) -> Result<bool> {
+    let names = dir.names().map_err(Error::io(path, "listing the publication"))?;
+    let mut numbers = names.iter().filter_map(|name| segment::number_of(name));
+    Ok(numbers.all(|number| segment::open(dir, path, number).is_ok()))
+}
+
 fn foreign(path: &Path) -> Error {
-    let what = "its control page is none, so this may be no publication: remove what is yours yourself";
+    let what = "it has no control page, and files that may be no publisher's: remove what is yours yourself";
     Error::Publication { path: path.into(), what: what.into() }
 }
 
@@ -126,6 +153,12 @@ fn busy(path: &Path) -> Error {
 fn clear(dir: &Dir, path: &Path) -> Result<()> {
     let names = dir.names().map_err(Error::io(path, "listing the publication"))?;
     for name in names.iter().filter(|name| segment::number_of(name).is_some()) {
+        let is_directory = dir.lstat(name).is_ok_and(|stat| {
+            rustix::fs::FileType::from_raw_mode(stat.st_mode) == rustix::fs::FileType::Directory
+        });
+        if is_directory {
+            continue; // no publisher's
+        }
         dir.remove(name).map_err(Error::io(path, "removing a segment"))?;
     }
     ExclusiveFile::sweep(dir);

@@ -44,8 +44,8 @@ use store::Store;
 ///
 /// let dir = std::env::temp_dir().join("maptensors-doc-keeping");
 /// let checkpoints = CheckpointOptions::new().keep(3).keep_every(1000).open(&dir)?;
+/// assert!(!dir.exists()); // the first save makes it
 /// # drop(checkpoints);
-/// # std::fs::remove_dir_all(dir).unwrap();
 /// # Ok::<(), maptensors::Error>(())
 /// ```
 #[derive(Debug, Clone)]
