@@ -53,7 +53,8 @@ class Prefetch:
         """Wait until it has ended: True if all is there, False if it was cancelled.
 
         What could not be read is raised, with the tensor's name; and what the function that is told of
-        progress raised, which cancels it: it is waited for too, so hold no lock here that it takes. After ``timeout`` seconds, TimeoutError.
+        progress raised, which cancels it. That function is waited for too: hold no lock here that it takes.
+        After ``timeout`` seconds, TimeoutError.
         """
         deadline = None if timeout is None else time.monotonic() + timeout
         all_there: bool | None = False
