@@ -477,6 +477,28 @@ fn a_model_in_sealed_memory_does_not_care_what_becomes_of_its_file() {
 }
 
 #[test]
+fn sealing_waits_for_a_child_that_is_just_being_forked() {
+    use std::io::{Read as _, Write as _};
+    use std::os::unix::process::CommandExt as _;
+    let memfd = Memfd::create("m", MIB).unwrap();
+    let (mut told, forked) = std::io::pipe().unwrap();
+    let mut command = std::process::Command::new("true");
+    // SAFETY: writing a byte and sleeping are allowed between fork(2) and execve(2).
+    unsafe {
+        command.pre_exec(move || {
+            (&forked).write_all(&[1])?;
+            std::thread::sleep(std::time::Duration::from_millis(200));
+            Ok(())
+        });
+    }
+    std::thread::scope(|scope| {
+        scope.spawn(|| assert!(command.status().unwrap().success()));
+        told.read_exact(&mut [0]).unwrap();
+        assert_eq!(memfd.seal().unwrap().len().unwrap(), MIB as u64);
+    });
+}
+
+#[test]
 fn a_models_options_reach_its_mapping() {
     let dir = disk_dir();
     let path = dir.path().join("model.safetensors");

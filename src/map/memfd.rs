@@ -9,6 +9,10 @@ use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
+use std::time::{Duration, Instant};
+
+/// How long sealing waits for who holds the memory just then.
+const PATIENCE: Duration = Duration::from_secs(2);
 
 /// What makes a memfd's bytes immutable: nobody may write to it, or change its length, any more.
 const IMMUTABLE: SealFlags = SealFlags::WRITE.union(SealFlags::SHRINK).union(SealFlags::GROW);
@@ -65,17 +69,21 @@ impl Memfd {
     /// Makes the bytes immutable, for everybody and for ever.
     ///
     /// # Errors
-    /// [`Error::Io`]; `EBUSY` where somebody holds its pages for longer than a second or two.
+    /// [`Error::Io`]; `EBUSY` where somebody holds its memory for longer than two seconds: a child, say, that was forked
+    /// with it and did not execute.
     pub fn seal(self) -> Result<SealedMemfd> {
         let Self { file, mapping } = self;
         // A mapping that could write would have the seal refused.
         drop(mapping);
-        // The kernel refuses while anybody holds a page, and waits for 0.15 s itself; it also counts its own hold on a
-        // page that it is moving to another place in memory.
-        let mut tries = 0..10;
+        // The kernel refuses while anybody could write to the memory or holds a page of it: a child that another thread
+        // is just forking has the mapping until it executes, and the kernel itself holds what it is moving to another
+        // place.
+        let began = Instant::now();
         let sealed = loop {
             match fcntl_add_seals(&file, IMMUTABLE | SealFlags::SEAL) {
-                Err(Errno::BUSY) if tries.next().is_some() => {}
+                Err(Errno::BUSY) if began.elapsed() < PATIENCE => {
+                    std::thread::sleep(Duration::from_millis(1));
+                }
                 answer => break answer,
             }
         };
