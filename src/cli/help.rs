@@ -169,7 +169,7 @@ together: SPARE ones are used again, or were left behind; UNFINISHED ones are
 being written, or were left so. PUBLISHER is the process that publishes now,
 READERS how many processes map it, of those that may be looked at (more of
 them: maptensors top). Without a PLACE, all are shown that have a name: of
-this user, or in $MAPTENSORS_SHARE_DIR. Looking is in nobody's way.
+this user, or in $MAPTENSORS_SHARE_DIR. Looking keeps nobody from publishing.
 
 Who has a publication attached that is removed is told, and keeps what it
 holds; the memory of that is free when it lets go.

@@ -240,8 +240,9 @@ pub(super) fn save_bytes<'py>(
     PyBytes::new_with(py, layout.data_range().end, |bytes| {
         bytes[..header.len()].copy_from_slice(&header);
         let placed = place(&layout, jobs(&layout, &tensors), Path::new(""))?;
-        interruptible(py, || fill(Target::Memory(bytes), placed, &|_| ()))?
-            .map_err(Error::io(Path::new(""), "copying tensor data"))?;
+        let copy = || fill(Target::Memory(bytes), placed, &|_| ());
+        let copied = if is_long(&tensors) { interruptible(py, copy)? } else { py.detach(copy) };
+        copied.map_err(Error::io(Path::new(""), "copying tensor data"))?;
         if layout.metadata().contains_key(CHECKSUMS) {
             let written = Source::from(&*bytes);
             let header = checksum::header(&layout, Path::new(""), |range, to| {
