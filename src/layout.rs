@@ -82,10 +82,17 @@ struct Entry {
 }
 
 /// What names are ranges of: text of our own, or a file's, where it lies.
-#[derive(Clone)]
 pub(crate) enum Text {
     Owned(String),
+    /// Good as long as the file keeps the contract under which it was mapped: not longer than its model.
     Held(Arc<dyn AsRef<str> + Send + Sync>),
+}
+
+impl Clone for Text {
+    /// Plain data, which no file can change.
+    fn clone(&self) -> Self {
+        Self::Owned(self.as_str().to_owned())
+    }
 }
 
 impl Text {
@@ -121,6 +128,9 @@ impl Default for Text {
 /// assert_eq!(layout.metadata()["format"], "pt");
 /// # Ok::<(), maptensors::Error>(())
 /// ```
+///
+/// A model's own layout may read names where they lie in its mapped file. A clone is plain data: it outlives the model,
+/// whatever becomes of the file.
 #[derive(Clone)]
 pub struct Layout {
     /// Names live here. For a parsed file it is the header itself: no name is copied.

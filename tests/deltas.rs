@@ -45,7 +45,7 @@ fn contents(model: &Model) -> std::collections::BTreeMap<String, Vec<u8>> {
 /// Writes some bytes here and there: (tensor, place, length, value).
 fn edit(model: &mut ModelMut, edits: &[(usize, usize, usize, u8)]) {
     for &(tensor, at, len, value) in edits {
-        let mut views: Vec<_> = model.tensors_mut().collect();
+        let mut views: Vec<_> = model.tensors_mut().unwrap().collect();
         let count = views.len();
         let bytes = views[tensor % count].as_bytes_mut();
         if !bytes.is_empty() {

@@ -56,8 +56,13 @@ fn each_kind_of_mapping_has_the_protection_and_sharing_that_it_says() {
     let read_only = map(&options, &file);
     let found = region(&read_only);
     assert_eq!((&*found.perms, &*found.path), ("r--p", path.to_str().unwrap()));
-    let copy = map_cow(&options, &file);
+    let mut copy = map_cow(&options, &file);
+    assert_eq!(region(&copy).perms, "r--p");
+    copy.try_as_bytes_mut().unwrap();
     assert_eq!(region(&copy).perms, "rw-p");
+    let promised = map_cow(&options.clone().reserve_swap(true), &file);
+    assert_eq!(region(&promised).perms, "rw-p");
+    drop(promised);
     // SAFETY: nobody truncates the file.
     let shared = unsafe { options.map_shared(&file) }.unwrap();
     let regions = smaps::regions();

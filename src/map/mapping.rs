@@ -6,12 +6,15 @@ use super::lock::{self, Moving};
 use super::options::{MapOptions, aligning};
 #[cfg(target_os = "linux")]
 use super::promote;
+use super::writable::Writable;
 use super::{Advice, CHUNK, Residency, each_in_parallel, residency};
+use crate::error::{Error, Result};
 use memmap2::MmapRaw;
 use std::fs::File;
 use std::io;
 use std::ops::Range;
 use std::os::unix::fs::MetadataExt as _;
+use std::path::Path;
 use std::sync::Arc;
 
 /// What a [`Mapping`] is backed by, and what writing to it does.
@@ -28,7 +31,8 @@ use std::sync::Arc;
 pub enum Backing {
     /// A file, `MAP_PRIVATE` and `PROT_READ`.
     ReadOnly,
-    /// A file, `MAP_PRIVATE`: a page written becomes this process's own; the file never changes.
+    /// A file, `MAP_PRIVATE`: a page written becomes this process's own; the file never changes. Pages can be written
+    /// from when a part is asked for to write.
     CopyOnWrite,
     /// A file that this process is writing, `MAP_SHARED`.
     Output,
@@ -55,14 +59,16 @@ pub enum Backing {
 /// ```
 pub struct Mapping {
     // INVARIANT: start + len <= raw.len(); both set only in the constructors below.
-    // INVARIANT: writable memory unless backing is ReadOnly; exclusively reachable through this value,
-    // other processes and descriptors excluded by the stable-file contract. Where backing is Shared, others
-    // may write: such a mapping lives inside a SharedMemory, which gives no slices.
+    // INVARIANT: readable; writable where `writable` is None, and otherwise the pages that it lists. Exclusively
+    // reachable through this value, other processes and descriptors excluded by the stable-file contract. Where backing
+    // is Shared, others may write: such a mapping lives inside a SharedMemory, which gives no slices.
     // Counted: what only advises the kernel about these pages may outlive this value, and keeps them mapped.
     pub(super) raw: Arc<MmapRaw>,
     pub(super) start: usize,
     pub(super) len: usize,
     pub(super) backing: Backing,
+    /// Of a private mapping of a file: which pages may be written. `None` where all may.
+    pub(super) writable: Option<Arc<Writable>>,
     /// Under a copy-on-write mapping: the same file, as it is, to compare with. Costs addresses only.
     pub(super) base: Option<Box<Mapping>>,
     /// Of the file: device and inode. Nobody else gets them while it is mapped.
@@ -109,7 +115,7 @@ impl Mapping {
         Ok(mapping)
     }
 
-    /// `start + len` bytes lie inside `raw`, writable unless `backing` says otherwise.
+    /// `start + len` bytes lie inside `raw`, and are writable.
     pub(super) fn new(raw: MmapRaw, start: usize, len: usize, backing: Backing) -> Self {
         debug_assert!(start + len <= raw.len());
         Self {
@@ -117,6 +123,7 @@ impl Mapping {
             start,
             len,
             backing,
+            writable: None,
             base: None,
             identity: None,
             told: true,
@@ -192,16 +199,26 @@ impl Mapping {
         unsafe { std::slice::from_raw_parts(self.ptr(), self.len) }
     }
 
-    /// All bytes, to write; `None` if the mapping is read-only.
-    pub fn try_as_bytes_mut(&mut self) -> Option<&mut [u8]> {
-        (self.backing != Backing::ReadOnly).then(|| self.as_bytes_mut())
+    /// All bytes, to write.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] for a mapping that is read-only; [`Error::Io`] (`ENOMEM`) where the kernel does not promise
+    /// memory for all pages of a copy-on-write mapping: with `vm.overcommit_memory` at 2.
+    pub fn try_as_bytes_mut(&mut self) -> Result<&mut [u8]> {
+        if self.backing == Backing::ReadOnly {
+            return Err(Error::Argument(
+                "a read-only mapping cannot be written: map it copy-on-write".into(),
+            ));
+        }
+        let len = self.len;
+        self.part_mut(0..len).map_err(|error| super::not_writable(Path::new(""), "the mapping", len, error))
     }
 
-    /// All bytes, to write; none if the mapping is read-only.
+    /// All bytes of memory that is writable from the start, as an output and owned memory are; none of any other.
     pub(crate) fn as_bytes_mut(&mut self) -> &mut [u8] {
-        let len = if self.backing == Backing::ReadOnly { 0 } else { self.len };
-        // SAFETY: as in `as_bytes`; the memory is writable unless read-only (field invariant), where the
-        // slice is empty, and `&mut self` makes it the only one.
+        let len = if self.writable.is_some() { 0 } else { self.len };
+        // SAFETY: as in `as_bytes`; the memory is writable (field invariant) or the slice empty, and `&mut self` makes
+        // it the only one.
         unsafe { std::slice::from_raw_parts_mut(self.ptr(), len) }
     }
 
@@ -302,6 +319,9 @@ impl Mapping {
             // SAFETY: pages of `raw`, private and writable because the backing is copy-on-write; the last page
             // of a file's mapping is mapped whole.
             let promoted = unsafe { promote::promote(ptr, len, self.huge_pages) };
+            if promoted.is_ok() {
+                self.note_writable(&range);
+            }
             // The new pages are of a mapping of their own, which nobody has locked. There are some where it failed
             // midway, too.
             let mut kept = Ok(());

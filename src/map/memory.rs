@@ -35,9 +35,10 @@ impl Memory for Mapping {
     }
 
     fn base(&self) -> Option<Source<'_>> {
-        match self.backing {
-            Backing::ReadOnly => Some(self.now()),
-            _ => self.base.as_ref().map(|base| base.now()),
+        match (self.backing, &self.base) {
+            (_, Some(base)) => Some(base.now()),
+            (Backing::ReadOnly, None) => Some(self.now()),
+            _ => None,
         }
     }
 
@@ -55,20 +56,10 @@ impl Memory for Mapping {
 
     fn private(&self, part: Range<usize>) -> io::Result<Vec<Range<usize>>> {
         self.check(&part)?;
-        if self.backing != Backing::CopyOnWrite {
-            return Ok(Vec::new());
-        }
-        #[cfg(target_os = "linux")]
-        {
-            let start = self.ptr().addr();
-            let pages = super::private::pages(self.ptr().wrapping_add(part.start), part.len())?;
-            // The first and the last page may reach beyond the bytes.
-            Ok(pages
-                .into_iter()
-                .map(|p| p.start.saturating_sub(start)..(p.end - start).min(self.len))
-                .collect())
-        }
-        #[cfg(not(target_os = "linux"))]
-        Ok(vec![part])
+        let start = self.ptr().addr();
+        let pages = super::writable::private(self.backing, self.writable.as_deref(), self.ptr(), &part)?;
+        // The first and the last page may reach beyond the bytes.
+        let within = |p: Range<usize>| p.start.saturating_sub(start)..(p.end - start).min(self.len);
+        Ok(pages.into_iter().map(within).collect())
     }
 }

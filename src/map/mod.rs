@@ -48,6 +48,7 @@ mod residency;
 mod shared;
 mod source;
 mod text;
+mod writable;
 
 pub use advice::Advice;
 pub(crate) use copy::{clone, clone_or_copy, copy_range};
@@ -69,6 +70,7 @@ pub(crate) use residency::may_ask;
 pub use shared::SharedMemory;
 pub(crate) use source::Source;
 pub(crate) use text::FileText;
+pub(crate) use writable::refused as not_writable;
 
 /// Elsewhere there are none.
 #[cfg(not(target_os = "linux"))]

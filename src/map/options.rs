@@ -16,12 +16,15 @@ use std::sync::Arc;
 
 #[doc = include_str!("options.md")]
 #[derive(Debug, Clone)]
+#[allow(clippy::struct_excessive_bools)] // each an option independent of the others
 pub struct MapOptions {
     populate: bool,
     lock: bool,
     /// `None`: for anonymous memory, not for copy-on-write.
     reserve_swap: Option<bool>,
     huge_pages: bool,
+    /// Whether a read-only mapping has the file beside it to compare with, too.
+    compared: bool,
     start: u64,
     /// To the end of the file if missing.
     end: Option<u64>,
@@ -29,7 +32,15 @@ pub struct MapOptions {
 
 impl Default for MapOptions {
     fn default() -> Self {
-        Self { populate: false, lock: false, reserve_swap: None, huge_pages: true, start: 0, end: None }
+        Self {
+            populate: false,
+            lock: false,
+            reserve_swap: None,
+            huge_pages: true,
+            compared: false,
+            start: 0,
+            end: None,
+        }
     }
 }
 
@@ -65,10 +76,10 @@ impl MapOptions {
         self
     }
 
-    /// Whether memory is promised for every page that may become this process's own, so that none of those
-    /// writes can find memory exhausted later. By default not for copy-on-write, where a model larger than
+    /// Whether memory is promised for every page that may become this process's own, all at once, so that none of
+    /// those writes can find memory exhausted later. By default not for copy-on-write, where a model larger than
     /// memory maps and pays only for the pages that are written, and done for anonymous memory. Where
-    /// `vm.overcommit_memory` is 2 the kernel always reserves.
+    /// `vm.overcommit_memory` is 2 the kernel promises memory for what is asked for to write, when it is.
     #[must_use]
     pub fn reserve_swap(mut self, reserve: bool) -> Self {
         self.reserve_swap = Some(reserve);
@@ -80,6 +91,14 @@ impl MapOptions {
     #[must_use]
     pub fn huge_pages(mut self, huge: bool) -> Self {
         self.huge_pages = huge;
+        self
+    }
+
+    /// Has a read-only mapping know, as a copy-on-write one does, what was written to it all the same: by a library that
+    /// passes over what it was told.
+    #[cfg(feature = "python")]
+    pub(crate) fn compared(mut self) -> Self {
+        self.compared = true;
         self
     }
 
@@ -121,8 +140,9 @@ impl MapOptions {
         unsafe { self.map_all_of(file, Backing::ReadOnly) }
     }
 
-    /// Maps a file copy-on-write: `PROT_READ | PROT_WRITE`, `MAP_PRIVATE`. A page that is written becomes this
-    /// process's own; the file never changes.
+    /// Maps a file copy-on-write: `MAP_PRIVATE`. A page that is written becomes this process's own; the file never
+    /// changes. It is mapped `PROT_READ`, and what is asked for to write is made `PROT_WRITE` then, so that only that is
+    /// charged where the kernel promises memory for all that may be written (`vm.overcommit_memory` at 2).
     ///
     /// # Safety
     /// As [`MapOptions::map`].
@@ -134,7 +154,7 @@ impl MapOptions {
     /// # let file = std::fs::File::open("models/digits.safetensors").unwrap();
     /// // SAFETY: nobody writes to the file while it is mapped.
     /// let mut mapping = unsafe { maptensors::MapOptions::new().map_copy_on_write(&file)? };
-    /// mapping.try_as_bytes_mut().unwrap().fill(0); // the file is as it was
+    /// mapping.try_as_bytes_mut()?.fill(0); // the file is as it was
     /// # assert_ne!(std::fs::read("models/digits.safetensors").unwrap()[0], 0);
     /// # Ok::<(), maptensors::Error>(())
     /// ```
@@ -167,7 +187,7 @@ impl MapOptions {
     pub unsafe fn map_shared(&self, file: &File) -> Result<SharedMemory> {
         // SAFETY: the caller's promise is passed on; the mapping goes into a SharedMemory, which makes no slices.
         let mapping = unsafe { self.map_all_of(file, Backing::Shared) }?;
-        Ok(Arc::new(mapping).into())
+        Ok(SharedMemory::of(Arc::new(mapping)))
     }
 
     /// Maps sealed memory to read. Nobody can change or truncate it, so this needs no promise.
@@ -197,7 +217,7 @@ impl MapOptions {
     ///
     /// ```
     /// let mut memory = maptensors::MapOptions::new().anonymous(10_000)?;
-    /// memory.try_as_bytes_mut().unwrap()[9_999] = 1;
+    /// memory.try_as_bytes_mut()?[9_999] = 1;
     /// # Ok::<(), maptensors::Error>(())
     /// ```
     pub fn anonymous(&self, len: usize) -> Result<Mapping> {
@@ -337,24 +357,29 @@ impl MapOptions {
         let start = usize::try_from(window.offset % page).unwrap_or_default();
         let mut options = MmapOptions::new();
         options.offset(window.offset - start as u64).len(start + window.len);
+        let mut writable = None;
         let raw = match backing {
-            // SAFETY: the caller vouches for the file; that is memmap2's whole requirement.
-            Backing::ReadOnly => MmapRaw::from(unsafe { options.map_copy_read_only(file) }?),
-            Backing::CopyOnWrite => {
-                if self.reserve_swap != Some(true) {
-                    options.no_reserve_swap();
-                }
-                // SAFETY: as above.
+            // All of it is to be promised at once.
+            Backing::CopyOnWrite if self.reserve_swap == Some(true) => {
+                // SAFETY: the caller vouches for the file; that is memmap2's whole requirement.
                 MmapRaw::from(unsafe { options.map_copy(file) }?)
+            }
+            Backing::ReadOnly | Backing::CopyOnWrite => {
+                writable = Some(Arc::default());
+                // Kept by pages that are made writable: the kernel then promises memory for none, where it may choose.
+                options.no_reserve_swap();
+                // SAFETY: as above.
+                MmapRaw::from(unsafe { options.map_copy_read_only(file) }?)
             }
             _ => options.map_raw(file)?,
         };
         let mut mapping = Mapping::new(raw, start, window.len, backing);
+        mapping.writable = writable;
         mapping.offset = window.offset;
         self.advise_huge(&mut mapping);
         mapping.identity = identity(file);
         mapping.told = may_ask(file).unwrap_or(true);
-        if backing == Backing::CopyOnWrite {
+        if backing == Backing::CopyOnWrite || self.compared && backing == Backing::ReadOnly {
             let plain = Self { huge_pages: self.huge_pages, ..Self::new() };
             // SAFETY: as above. Where there are no addresses for it, nothing is lost but being told changes.
             mapping.base = unsafe { plain.place(file, window, Backing::ReadOnly) }.ok().map(Box::new);

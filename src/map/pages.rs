@@ -1,6 +1,7 @@
 //! The pages of a mapping, to be brought, given back and locked: nothing here looks at a byte.
 
 use super::lock::{self, Moving};
+use super::writable::{self, Writable};
 use super::{Backing, Mapping, Residency, mapping, residency};
 use crate::error::Result;
 use memmap2::MmapRaw;
@@ -21,6 +22,8 @@ pub(crate) struct Pages {
     /// Where in the file the first byte lies.
     offset: u64,
     backing: Backing,
+    /// As the mapping's.
+    writable: Option<Arc<Writable>>,
     /// The other mapping of the same file that a copy-on-write one has, as long.
     base: Option<Arc<MmapRaw>>,
     path: Arc<Path>,
@@ -74,6 +77,7 @@ impl Mapping {
             len: self.len,
             offset: self.offset,
             backing: self.backing,
+            writable: self.writable.clone(),
             base: self.base.as_ref().map(|base| base.raw.clone()),
             path: path.into(),
             identity: self.identity,
@@ -190,10 +194,7 @@ impl Pages {
     /// The pages of a part that are this process's own, as addresses.
     #[cfg(target_os = "linux")]
     fn edited(&self, part: Range<usize>) -> io::Result<Vec<Range<usize>>> {
-        if self.backing != Backing::CopyOnWrite {
-            return Ok(Vec::new());
-        }
-        super::private::pages(self.ptr(part.start), part.len())
+        writable::private(self.backing, self.writable.as_deref(), self.ptr(0), &part)
     }
 
     /// Gives the pages that hold a part back to the system. What was edited stays.
@@ -251,10 +252,14 @@ impl Pages {
         let page_out = |run: &Range<usize>| -> io::Result<()> {
             // SAFETY: pages that `raw` maps; the advice keeps every byte as it is, whoever writes meanwhile.
             unsafe { madvise(at(run.start), run.len(), Advice::LinuxPageOut) }?;
-            if self.backing == Backing::ReadOnly {
-                // The file of another user is not paged out (it would tell who uses it), but it can be let go.
-                // SAFETY: pages of a read-only mapping of the file: as above.
-                unsafe { madvise(at(run.start), run.len(), Advice::LinuxDontNeed) }?;
+            if let (Backing::ReadOnly, Some(writable)) = (self.backing, &self.writable) {
+                // Held meanwhile, so that no page becomes writable.
+                let runs = writable.runs();
+                for run in runs.read_only(run) {
+                    // The file of another user is not paged out (it would tell who uses it), but it can be let go.
+                    // SAFETY: pages of a read-only mapping of the file, which nobody can write: as above.
+                    unsafe { madvise(at(run.start), run.len(), Advice::LinuxDontNeed) }?;
+                }
             }
             Ok(())
         };

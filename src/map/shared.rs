@@ -47,12 +47,6 @@ unsafe impl Send for SharedMemory {}
 // SAFETY: methods only copy bytes; Python's own rules cover who copies when, as for any buffer.
 unsafe impl Sync for SharedMemory {}
 
-impl From<Arc<Mapping>> for SharedMemory {
-    fn from(mapping: Arc<Mapping>) -> Self {
-        Self { ptr: mapping.ptr(), len: mapping.len, owner: Owner::Mapping(mapping) }
-    }
-}
-
 impl Memory for SharedMemory {
     fn now(&self) -> Source<'_> {
         self.source(&(0..self.len))
@@ -96,6 +90,11 @@ impl Memory for SharedMemory {
 }
 
 impl SharedMemory {
+    /// The bytes of a mapping, of which no slice is made as long as this lives.
+    pub(crate) fn of(mapping: Arc<Mapping>) -> Self {
+        Self { ptr: mapping.ptr(), len: mapping.len, owner: Owner::Mapping(mapping) }
+    }
+
     /// Length in bytes.
     pub fn len(&self) -> usize {
         self.len
@@ -273,13 +272,31 @@ impl SharedMemory {
         matches!(&self.owner, Owner::Mapping(mapping) if mapping.backing == Backing::ReadOnly)
     }
 
-    /// Copies into a part; not for read-only memory.
+    /// Makes the pages that hold a part writable, in memory of a file that is not shared: what is written to them
+    /// becomes this process's own. So it may be done for read-only memory as well, where it goes to a library that
+    /// would write to it all the same.
+    ///
+    /// # Errors
+    /// `ENOMEM` where the kernel does not promise the memory: see [`super::not_writable`].
+    ///
+    /// # Panics
+    /// If the part lies outside: a fault of this crate.
+    pub(crate) fn make_writable(&self, part: &Range<usize>) -> io::Result<()> {
+        self.ptr(part);
+        match &self.owner {
+            Owner::Mapping(mapping) => mapping.make_writable(part),
+            Owner::Heap { .. } => Ok(()),
+        }
+    }
+
+    /// Copies into a part that may be written; not for read-only memory.
     ///
     /// # Panics
     /// If the part lies outside, is of another length, or the memory is read-only: a fault of this crate.
     pub(crate) fn write(&self, part: &Range<usize>, from: Source<'_>) {
         assert!(!self.is_read_only() && part.len() == from.len());
-        // SAFETY: the part lies inside (`ptr` asserts it) and is writable; no Rust reference to it exists.
+        // SAFETY: the part lies inside (`ptr` asserts it) and is writable, as the caller saw to; no Rust reference to it
+        // exists.
         unsafe { from.copy_to_raw(self.ptr(part)) };
     }
 

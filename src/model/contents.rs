@@ -123,11 +123,8 @@ impl<'a> Contents<'a> {
         for (s, (shard, memory)) in self.catalog.shards().iter().zip(&self.memories).enumerate() {
             let first_place = place;
             place += shard.layout.len();
-            if memory.backing() == Backing::ReadOnly {
-                continue;
-            }
-            let base = memory.base().filter(|_| memory.backing() == Backing::CopyOnWrite);
-            let base = base.ok_or_else(|| nothing_to_compare_with(&shard.path, memory.backing()))?;
+            let base =
+                base_of(*memory).ok_or_else(|| nothing_to_compare_with(&shard.path, memory.backing()))?;
             let patches: &[Patch] = marks.patches.get(s).map_or(&[], Vec::as_slice);
             let runs = if span == Span::UntilMark {
                 patches.iter().map(|patch| patch.at..patch.at + patch.bytes.len()).collect()
@@ -136,6 +133,9 @@ impl<'a> Contents<'a> {
                 memory.private(data).map_err(Error::io(&shard.path, "asking about its pages"))?
             };
             private += runs.iter().map(|run| run.len().div_ceil(page)).sum::<usize>();
+            if memory.backing() == Backing::ReadOnly && runs.is_empty() {
+                continue;
+            }
             for (i, info) in shard.layout.iter().enumerate() {
                 let range = info.bytes();
                 let copy = self.copies.get(&(s, i));
@@ -188,17 +188,13 @@ impl<'a> Contents<'a> {
     pub(crate) fn mark(&self) -> Result<Marks> {
         let mut marks = Marks::default();
         for (shard, memory) in self.catalog.shards().iter().zip(&self.memories) {
-            let mut patches = Vec::new();
-            if memory.backing() != Backing::ReadOnly {
-                if memory.backing() != Backing::CopyOnWrite || memory.base().is_none() {
-                    return Err(nothing_to_compare_with(&shard.path, memory.backing()));
-                }
-                let runs = memory.private(shard.layout.data_range());
-                for run in runs.map_err(Error::io(&shard.path, "asking about its pages"))? {
-                    patches.push(Patch { at: run.start, bytes: kept(memory.now().part(run)) });
-                }
+            if base_of(*memory).is_none() {
+                return Err(nothing_to_compare_with(&shard.path, memory.backing()));
             }
-            marks.patches.push(patches);
+            let runs = memory.private(shard.layout.data_range());
+            let runs = runs.map_err(Error::io(&shard.path, "asking about its pages"))?;
+            let patch = |run: Range<usize>| Patch { at: run.start, bytes: kept(memory.now().part(run)) };
+            marks.patches.push(runs.into_iter().map(patch).collect());
         }
         marks.copies = self.copies.iter().map(|(&place, source)| (place, kept(*source))).collect();
         Ok(marks)
@@ -316,6 +312,11 @@ fn blocks_of(runs: &[Range<usize>], tensor: &Range<usize>) -> Vec<Range<usize>> 
         }
     }
     blocks
+}
+
+/// The bytes that a private mapping of a file is compared with: the file's.
+fn base_of(memory: &dyn Memory) -> Option<Source<'_>> {
+    memory.base().filter(|_| matches!(memory.backing(), Backing::CopyOnWrite | Backing::ReadOnly))
 }
 
 fn kept(source: Source<'_>) -> Vec<u8> {

@@ -2,7 +2,8 @@
 
 use super::{Changes, Contents, Marks, Model, OpenOptions};
 use crate::error::{Error, Result};
-use crate::map::{CHUNK, Mapping};
+use crate::layout::TensorInfo;
+use crate::map::{CHUNK, Mapping, not_writable};
 use crate::tensor::TensorViewMut;
 use std::collections::HashSet;
 use std::ops::Deref;
@@ -28,7 +29,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 /// ```
 #[derive(Debug)]
 pub struct ModelMut {
-    // INVARIANT: every mapping is writable, and this model's alone.
+    // INVARIANT: every mapping is copy-on-write or owned, and this model's alone.
     model: Model,
     /// Under [`OpenOptions::dense_edits`]: which tensors have been promoted, by shard and place.
     promoted: Option<HashSet<(usize, usize)>>,
@@ -73,7 +74,7 @@ impl ModelMut {
         Ok(Self::new(Model::read(path)?, false))
     }
 
-    /// `model`'s mappings are writable, and its alone.
+    /// `model`'s mappings are copy-on-write or owned, and its alone.
     pub(crate) fn new(model: Model, dense_edits: bool) -> Self {
         Self { model, promoted: dense_edits.then(HashSet::new), marks: None, token: new_token() }
     }
@@ -86,7 +87,8 @@ impl ModelMut {
     /// The tensor called `name`, to write.
     ///
     /// # Errors
-    /// [`Error::Missing`](crate::Error::Missing), with near names; those of [`OpenOptions::guard`] where that is on.
+    /// [`Error::Missing`](crate::Error::Missing), with near names; [`Error::Io`] (`ENOMEM`) where the kernel does not
+    /// promise memory for the tensor (`vm.overcommit_memory` at 2); those of [`OpenOptions::guard`] where that is on.
     pub fn tensor_mut(&mut self, name: &str) -> Result<TensorViewMut<'_>> {
         if self.model.guards.is_some() {
             self.model.tensor(name)?;
@@ -103,7 +105,12 @@ impl ModelMut {
             // Where memory cannot be had in bulk, pages are copied as they are written.
             mapping.promote(pages).ok();
         }
-        Ok(TensorViewMut::new(info, &mut mapping.as_bytes_mut()[info.bytes()]))
+        let part = info.bytes();
+        let len = part.len();
+        let path = &catalog.shards()[shard].path;
+        let data = mapping.part_mut(part);
+        let data = data.map_err(|error| not_writable(path, &tensor(info.name()), len, error))?;
+        Ok(TensorViewMut::new(info, data))
     }
 
     /// Makes all tensor data this process's own in bulk, before a fine-tune that writes all of it: several
@@ -200,21 +207,54 @@ impl ModelMut {
 
     /// All tensors at once, to write, shard by shard, in file order.
     ///
+    /// # Errors
+    /// [`Error::Io`] (`ENOMEM`) where the kernel does not promise memory for all of them (`vm.overcommit_memory` at 2).
+    ///
     /// ```
     /// # // SAFETY: nobody writes to the file while it is mapped.
     /// # let mut model = unsafe { maptensors::ModelMut::open("models/digits.safetensors")? };
-    /// for mut tensor in model.tensors_mut() {
+    /// for mut tensor in model.tensors_mut()? {
     ///     tensor.as_mut_slice::<f32>()?.iter_mut().for_each(|w| *w *= 0.5);
     /// }
     /// # Ok::<(), maptensors::Error>(())
     /// ```
-    pub fn tensors_mut(&mut self) -> impl Iterator<Item = TensorViewMut<'_>> {
+    pub fn tensors_mut(&mut self) -> Result<impl Iterator<Item = TensorViewMut<'_>>> {
         if self.promoted.take().is_some() {
             self.promote().ok();
         }
         let Model { catalog, mappings, .. } = &mut self.model;
-        let mappings = mappings.iter_mut().filter_map(Arc::get_mut);
-        catalog.shards().iter().zip(mappings).flat_map(|(shard, mapping)| split(&shard.layout, mapping))
+        let mut views = Vec::with_capacity(mappings.len());
+        for (shard, mapping) in catalog.shards().iter().zip(mappings) {
+            let range = shard.layout.data_range();
+            let len = range.len();
+            let data = exclusive(mapping)?.part_mut(range);
+            let data = data.map_err(|error| not_writable(&shard.path, ALL, len, error))?;
+            views.push(split(&shard.layout, data));
+        }
+        Ok(views.into_iter().flatten())
+    }
+}
+
+impl ModelMut {
+    /// The tensors that `wanted` says, to write; no other is made writable.
+    ///
+    /// # Errors
+    /// As [`ModelMut::tensors_mut`].
+    pub(crate) fn some_tensors_mut(
+        &mut self,
+        wanted: impl Fn(&str) -> bool,
+    ) -> Result<Vec<TensorViewMut<'_>>> {
+        let Model { catalog, mappings, .. } = &mut self.model;
+        let mut views = Vec::new();
+        for (shard, mapping) in catalog.shards().iter().zip(mappings) {
+            let infos: Vec<_> = shard.layout.iter().filter(|info| wanted(info.name())).collect();
+            let parts: Vec<_> = infos.iter().map(TensorInfo::bytes).collect();
+            let data = exclusive(mapping)?.parts_mut(&parts);
+            let asked = parts.iter().map(ExactSizeIterator::len).sum();
+            let data = data.map_err(|error| not_writable(&shard.path, ALL, asked, error))?;
+            views.extend(infos.into_iter().zip(data).map(|(info, data)| TensorViewMut::new(info, data)));
+        }
+        Ok(views)
     }
 }
 
@@ -224,19 +264,26 @@ pub(crate) fn new_token() -> u64 {
     TOKENS.fetch_add(1, Ordering::Relaxed)
 }
 
+/// What errors call several tensors.
+const ALL: &str = "its tensors";
+
+fn tensor(name: &str) -> String {
+    format!("tensor {}", crate::error::quote(name))
+}
+
 /// A mapping to write through. It is the model's alone (its invariant), so this does not fail.
 fn exclusive(mapping: &mut Arc<Mapping>) -> Result<&mut Mapping> {
     Arc::get_mut(mapping).ok_or_else(|| Error::Argument("the model's memory is shared with another".into()))
 }
 
-/// One writable view for each tensor. They cannot overlap: a layout's tensors are in order and apart.
+/// One writable view for each tensor of `data`, all of a layout's. They cannot overlap: a layout's tensors are in order
+/// and apart.
 pub(crate) fn split<'a>(
     layout: &'a crate::layout::Layout,
-    mapping: &'a mut Mapping,
+    data: &'a mut [u8],
 ) -> impl Iterator<Item = TensorViewMut<'a>> {
-    let range = layout.data_range();
-    let mut at = range.start;
-    let mut rest = &mut mapping.as_bytes_mut()[range];
+    let mut at = layout.data_range().start;
+    let mut rest = data;
     layout.iter().map(move |info| {
         // Before it may be bytes of tensors that the layout no longer has.
         let (_, from) = std::mem::take(&mut rest).split_at_mut(info.bytes().start - at);

@@ -64,6 +64,13 @@ impl OpenOptions {
         self
     }
 
+    /// Of a model that is read-only, has what was written to it all the same be known: see [`MapOptions::compared`].
+    #[cfg(feature = "python")]
+    pub(crate) fn compared(mut self) -> Self {
+        self.map = self.map.compared();
+        self
+    }
+
     /// Whether to ask for huge pages (default): see [`MapOptions::huge_pages`].
     #[must_use]
     pub fn huge_pages(mut self, huge: bool) -> Self {
@@ -310,7 +317,7 @@ impl OpenOptions {
             // SAFETY: the caller vouches that the files keep their length, against which the window was held;
             // the mapping goes into a SharedMemory, which makes no slices.
             let mapping = unsafe { self.map.bring(&found.file, path, found.window, Backing::Shared) }?;
-            Ok(SharedMemory::from(Arc::new(mapping)))
+            Ok(SharedMemory::of(Arc::new(mapping)))
         })?;
         let model = ModelShared::new(catalog, memories, guards);
         if self.verify == Verify::All {

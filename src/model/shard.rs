@@ -4,11 +4,12 @@ use super::prefetch::unreadable;
 use super::select::{Place, Select};
 use super::shard_plan::{Cut, ShardPlan};
 use super::{Contents, Model, Paging};
-use crate::error::{Error, Result, quote};
+use crate::error::{Error, Result, printable, quote};
 use crate::layout::Layout;
-use crate::map::{CHUNK, Mapping, Source, each_in_parallel};
+use crate::map::{Backing, CHUNK, Mapping, Source, each_in_parallel};
 use crate::tensor::TensorView;
 use std::ops::Range;
+use std::path::Path;
 
 /// A part is mapped where its pages are at most a 20th more than its bytes; else it is read.
 const OVERHEAD: usize = 20;
@@ -107,11 +108,15 @@ impl Paging<'_> {
             let cost = if pages.is_of_a_file() { pages.pages_of(&part).len() } else { part.len() };
             let is_aligned = contents.memories[place.0].now().is_aligned(start, info.dtype().align());
             sizes.asked += cut.nbytes() as u64;
-            let is_mapped = cut.count == 1
+            let in_place = cut.count == 1 && is_aligned && !contents.copies.contains_key(&place);
+            // What is edited in its file is never copied: writes to the copy would not reach it.
+            let edited = contents.memories[place.0].backing() == Backing::Shared && cut.nbytes() > 0;
+            if edited && !in_place {
+                return Err(not_in_place(pages.path(), info.name(), is_aligned));
+            }
+            let is_mapped = in_place
                 && cut.nbytes() > 0
-                && is_aligned
-                && !contents.copies.contains_key(&place)
-                && cost.saturating_sub(part.len()) <= part.len() / OVERHEAD;
+                && (edited || cost.saturating_sub(part.len()) <= part.len() / OVERHEAD);
             let at = if is_mapped {
                 sizes.touched += cost as u64;
                 At::Mapped(part)
@@ -124,8 +129,7 @@ impl Paging<'_> {
             pieces.push(Piece { place, cut, at });
         }
         let memory = Mapping::owned(end, 0);
-        let mut memory =
-            memory.map_err(Error::io(std::path::Path::new(""), "allocating memory for the rank"))?;
+        let mut memory = memory.map_err(Error::io(Path::new(""), "allocating memory for the rank"))?;
         self.bring(&pieces)?;
         sizes.touched += self.gather(contents, &pieces, &mut memory)?;
         Ok(Shards { pieces, memory, sizes })
@@ -226,6 +230,16 @@ impl Paging<'_> {
         })?;
         Ok(touched)
     }
+}
+
+/// Why a rank's part of a tensor of a file that is edited is not handed out.
+fn not_in_place(path: &Path, tensor: &str, is_aligned: bool) -> Error {
+    let why = if is_aligned { "is many runs in the file" } else { "is misaligned in the file" };
+    let (path, tensor) = (printable(&path.to_string_lossy()), quote(tensor));
+    Error::Argument(format!(
+        "{path}: the rank's part of tensor {tensor} {why}, and what is written to a copy of it would not reach the \
+         file; open the model with mode \"r\" or \"c\""
+    ))
 }
 
 /// Runs of one tensor, of the same length, to be read one behind the other.

@@ -1,10 +1,10 @@
 //! Memory as arrays of numpy, torch and JAX.
 
+use super::buffer::Extent;
 use super::dlpack::{self, Exchange, Export};
-use super::tensor::Tensor;
 use crate::dtype::DType;
 use crate::error::{Error, quote};
-use crate::map::{SharedMemory, Source};
+use crate::map::{SharedMemory, Source, not_writable};
 use crate::tensor::Selection;
 use pyo3::exceptions::{PyBufferError, PyImportError, PyValueError};
 use pyo3::intern;
@@ -12,7 +12,7 @@ use pyo3::prelude::*;
 use pyo3::sync::PyOnceLock;
 use pyo3::types::{PyString, PyTuple};
 use std::ops::Range;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 /// A tensor in memory that may be shared with Python; [`Tensor`]'s fields, borrowed.
@@ -97,12 +97,26 @@ impl Array<'_> {
         Err(Error::Value { tensor: self.name.into(), what }.into())
     }
 
-    /// `flat` is the whole memory as a buffer, to be shared by many arrays; made here if missing.
-    pub(super) fn numpy<'py>(
-        &self,
-        py: Python<'py>,
-        flat: Option<&Bound<'py, Tensor>>,
-    ) -> PyResult<Bound<'py, PyAny>> {
+    /// Sees to it that the elements can be written, before they are handed out to be: pages of a mapped file are
+    /// read-only until then. A library that would write to read-only memory all the same gets pages of this process's
+    /// own, which nobody else sees, and no crash.
+    pub(super) fn make_writable(&self) -> Result<(), Error> {
+        let extent = self.extent();
+        let asked = extent.len();
+        let what = || format!("tensor {}", quote(self.name));
+        self.memory.make_writable(&extent).map_err(|error| not_writable(Path::new(""), &what(), asked, error))
+    }
+
+    /// A numpy array of this memory, to write unless it is read-only.
+    pub(super) fn numpy<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyAny>> {
+        if !self.read_only {
+            self.make_writable()?;
+        }
+        self.ready_numpy(py)
+    }
+
+    /// As [`Array::numpy`], of memory that is [writable](Array::make_writable) already.
+    pub(super) fn ready_numpy<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyAny>> {
         self.check_values()?;
         match self.dtype {
             DType::F4 => return self.unpacked(py),
@@ -111,37 +125,21 @@ impl Array<'_> {
             }
             _ => {}
         }
-        let made;
-        let flat = if let Some(flat) = flat {
-            flat
-        } else {
-            made = self.flat(py)?;
-            &made
-        };
+        let extent = self.extent();
+        let offset = self.offset - extent.start;
+        // What numpy keeps as the array's base: nothing but these bytes can be reached through it.
+        let base = Bound::new(py, Extent::new(self.memory.clone(), extent, self.read_only))?;
         let ndarray = import(py, &NDARRAY, "numpy", "ndarray")?;
         let dtype = numpy_dtype(py, self.dtype)?;
         let shape = PyTuple::new(py, self.shape)?;
-        let offset = self.offset - self.flat_range().start;
         match self.strides {
-            None => ndarray.call1((shape, dtype, flat, offset)),
+            None => ndarray.call1((shape, dtype, base, offset)),
             Some(strides) => {
                 let itemsize = self.dtype.itemsize().unwrap_or(1).cast_signed();
                 let strides = PyTuple::new(py, strides.iter().map(|stride| stride * itemsize))?;
-                ndarray.call1((shape, dtype, flat, offset, strides))
+                ndarray.call1((shape, dtype, base, offset, strides))
             }
         }
-    }
-
-    /// The whole memory, as a buffer of bytes; of a file that is edited, the array's part.
-    pub(super) fn flat<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, Tensor>> {
-        let Range { start, end } = self.flat_range();
-        let (memory, shape) = (self.memory.clone(), [end - start]);
-        Bound::new(py, Tensor::whole(memory, start, DType::U8, &shape, self.name, self.read_only))
-    }
-
-    /// The bytes that [`Array::flat`] shows.
-    fn flat_range(&self) -> Range<usize> {
-        if self.memory.is_shared() { self.extent() } else { 0..self.memory.len() }
     }
 
     /// From the lowest to the highest element.
@@ -174,7 +172,20 @@ impl Array<'_> {
         typed.call_method1("reshape", (PyTuple::new(py, self.shape)?,))
     }
 
+    /// A torch tensor of this memory; on another device a copy, made from pages that stay as they are.
     pub(super) fn torch<'py>(
+        &self,
+        py: Python<'py>,
+        device: Option<&Bound<'py, PyAny>>,
+    ) -> PyResult<Bound<'py, PyAny>> {
+        if device.is_none_or(is_cpu) && !self.read_only {
+            self.make_writable()?;
+        }
+        self.ready_torch(py, device)
+    }
+
+    /// As [`Array::torch`], of memory that is [writable](Array::make_writable) already, where the tensor stays there.
+    pub(super) fn ready_torch<'py>(
         &self,
         py: Python<'py>,
         device: Option<&Bound<'py, PyAny>>,
@@ -196,7 +207,7 @@ impl Array<'_> {
         let tensor = if let Some(exchange) = torch.exchange {
             self.export(|export| exchange.make(py, export))?
         } else {
-            let capsule = self.dlpack(py, true, None, None)?;
+            let capsule = self.export(|export| export.capsule(py, true))?;
             torch.from_dlpack.bind(py).call1((capsule,))?
         };
         match device {
@@ -209,10 +220,10 @@ impl Array<'_> {
         &self,
         py: Python<'py>,
         device: Option<&Bound<'py, PyAny>>,
-        flat: Option<&Bound<'py, Tensor>>,
     ) -> PyResult<Bound<'py, PyAny>> {
         static DEVICE_PUT: PyOnceLock<Py<PyAny>> = PyOnceLock::new();
-        let array = self.numpy(py, flat)?;
+        // JAX writes to no array.
+        let array = Array { read_only: true, ..*self }.ready_numpy(py)?;
         // jax.numpy.asarray copies; device_put takes aligned host memory as it is.
         import(py, &DEVICE_PUT, "jax", "device_put")?.call1((array, device))
     }
@@ -238,6 +249,8 @@ impl Array<'_> {
             let copied = Array { memory: &memory, offset: 0, strides: None, read_only: false, ..*self };
             return copied.export(|export| Export { copied: true, ..*export }.capsule(py, versioned));
         }
+        // Not all who take a capsule heed that it is read-only: torch does not.
+        self.make_writable()?;
         self.export(|export| export.capsule(py, versioned))
     }
 

@@ -2,10 +2,14 @@
 
 use super::arrays::Array;
 use crate::dtype::DType;
+use crate::map::SharedMemory;
 use pyo3::exceptions::PyBufferError;
 use pyo3::ffi;
 use pyo3::prelude::*;
 use std::ffi::{CStr, c_int, c_void};
+use std::ops::Range;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 /// What a filled view points to.
 struct Shape {
@@ -34,7 +38,8 @@ fn format(dtype: DType) -> Option<&'static CStr> {
     })
 }
 
-/// Fills `view` for `owner`, whose memory `array` describes.
+/// Fills `view` for `owner`, whose memory `array` describes. `insisted` says whether a consumer of it wanted to write
+/// what is read-only.
 ///
 /// # Safety
 /// `view` is null or a `Py_buffer` to fill, as Python's buffer protocol passes it.
@@ -43,6 +48,7 @@ pub(super) unsafe fn fill(
     array: &Array<'_>,
     view: *mut ffi::Py_buffer,
     flags: c_int,
+    insisted: &AtomicBool,
 ) -> PyResult<()> {
     // SAFETY: the caller's promise.
     let Some(view) = (unsafe { view.as_mut() }) else {
@@ -51,7 +57,17 @@ pub(super) unsafe fn fill(
     view.obj = std::ptr::null_mut();
     let asks = |flag: c_int| flags & flag == flag;
     if array.read_only && asks(ffi::PyBUF_WRITABLE) {
+        insisted.store(true, Ordering::Relaxed);
         return Err(PyBufferError::new_err("this tensor is read-only"));
+    }
+    // A consumer that asks for neither format nor writing reads the bytes: a file, a hash.
+    let read_only = array.read_only || !asks(ffi::PyBUF_WRITABLE) && !asks(ffi::PyBUF_FORMAT);
+    if !read_only {
+        array.make_writable()?;
+    } else if insisted.load(Ordering::Relaxed) {
+        // A consumer that was refused and takes what it gets may write all the same, as torch.frombuffer does: then to
+        // pages of this process's own. Where the kernel does not promise them, it has been told.
+        array.make_writable().ok();
     }
     let packed = array.dtype.itemsize().is_none();
     let scattered = array.strides.is_some();
@@ -103,7 +119,7 @@ pub(super) unsafe fn fill(
     let dims = shape.dims.as_mut_ptr();
     view.buf = array.ptr().cast::<c_void>();
     view.len = dim(nbytes)?;
-    view.readonly = c_int::from(array.read_only);
+    view.readonly = c_int::from(read_only);
     view.itemsize = itemsize.cast_signed();
     view.format = format.cast_mut();
     // Without PyBUF_ND the bytes are one run, and a consumer expects one axis.
@@ -116,6 +132,38 @@ pub(super) unsafe fn fill(
     view.internal = Box::into_raw(shape).cast();
     view.obj = owner.clone().into_ptr();
     Ok(())
+}
+
+/// A run of bytes: what numpy keeps as the base of an array.
+#[pyclass(frozen, module = "maptensors._native")]
+pub(super) struct Extent {
+    memory: Arc<SharedMemory>,
+    // INVARIANT: inside the memory.
+    part: Range<usize>,
+    read_only: bool,
+}
+
+impl Extent {
+    /// A part that lies inside `memory`, and is writable there unless `read_only`.
+    pub(super) fn new(memory: Arc<SharedMemory>, part: Range<usize>, read_only: bool) -> Self {
+        Self { memory, part, read_only }
+    }
+}
+
+#[pymethods]
+impl Extent {
+    /// # Safety
+    /// Called by Python's buffer protocol.
+    unsafe fn __getbuffer__(slf: Bound<'_, Self>, view: *mut ffi::Py_buffer, flags: c_int) -> PyResult<()> {
+        let Self { memory, part, read_only } = slf.get();
+        let len = ffi::Py_ssize_t::try_from(part.len());
+        let len = len.map_err(|_| PyBufferError::new_err("too large a tensor"))?;
+        let ptr = memory.ptr(part).cast();
+        // SAFETY: the protocol's view, and bytes that `slf` keeps mapped, of which the view holds a reference.
+        let filled =
+            unsafe { ffi::PyBuffer_FillInfo(view, slf.as_ptr(), ptr, len, c_int::from(*read_only), flags) };
+        if filled == 0 { Ok(()) } else { Err(PyErr::fetch(slf.py())) }
+    }
 }
 
 /// Frees what [`fill`] allocated.

@@ -35,7 +35,7 @@ impl Draft {
     pub(super) fn new(draft: save::Draft) -> Result<Self, Error> {
         let path = draft.path().to_owned();
         let (layout, memory, mapped, durable, pending) = draft.into_parts()?;
-        let memory = Arc::new(SharedMemory::from(Arc::new(memory)));
+        let memory = Arc::new(SharedMemory::of(Arc::new(memory)));
         Ok(Self { layout, memory, mapped, durable, path, pending: Mutex::new(Some(pending)) })
     }
 

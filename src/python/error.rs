@@ -40,8 +40,13 @@ fn os_error(py: Python<'_>, path: &Path, action: &str, source: &io::Error) -> Py
     let error = match source.raw_os_error() {
         Some(errno) => {
             let text = py.import("os")?.call_method1("strerror", (errno,))?;
-            let exception = py.get_type::<PyOSError>().call1((errno, text, path.as_os_str()))?;
-            PyErr::from_value(exception)
+            let class = py.get_type::<PyOSError>();
+            // What is in memory has no path.
+            let exception = match path.as_os_str() {
+                path if path.is_empty() => class.call1((errno, text)),
+                path => class.call1((errno, text, path)),
+            };
+            PyErr::from_value(exception?)
         }
         None => PyOSError::new_err(format!("{}: {source}", path.display())),
     };

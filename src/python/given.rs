@@ -328,7 +328,7 @@ pub(super) fn assign(py: Python<'_>, to: &Array<'_>, value: &Bound<'_, PyAny>) -
     let options = PyDict::new(py);
     // Python's numbers have no dtype of their own, and become the tensor's as in numpy's `a[...] = 1`.
     options.set_item("casting", if typed { "same_kind" } else { "unsafe" })?;
-    numpy.call_method("copyto", (to.numpy(py, None)?, value), Some(&options))?;
+    numpy.call_method("copyto", (to.numpy(py)?, value), Some(&options))?;
     Ok(())
 }
 

@@ -300,7 +300,7 @@ pub(super) fn shard<'py>(
         }
         Ok(shards)
     })?;
-    let memory = Arc::new(SharedMemory::from(Arc::new(memory)));
+    let memory = Arc::new(SharedMemory::of(Arc::new(memory)));
     let dict = PyDict::new(py);
     for piece in pieces {
         let (shard, index) = piece.place;

@@ -1,6 +1,6 @@
 //! `maptensors.Model`: a mapping of names to tensors.
 
-use super::arrays::Array;
+use super::arrays::{Array, is_cpu};
 use super::changes::Changes;
 use super::interrupt::interruptible;
 use super::lazy::{self, Names};
@@ -12,8 +12,7 @@ use crate::model::{Catalog, Guards, Model as Opened, ModelShared};
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 use pyo3::types::{PyDict, PyList};
-use std::collections::hash_map::Entry;
-use std::collections::{BTreeMap, HashMap};
+use std::collections::BTreeMap;
 use std::ffi::OsString;
 use std::sync::{Arc, PoisonError, RwLock};
 
@@ -30,7 +29,7 @@ impl Model {
     pub(super) fn new(mut opened: Opened, mode: &'static str, dense_edits: bool) -> Self {
         let guards = opened.take_guards();
         let (catalog, mappings) = opened.into_parts();
-        let memories = mappings.into_iter().map(|mapping| Arc::new(SharedMemory::from(mapping))).collect();
+        let memories = mappings.into_iter().map(|mapping| Arc::new(SharedMemory::of(mapping))).collect();
         Self::of(catalog, memories, guards, mode, dense_edits)
     }
 
@@ -56,16 +55,19 @@ impl Model {
         open.clone().ok_or_else(|| Error::Argument("the model is closed".into()).into())
     }
 
-    /// One array for each tensor. `make` gets the whole memory as a buffer too, to share between arrays.
+    /// One array for each tensor, of memory that is writable if they are `writable`.
     fn arrays<'py>(
         &self,
         py: Python<'py>,
-        make: impl Fn(&Array<'_>, &Bound<'py, Tensor>) -> PyResult<Bound<'py, PyAny>>,
+        writable: bool,
+        make: impl Fn(&Array<'_>) -> PyResult<Bound<'py, PyAny>>,
     ) -> PyResult<Bound<'py, PyDict>> {
         let parts = self.parts()?;
+        if writable && !parts.read_only {
+            py.detach(|| parts.make_writable())?;
+        }
         let _paused = PausedCollector::new(py);
         let dict = PyDict::new(py);
-        let mut flats: HashMap<*const SharedMemory, Bound<'py, Tensor>> = HashMap::new();
         for (shard, index, info) in parts.infos() {
             let (memory, offset) = py.detach(|| parts.place(shard, index, &info))?;
             let array = Array {
@@ -77,18 +79,7 @@ impl Model {
                 read_only: parts.read_only,
                 name: info.name(),
             };
-            let alone;
-            let flat = if memory.is_shared() {
-                // The buffer under an array is not to reach the header of a file that is edited.
-                alone = array.flat(py)?;
-                &alone
-            } else {
-                match flats.entry(Arc::as_ptr(&memory)) {
-                    Entry::Occupied(entry) => entry.into_mut(),
-                    Entry::Vacant(entry) => entry.insert(array.flat(py)?),
-                }
-            };
-            dict.set_item(info.name(), make(&array, flat)?)?;
+            dict.set_item(info.name(), make(&array)?)?;
         }
         Ok(dict)
     }
@@ -376,22 +367,20 @@ impl Model {
 
     /// All tensors as numpy arrays of the same memory.
     fn numpy<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
-        self.arrays(py, |array, flat| {
-            let own = std::ptr::eq(array.memory.as_ref(), flat.get().array().memory.as_ref());
-            array.numpy(py, own.then_some(flat))
-        })
+        self.arrays(py, true, |array| array.ready_numpy(py))
     }
 
     /// All tensors as torch tensors of the same memory; on another `device`, copies there.
     #[pyo3(signature = (device = None))]
     fn torch<'py>(&self, py: Python<'py>, device: Option<Bound<'py, PyAny>>) -> PyResult<Bound<'py, PyDict>> {
-        self.arrays(py, |array, _| array.torch(py, device.as_ref()))
+        let stays = device.as_ref().is_none_or(is_cpu);
+        self.arrays(py, stays, |array| array.ready_torch(py, device.as_ref()))
     }
 
     /// All tensors as JAX arrays, of the same memory where it is aligned to 64 bytes.
     #[pyo3(signature = (device = None))]
     fn jax<'py>(&self, py: Python<'py>, device: Option<Bound<'py, PyAny>>) -> PyResult<Bound<'py, PyDict>> {
-        self.arrays(py, |array, flat| array.jax(py, device.as_ref(), Some(flat)))
+        self.arrays(py, false, |array| array.jax(py, device.as_ref()))
     }
 
     /// Writes all tensors and the metadata, edits included, as `maptensors.save` does; also onto the model's

@@ -149,6 +149,9 @@ pub(super) fn open(
         Some(Some(end)) => options.window(offset..end),
         Some(None) => return Err(PyValueError::new_err("offset and length are past any file's end")),
     };
+    if mode == "r" {
+        options = options.compared();
+    }
     let files = Files::of(path)?;
     if edited {
         return Ok(Model::shared(py.detach(|| -> Result<ModelShared, Error> {

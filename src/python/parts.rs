@@ -4,7 +4,7 @@ use super::lazy::Names;
 use super::tensor::{Tensor, Watch};
 use crate::error::Error;
 use crate::layout::TensorInfo;
-use crate::map::{CHUNK, Memory, SharedMemory};
+use crate::map::{CHUNK, Memory, SharedMemory, not_writable};
 use crate::model::{Catalog, Contents, Guards, Locks, Marks, Select, new_token};
 use std::collections::{HashMap, HashSet};
 use std::ops::Range;
@@ -82,6 +82,20 @@ impl Parts {
             .entry((shard, index))
             .or_insert_with(|| Arc::new(SharedMemory::copy_of(memory.source(&range))));
         Ok((copy.clone(), 0))
+    }
+
+    /// Makes all tensor data writable where it lies, in one go for each file.
+    ///
+    /// # Errors
+    /// [`Error::Io`] where the kernel does not promise the memory.
+    pub(super) fn make_writable(&self) -> Result<(), Error> {
+        for (shard, memory) in self.catalog.shards().iter().zip(&self.memories) {
+            let data = shard.layout.data_range();
+            let asked = data.len();
+            let refused = |error| not_writable(&shard.path, "its tensors", asked, error);
+            memory.make_writable(&data).map_err(refused)?;
+        }
+        Ok(())
     }
 
     /// Calls `work` with all bytes, to compare and to hash. Copies made meanwhile are not among them.

@@ -12,6 +12,7 @@ use pyo3::prelude::*;
 use pyo3::types::{PyBool, PyBytes, PyEllipsis, PyInt, PySlice, PyTuple};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 
 /// A tensor where it lies: in a mapped file, in a file being made, or in memory of its own.
 ///
@@ -32,6 +33,8 @@ pub(super) struct Tensor {
     name: Arc<str>,
     /// Of a model that is guarded.
     watch: Option<Arc<Watch>>,
+    /// Whether a consumer wanted to write it though it is read-only.
+    insisted: AtomicBool,
 }
 
 /// The file that a tensor lies in, to ask whether it is still as it was.
@@ -54,7 +57,17 @@ impl Tensor {
     ) -> Self {
         let read_only = read_only || memory.is_read_only();
         let (shape, name) = (shape.to_vec(), name.into());
-        Self { memory, offset, dtype, shape, strides: None, read_only, name, watch: None }
+        Self {
+            memory,
+            offset,
+            dtype,
+            shape,
+            strides: None,
+            read_only,
+            name,
+            watch: None,
+            insisted: AtomicBool::new(false),
+        }
     }
 
     pub(super) fn watched(self, watch: Option<Arc<Watch>>) -> Self {
@@ -113,6 +126,7 @@ impl Tensor {
             read_only: self.read_only,
             name: self.name.clone(),
             watch: self.watch.clone(),
+            insisted: AtomicBool::new(false),
         })
     }
 
@@ -218,9 +232,12 @@ impl Tensor {
         self.read_only
     }
 
-    /// The address of the first element.
-    fn data_ptr(&self) -> usize {
-        self.array().ptr().addr()
+    /// The address of the first element, to be written unless `readonly`.
+    fn data_ptr(&self) -> PyResult<usize> {
+        if !self.read_only {
+            self.array().make_writable()?;
+        }
+        Ok(self.array().ptr().addr())
     }
 
     /// The elements as `bytes`, in C order, little endian: a copy.
@@ -243,7 +260,7 @@ impl Tensor {
     /// bfloat16 and 8-bit floats use `ml_dtypes`. 4-bit floats are unpacked, which copies.
     fn numpy<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyAny>> {
         self.look(py)?;
-        self.array().numpy(py, None)
+        self.array().numpy(py)
     }
 
     /// A torch tensor of the same memory with a storage of its own; on another `device`, a copy there.
@@ -259,7 +276,7 @@ impl Tensor {
     #[pyo3(signature = (device = None))]
     fn jax<'py>(&self, py: Python<'py>, device: Option<Bound<'py, PyAny>>) -> PyResult<Bound<'py, PyAny>> {
         self.look(py)?;
-        self.array().jax(py, device.as_ref(), None)
+        self.array().jax(py, device.as_ref())
     }
 
     /// The same bytes as another dtype: of the same width any shape, of another width the last axis
@@ -305,6 +322,7 @@ impl Tensor {
             )));
         }
         part.look(py)?;
+        part.array().make_writable()?;
         given::assign(py, &part.array(), value)
     }
 
@@ -376,7 +394,7 @@ impl Tensor {
     ) -> PyResult<()> {
         slf.get().look(slf.py())?;
         // SAFETY: the protocol's promise, passed on.
-        unsafe { super::buffer::fill(slf.as_any(), &slf.get().array(), view, flags) }
+        unsafe { super::buffer::fill(slf.as_any(), &slf.get().array(), view, flags, &slf.get().insisted) }
     }
 
     /// # Safety
@@ -399,6 +417,7 @@ impl Tensor {
             read_only: self.read_only,
             name: self.name.clone(),
             watch: self.watch.clone(),
+            insisted: AtomicBool::new(false),
         }
     }
 }

@@ -260,7 +260,9 @@ impl Draft {
     pub fn tensors_mut(&mut self) -> Result<impl Iterator<Item = TensorViewMut<'_>>> {
         self.memory()?;
         let Self { layout, memory, .. } = self;
-        Ok(memory.iter_mut().flat_map(|memory| split(layout, memory)))
+        Ok(memory
+            .iter_mut()
+            .flat_map(|memory| split(layout, &mut memory.as_bytes_mut()[layout.data_range()])))
     }
 
     /// Copies whole tensors, given by their place in the layout, in parallel.

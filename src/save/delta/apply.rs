@@ -77,8 +77,9 @@ fn apply_one(mut model: ModelMut, delta: &Delta<'_>) -> Result<ModelMut> {
         model = rebuilt(&model, delta)?;
     }
     let parts: HashMap<&str, &Part<'_>> = delta.tensors.iter().map(|(name, part)| (*name, part)).collect();
+    let views = model.some_tensors_mut(|name| parts.contains_key(name))?;
     let jobs: Vec<(&Part<'_>, TensorViewMut<'_>)> =
-        model.tensors_mut().filter_map(|view| Some((*parts.get(view.name())?, view))).collect();
+        views.into_iter().filter_map(|view| Some((*parts.get(view.name())?, view))).collect();
     map::each_in_parallel(jobs, |(part, mut view): (&Part<'_>, TensorViewMut<'_>)| match part {
         Part::Whole(whole) => {
             view.as_bytes_mut().copy_from_slice(whole.as_bytes());
