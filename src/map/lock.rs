@@ -4,6 +4,7 @@ use crate::error::{Error, Result};
 use std::io;
 use std::ops::Range;
 use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 /// Holds the pages of `len` bytes at `ptr` in memory, until [`unlock_range`] or the end of their mapping.
@@ -23,6 +24,7 @@ pub(super) fn lock_range(path: &Path, ptr: *const u8, len: usize, moving: &Movin
     let (start, len) = whole_pages(ptr, len);
     {
         let _still = moving.wait();
+        moving.note_locked();
         lock(start, len).map_err(|error| refused(path, len, error))?;
     }
     read_in(start, len).map_err(Error::io(path, "reading pages in, to lock them"))
@@ -31,11 +33,24 @@ pub(super) fn lock_range(path: &Path, ptr: *const u8, len: usize, moving: &Movin
 /// Held while pages of a mapping are put in the place of others, which are locked afterwards as those were: who locks
 /// or unlocks meanwhile would do so to pages that go. Who only reads or writes never waits.
 #[derive(Debug, Default)]
-pub(super) struct Moving(Mutex<()>);
+pub(super) struct Moving {
+    still: Mutex<()>,
+    locked: AtomicBool,
+}
 
 impl Moving {
     pub(super) fn wait(&self) -> MutexGuard<'_, ()> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.still.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Notes that pages of the mapping were locked.
+    pub(super) fn note_locked(&self) {
+        self.locked.store(true, Ordering::Relaxed);
+    }
+
+    /// Whether any page of the mapping was ever locked.
+    pub(super) fn was_locked(&self) -> bool {
+        self.locked.load(Ordering::Relaxed)
     }
 }
 

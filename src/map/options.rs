@@ -419,6 +419,7 @@ impl MapOptions {
             lock::lock_pages(mapping.ptr(), mapping.len)
                 .map_err(|error| lock::refused(path, mapping.len, error))?;
             mapping.locked_whole = true;
+            mapping.moving.note_locked();
         }
         if self.populate || self.lock {
             let filled = if mapping.backing == Backing::Owned {

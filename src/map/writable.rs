@@ -6,7 +6,7 @@
 //! break its sharing with the page cache: a driver that pins pages of a writable private mapping asks for them to be
 //! written.
 
-use super::{Backing, Mapping};
+use super::{Backing, CHUNK, Mapping};
 use crate::error::Error;
 use rustix::io::Errno;
 use rustix::mm::{MprotectFlags, mprotect};
@@ -129,7 +129,11 @@ impl Mapping {
             // all runs, to one of which it may have been extended. They stay readable, and no byte changes.
             match unsafe { mprotect(at, range.len(), MprotectFlags::READ | MprotectFlags::WRITE) } {
                 Ok(()) => {
-                    runs.add(range);
+                    runs.add(range.clone());
+                    drop(runs);
+                    if self.moving.was_locked() {
+                        self.bring_back(&range);
+                    }
                     return Ok(());
                 }
                 // Too many maps, for which joining two of them helps; or too much memory promised.
@@ -138,6 +142,27 @@ impl Mapping {
             }
         }
         Err(refused.into())
+    }
+
+    /// Reads the pages around both ends of a run in again: where a huge page is divided between two maps, the kernel
+    /// takes all of it out of the page tables, and with that, what was locked is so no more until it is touched.
+    fn bring_back(&self, run: &Range<usize>) {
+        #[cfg(target_os = "linux")]
+        {
+            use rustix::mm::{Advice, madvise};
+            let (first, page) = (self.ptr().addr(), rustix::param::page_size());
+            let all = first / page * page..(first + self.len).next_multiple_of(page);
+            for end in [run.start, run.end] {
+                let start = (end / CHUNK * CHUNK).max(all.start);
+                let len = (end / CHUNK * CHUNK + CHUNK).min(all.end).saturating_sub(start);
+                let at = self.raw.as_mut_ptr().with_addr(start).cast();
+                // SAFETY: pages that `raw` maps; reading them in changes no byte. What cannot be read shows when it is
+                // touched, as it would have.
+                unsafe { madvise(at, len, Advice::LinuxPopulateRead) }.ok();
+            }
+        }
+        #[cfg(not(target_os = "linux"))]
+        let _ = run;
     }
 
     /// Notes that the pages that hold a part may be written by now: new ones were put in their place.
