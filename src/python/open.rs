@@ -96,7 +96,7 @@ pub(super) fn is_mapped(backend: &str) -> PyResult<bool> {
 /// sealed memory and maps that: as independent of the file, with pages that forked children share, and `changed()`
 /// works. `populate` reads all pages in at once, so that an I/O error shows here. `lock` has them stay in RAM
 /// (`LimitError` where `RLIMIT_MEMLOCK` does not allow it). `reserve_swap` has the kernel promise memory for every page
-/// that may be edited. `huge_pages=False` asks for none. `dense_edits` is for fine-tuning a whole model: each
+/// that may be edited, all at once; otherwise it is for the tensors that are taken to be written. `huge_pages=False` asks for none. `dense_edits` is for fine-tuning a whole model: each
 /// tensor of 2 MiB or more becomes this process's own in bulk when it is first taken, several times as fast
 /// as page by page when it is written; it has no meaning in `"r+"`. `verify="all"` holds every tensor against the
 /// checksum that the file carries, which reads everything. `offset` and `length`, in bytes, are the part of the file
