@@ -1,5 +1,6 @@
 //! How to map: [`MapOptions`].
 
+use super::fork::Raw;
 use super::mapping::identity;
 use super::residency::may_ask;
 use super::{Advice, Backing, CHUNK, Mapping, SharedMemory, lock};
@@ -337,17 +338,18 @@ impl MapOptions {
         let start = usize::try_from(window.offset % page).unwrap_or_default();
         let mut options = MmapOptions::new();
         options.offset(window.offset - start as u64).len(start + window.len);
-        let raw = match backing {
+        let raw: Raw = match backing {
             // SAFETY: the caller vouches for the file; that is memmap2's whole requirement.
-            Backing::ReadOnly => MmapRaw::from(unsafe { options.map_copy_read_only(file) }?),
+            Backing::ReadOnly => MmapRaw::from(unsafe { options.map_copy_read_only(file) }?).into(),
             Backing::CopyOnWrite => {
                 if self.reserve_swap != Some(true) {
                     options.no_reserve_swap();
                 }
                 // SAFETY: as above.
-                MmapRaw::from(unsafe { options.map_copy(file) }?)
+                MmapRaw::from(unsafe { options.map_copy(file) }?).into()
             }
-            _ => options.map_raw(file)?,
+            Backing::Output => Raw::withheld(|| options.map_raw(file))?,
+            _ => options.map_raw(file)?.into(),
         };
         let mut mapping = Mapping::new(raw, start, window.len, backing);
         mapping.offset = window.offset;
@@ -370,7 +372,7 @@ impl MapOptions {
         if self.reserve_swap == Some(false) {
             options.no_reserve_swap();
         }
-        let mut mapping = Mapping::new(options.map_anon()?.into(), start, len, Backing::Owned);
+        let mut mapping = Mapping::new(MmapRaw::from(options.map_anon()?), start, len, Backing::Owned);
         self.advise_huge(&mut mapping);
         Ok(mapping)
     }
