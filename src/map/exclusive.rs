@@ -63,8 +63,12 @@ impl Drop for ExclusiveFile {
 
 impl ExclusiveFile {
     fn new(file: File, name: Option<OsString>, leased: bool) -> Self {
+        Self::kept(Private::new(&file), file, name, leased)
+    }
+
+    fn kept(private: Private, file: File, name: Option<OsString>, leased: bool) -> Self {
         ours().extend(name.clone());
-        Self { _private: Private::new(&file), file, name, leased, owner: Owner::me() }
+        Self { _private: private, file, name, leased, owner: Owner::me() }
     }
 
     /// Creates a new, empty, locked file in the file system of `dir`, with the mode that `mode` and the umask give:
@@ -146,6 +150,8 @@ impl ExclusiveFile {
     #[cfg(target_os = "linux")]
     fn try_adopt(dir: &Dir, name: &OsStr) -> io::Result<Option<Self>> {
         let Ok(file) = dir.open_file(name, true) else { return Ok(None) };
+        // At once: a child that had it, too, would stand in the lease's way the next time.
+        let private = Private::new(&file);
         let locked = rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive);
         // By this name nobody can have opened it since; the lease says that nobody has it from before.
         if locked == Err(Errno::WOULDBLOCK) || !lease::take(&file)? {
@@ -160,7 +166,7 @@ impl ExclusiveFile {
             return Ok(None);
         }
         dir.sync()?;
-        Ok(Some(Self::new(file, Some(name.into()), true)))
+        Ok(Some(Self::kept(private, file, Some(name.into()), true)))
     }
 
     /// Whether nobody waits to open an adopted file: someone who had looked its old name up before that
