@@ -312,7 +312,8 @@ fn a_step_saved_again_as_one_file_leaves_no_set_behind() {
 
 #[test]
 fn what_a_killed_process_left_is_removed_by_the_next_one() {
-    let dir = tempfile::tempdir().unwrap();
+    // The output made ready is a file that is used again, which has a name.
+    let dir = common::recycling_dir();
     let status = std::process::Command::new(std::env::current_exe().unwrap())
         .args(["--exact", "killed_child", "--nocapture", "--ignored"])
         .env("MAPTENSORS_CHECKPOINTS", dir.path())

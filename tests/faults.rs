@@ -58,6 +58,12 @@ fn prepared(way: &str) -> tempfile::TempDir {
     dir
 }
 
+/// A save makes a file without a name, and names it. (It lies in memory, or on what temporary files are.)
+fn assert_unnamed(calls: &[Call]) {
+    let count = |name: &str| calls.iter().filter(|call| call.0 == name).count();
+    assert!(count("linkat") > 0 && count("linkat") >= count("renameat"), "{calls:?}");
+}
+
 /// A system call between the marks: which, and the how manieth of its name and thread it is.
 type Call = (String, usize);
 
@@ -88,7 +94,7 @@ fn calls(trace: &str) -> Vec<Call> {
 }
 
 /// Calls that fail on real systems; the others fail only where memory or the process itself is broken.
-const FAILING: [&str; 15] = [
+const FAILING: [&str; 16] = [
     "openat",
     "newfstatat",
     "fstat",
@@ -101,6 +107,7 @@ const FAILING: [&str; 15] = [
     "fchmod",
     "flock",
     "fsync",
+    "linkat",
     "renameat",
     "unlinkat",
     "getdents64",
@@ -137,6 +144,7 @@ fn every_system_call_of_a_save_may_fail_or_be_the_last() {
         assert_eq!((said(dir.path()), generation(&dir.path().join("set"))), ("done".into(), 2));
         let calls = calls(&std::fs::read_to_string(&trace).unwrap());
         assert!(calls.len() > 15, "{calls:?}");
+        assert_unnamed(&calls);
         for (i, (name, count)) in calls.iter().enumerate() {
             // A set is three files: in the short form every third of its calls.
             if way == "sharded" && !long && i % 3 != 0 {
@@ -192,6 +200,8 @@ fn inject(test: &str, way: &str, name: &str, count: usize, what: &str, place: &s
         assert!(listing(dir.path()).contains(&"warm".into()), "{place}: before the save");
         assert!(trace.contains("killed by SIGKILL"), "{place}: {trace}");
         assert!(matches!(generation(&set), 1 | 2), "{place}");
+        // What has no name goes with the process. One is there only to be renamed.
+        assert!(temporaries(&set) == 0 || name == "renameat", "{place}: {:?}", listing(&set));
         save(&set, 3, 100, &options(way).durable(false)).unwrap();
         assert_eq!((generation(&set), temporaries(&set)), (3, 0), "{place}: {:?}", listing(&set));
         return true;

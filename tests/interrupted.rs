@@ -47,6 +47,22 @@ fn until(what: &str, mut check: impl FnMut() -> bool) {
     panic!("it never came so far: {what}");
 }
 
+/// Whether a process has a file of a directory open that is not there yet, or by another name.
+fn is_unfinished(dir: &Path, pid: &str) -> bool {
+    let open =
+        fs::read_dir(format!("/proc/{pid}/fd")).unwrap().filter_map(|fd| fs::read_link(fd.ok()?.path()).ok());
+    open.map(|to| to.display().to_string()).any(|to| {
+        to.starts_with(dir.to_str().unwrap()) && (to.ends_with("(deleted)") || to.contains("/.maptensors-"))
+    })
+}
+
+/// Whether a signal waits for a process to take it.
+fn is_pending(pid: &str) -> bool {
+    let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
+    let pending = status.lines().find_map(|line| line.strip_prefix("ShdPnd:")).unwrap().trim();
+    pending.bytes().any(|digit| digit != b'0')
+}
+
 #[test]
 fn a_signal_in_a_command_that_writes_leaves_nothing_unfinished_and_the_old_file() {
     if !is_installed("strace") {
@@ -80,9 +96,12 @@ fn a_signal_in_a_command_that_writes_leaves_nothing_unfinished_and_the_old_file(
                 .unwrap(),
         );
         until("fsync", || calls().contains("fsync("));
-        assert_ne!(listing(dir), names, "{args:?}: it is being written");
         let pid = calls().split_whitespace().next().unwrap().to_owned();
+        assert!(is_unfinished(dir, &pid), "{args:?}: it is being written");
         assert!(Command::new("kill").args([&format!("-{signal}"), &pid]).status().unwrap().success());
+        until("the signal is taken", || !is_pending(&pid));
+        // And what it is about is done.
+        std::thread::sleep(Duration::from_millis(20));
         until("nothing is left", || listing(dir) == names);
         assert!(fs::read(dir.join("out.st")).unwrap() == before, "{args:?}");
         // The tracer alone: the call goes on, and the process ends by the signal that it was sent.

@@ -7,6 +7,7 @@
 //! Who calls work off has no use for its result. So a loop that returns no error may just end early.
 
 use super::disk::Dir;
+use super::fork::Owner;
 use rustix::io::Errno;
 use std::cell::RefCell;
 use std::ffi::{OsStr, OsString};
@@ -92,12 +93,14 @@ impl Cancel {
 /// An unfinished file, to be removed when the work is called off that this thread does.
 pub(crate) struct Unfinished {
     cancel: Option<Cancel>,
-    name: OsString,
+    /// What is to be removed; a file without a name goes by itself.
+    name: Option<OsString>,
+    owner: Owner,
 }
 
 impl Unfinished {
-    pub(crate) fn new(dir: &Arc<Dir>, name: &OsStr) -> Self {
-        let mut file = Self { cancel: None, name: name.into() };
+    pub(crate) fn new(dir: &Arc<Dir>, name: Option<&OsStr>) -> Self {
+        let mut file = Self { cancel: None, name: name.map(Into::into), owner: Owner::me() };
         // Called off already: it is not published.
         file.take_on(dir).ok();
         file
@@ -113,14 +116,40 @@ impl Unfinished {
         if let Some(cancel) = &self.cancel {
             let mut unfinished = cancel.unfinished();
             check()?;
-            unfinished.push((dir.clone(), self.name.clone()));
+            unfinished.extend(self.name.clone().map(|name| (dir.clone(), name)));
         }
         Ok(())
     }
 
+    /// Has the file under the name that `give` gives it, in place of the one that it had, unless the work is
+    /// called off.
+    ///
+    /// # Errors
+    /// `ECANCELED`, and those of `give`.
+    pub(crate) fn named(
+        &mut self,
+        dir: &Arc<Dir>,
+        give: impl FnOnce() -> io::Result<OsString>,
+    ) -> io::Result<()> {
+        let Some(cancel) = &self.cancel else {
+            self.name = Some(give()?);
+            return Ok(());
+        };
+        let mut unfinished = cancel.unfinished();
+        if cancel.is_called_off() {
+            return Err(Errno::CANCELED.into());
+        }
+        let name = give()?;
+        unfinished.retain(|(_, known)| Some(known) != self.name.as_ref());
+        unfinished.push((dir.clone(), name.clone()));
+        self.name = Some(name);
+        Ok(())
+    }
+
     fn forget(&self) {
-        if let Some(cancel) = &self.cancel {
-            cancel.unfinished().retain(|(_, name)| *name != self.name);
+        // In a fork's child the lock may be held by a thread that is not there.
+        if let (Some(cancel), true) = (&self.cancel, self.owner.is_me()) {
+            cancel.unfinished().retain(|(_, known)| Some(known) != self.name.as_ref());
         }
     }
 
@@ -134,7 +163,7 @@ impl Unfinished {
         if cancel.is_called_off() {
             return Err(Errno::CANCELED.into());
         }
-        unfinished.retain(|(_, name)| *name != self.name);
+        unfinished.retain(|(_, known)| Some(known) != self.name.as_ref());
         rename()
     }
 }
@@ -157,7 +186,7 @@ mod tests {
         let cancel = Cancel::default();
         let begin = |name: &str| {
             std::fs::write(temporary.path().join(name), b"").unwrap();
-            Unfinished::new(&dir, name.as_ref())
+            Unfinished::new(&dir, Some(name.as_ref()))
         };
         under(Some(cancel.clone()), || {
             let (first, mut second) = (begin("a.tmp"), begin("b.tmp"));

@@ -67,13 +67,14 @@ struct Line([u8; 64]);
 impl Control {
     /// Makes a control page of no generation, [locked](Control::lock) against others, but not yet so that one could ask. `None` where there is one already.
     pub(crate) fn create(dir: &Dir, name: &OsStr, mode: u32) -> io::Result<Option<Self>> {
-        let file = ExclusiveFile::create(dir, 0o600)?;
-        let named = Self::fill(&file, mode).and_then(|()| match dir.rename_to_new(file.name(), name) {
+        let file = ExclusiveFile::create_named(dir, 0o600)?;
+        let hidden = file.name().unwrap_or_default();
+        let named = Self::fill(&file, mode).and_then(|()| match dir.rename_to_new(hidden, name) {
             Err(error) if error.raw_os_error() == Some(libc::EEXIST) => Ok(false),
             done => done.map(|()| true),
         });
         if !matches!(named, Ok(true)) {
-            dir.remove(file.name()).ok();
+            dir.remove(hidden).ok();
         }
         // The same open file, hence the lock that it was made with.
         Ok(if named? { Some(Self::new(file.file().try_clone()?)) } else { None })

@@ -6,7 +6,7 @@ use rustix::io::Errno;
 use std::ffi::OsStr;
 use std::fs::File;
 use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsRawFd as _, OwnedFd};
 use std::os::unix::fs::FileExt as _;
 use std::path::Path;
 
@@ -18,6 +18,10 @@ pub(crate) enum Op<'a> {
     OpenDir(&'a Path),
     /// A new, empty file.
     Create(&'a Dir, &'a OsStr),
+    /// A new, empty file without a name.
+    CreateUnnamed(&'a Dir),
+    /// Giving a name that nothing has to a file that has none.
+    Link(&'a Dir, &'a File, &'a OsStr),
     /// Opening a file that is there.
     Open(&'a Dir, &'a OsStr),
     /// Giving a name to another file, in place of what has that name.
@@ -38,6 +42,8 @@ pub(crate) enum Op<'a> {
     SetMode(&'a File),
     /// Content and size made durable.
     Sync(&'a File),
+    /// The lock that says that a file has a living owner.
+    Lock(&'a File),
 }
 
 /// Does it, unless a test says otherwise.
@@ -83,6 +89,42 @@ impl Dir {
         act(Op::Create(self, name), || {
             let fd = rustix::io::retry_on_intr(|| rustix::fs::openat(&self.fd, name, flags, mode))?;
             Ok(File::from(fd))
+        })
+    }
+
+    /// Creates a file that has no name, in the file system of the directory (`O_TMPFILE`). `None` where that cannot.
+    pub(crate) fn create_unnamed(&self, mode: u32) -> io::Result<Option<File>> {
+        #[cfg(target_os = "linux")]
+        return act(Op::CreateUnnamed(self), || {
+            let flags = OFlags::RDWR | OFlags::TMPFILE | OFlags::CLOEXEC;
+            let mode = Mode::from_raw_mode(mode);
+            rustix::io::retry_on_intr(|| rustix::fs::openat(&self.fd, ".", flags, mode))
+                .map(|fd| Some(fd.into()))
+                .map_err(io::Error::from)
+        })
+        .or_else(|error| match error.raw_os_error() {
+            // open(2): a file system without it; a kernel without it, which sees a directory to be written.
+            Some(libc::EOPNOTSUPP | libc::EISDIR | libc::ENOENT | libc::EINVAL) => Ok(None),
+            _ => Err(error),
+        });
+        #[cfg(not(target_os = "linux"))]
+        {
+            let _ = mode;
+            Ok(None)
+        }
+    }
+
+    /// Gives a file that was [created without a name](Dir::create_unnamed) one that nothing has yet.
+    pub(crate) fn link(&self, file: &File, name: &OsStr) -> io::Result<()> {
+        act(Op::Link(self, file, name), || {
+            #[cfg(target_os = "linux")]
+            match rustix::fs::linkat(file, "", &self.fd, name, AtFlags::EMPTY_PATH) {
+                // A kernel before 6.10 wants CAP_DAC_READ_SEARCH for that. The other way needs /proc.
+                Err(error) if error != Errno::EXIST => {}
+                done => return Ok(done?),
+            }
+            let path = format!("/proc/self/fd/{}", file.as_raw_fd());
+            Ok(rustix::fs::linkat(rustix::fs::CWD, path, &self.fd, name, AtFlags::SYMLINK_FOLLOW)?)
         })
     }
 
@@ -190,6 +232,34 @@ pub(crate) fn write_all_at(file: &File, bytes: &[u8], offset: u64) -> io::Result
     act(Op::Write(file, bytes.len(), offset), || file.write_all_at(bytes, offset))
 }
 
+/// As [`write_all_at`], of bytes that others may be changing: no reference to them is made, and the kernel does not mind.
+///
+/// # Safety
+/// `from` is readable for `len` bytes.
+pub(super) unsafe fn write_raw_at(file: &File, from: *const u8, len: usize, offset: u64) -> io::Result<()> {
+    if len == 0 {
+        return Ok(());
+    }
+    act(Op::Write(file, len, offset), || {
+        let mut done = 0;
+        while done < len {
+            let at = libc::off_t::try_from(offset + done as u64).map_err(|_| Errno::FBIG)?;
+            let (rest, left) = (from.wrapping_add(done), len - done);
+            // SAFETY: pwrite(2) reads what the caller says is readable.
+            let written = unsafe { libc::pwrite(file.as_raw_fd(), rest.cast(), left, at) };
+            match usize::try_from(written) {
+                Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
+                Ok(written) => done += written,
+                Err(_) => match io::Error::last_os_error() {
+                    error if error.kind() == io::ErrorKind::Interrupted => {}
+                    error => return Err(error),
+                },
+            }
+        }
+        Ok(())
+    })
+}
+
 /// fchmod(2). File systems without modes keep their own.
 pub(crate) fn set_mode(file: &File, mode: u32) -> io::Result<()> {
     act(Op::SetMode(file), || match rustix::fs::fchmod(file, Mode::from_raw_mode(mode)) {
@@ -201,6 +271,34 @@ pub(crate) fn set_mode(file: &File, mode: u32) -> io::Result<()> {
 /// fsync(2), once: after a failure the kernel marks the pages clean, and a second call would lie.
 pub(crate) fn sync(file: &File) -> io::Result<()> {
     act(Op::Sync(file), || Ok(rustix::fs::fsync(file)?))
+}
+
+/// flock(2), where nobody else has it; `false` where somebody has.
+pub(crate) fn lock(file: &File) -> io::Result<bool> {
+    act(Op::Lock(file), || match rustix::fs::flock(file, FlockOperation::NonBlockingLockExclusive) {
+        Err(Errno::WOULDBLOCK) => Ok(false),
+        done => Ok(done.map(|()| true)?),
+    })
+}
+
+/// Whether fsync(2) of a file that has no name keeps its content for when it gets one, by the next sync of the
+/// directory. ext4 and XFS do (and their code shows why); Btrfs writes no inode to its log that nothing
+/// leads to, and of others nobody knows.
+pub(crate) fn syncs_unnamed(file: &File) -> bool {
+    #[cfg(test)]
+    if let Some(watch) = watch::current() {
+        return watch.syncs_unnamed();
+    }
+    // From linux/magic.h: ext2, ext3 and ext4; tmpfs, where nothing is kept anyway; XFS.
+    #[cfg(target_os = "linux")]
+    return rustix::fs::fstatfs(file).is_ok_and(|stat| {
+        u32::try_from(stat.f_type).is_ok_and(|kind| [0xef53, 0x0102_1994, 0x5846_5342].contains(&kind))
+    });
+    #[cfg(not(target_os = "linux"))]
+    {
+        let _ = file;
+        false
+    }
 }
 
 /// Who watches this thread's operations, to be [handed on](watched) to a thread it starts.
@@ -231,6 +329,10 @@ mod watch {
     pub(crate) trait Watch: Send + Sync {
         /// Before it is done; an error is returned in place of doing it.
         fn before(&self, op: &Op<'_>) -> io::Result<()>;
+        /// Whether the disk keeps what was synced of a file that had no name.
+        fn syncs_unnamed(&self) -> bool {
+            true
+        }
         /// After it was done, or failed.
         fn after(&self, op: &Op<'_>, done: bool);
     }

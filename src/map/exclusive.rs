@@ -1,10 +1,11 @@
 //! A file that this process has just made, and nobody else knows of.
 
 use super::disk::{self, Dir};
+use super::fork::{Owner, Private, Raw};
 #[cfg(target_os = "linux")]
 use super::lease;
 use super::{Backing, Mapping};
-use memmap2::{MmapOptions, MmapRaw};
+use memmap2::MmapOptions;
 use rustix::fs::FlockOperation;
 use rustix::io::Errno;
 use std::collections::BTreeSet;
@@ -14,16 +15,25 @@ use std::io;
 use std::os::unix::ffi::OsStrExt as _;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-/// A file under a random name, on its way to becoming someone's weights: created with `O_EXCL`, or
+/// A file on its way to becoming someone's weights: created without a name (`O_TMPFILE`), or
 /// [adopted](ExclusiveFile::adopt) when nobody else had it any more.
 ///
 /// Only this process knows it: that is what makes mapping it shared and writing through `&mut [u8]`
-/// safe. It is not resized while it is mapped.
+/// safe. It is not resized while it is mapped. What has no name nobody can open, and it gets one when nobody
+/// holds its memory any more. (Whoever goes through `/proc` may: as with `/proc/self/mem`, nothing holds against that.)
+///
+/// Two have a random name from the start: one where the file system has no `O_TMPFILE`, and one that was adopted, since
+/// what has lost its last name cannot get another. There it is trust in the directory: that whoever may write to
+/// it leaves alone what is called `.maptensors-….tmp`. The file is open to its owner only, and locked.
 pub(crate) struct ExclusiveFile {
+    // Declared before the file: forgotten before that is closed.
+    _private: Private,
     file: File,
-    name: OsString,
+    /// Its random name, if it has one.
+    name: Option<OsString>,
     /// Whether this descriptor holds a lease.
     leased: bool,
+    owner: Owner,
 }
 
 /// How names of unfinished files start; [`ExclusiveFile::sweep`] looks for it.
@@ -44,18 +54,34 @@ fn ours() -> MutexGuard<'static, BTreeSet<OsString>> {
 
 impl Drop for ExclusiveFile {
     fn drop(&mut self) {
-        ours().remove(&self.name);
+        // In a fork's child the lock may be held by a thread that is not there.
+        if let Some(name) = self.name.as_ref().filter(|_| self.owner.is_me()) {
+            ours().remove(name);
+        }
     }
 }
 
 impl ExclusiveFile {
-    fn new(file: File, name: OsString, leased: bool) -> Self {
-        ours().insert(name.clone());
-        Self { file, name, leased }
+    fn new(file: File, name: Option<OsString>, leased: bool) -> Self {
+        Self::kept(Private::new(&file), file, name, leased)
     }
 
-    /// Creates a new, empty, locked file in `dir`, with the mode that `mode` and the umask give.
+    fn kept(private: Private, file: File, name: Option<OsString>, leased: bool) -> Self {
+        ours().extend(name.clone());
+        Self { _private: private, file, name, leased, owner: Owner::me() }
+    }
+
+    /// Creates a new, empty, locked file in the file system of `dir`, with the mode that `mode` and the umask give:
+    /// without a name, where that can be.
     pub(crate) fn create(dir: &Dir, mode: u32) -> io::Result<Self> {
+        let Some(file) = dir.create_unnamed(mode)? else { return Self::create_named(dir, mode) };
+        // As for a named one: once it has a name, that of a living owner's file.
+        disk::lock(&file).ok();
+        Ok(Self::new(file, None, false))
+    }
+
+    /// As [`ExclusiveFile::create`], under a random name.
+    pub(crate) fn create_named(dir: &Dir, mode: u32) -> io::Result<Self> {
         let mut tries = 0;
         loop {
             let name = random_name()?;
@@ -65,15 +91,36 @@ impl ExclusiveFile {
             };
             // The lock says that the file has a living owner. File systems without locks lose only the
             // sweeping of files that a crash left behind.
-            let locked = rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive);
+            let locked = disk::lock(&file);
             // A sweeper may have come between creation and lock, and taken the file for an orphan.
             let swept = rustix::fs::fstat(&file).map(|stat| stat.st_nlink == 0);
             tries += 1;
-            if swept == Ok(false) && (locked != Err(Errno::WOULDBLOCK) || tries == TRIES) {
-                return Ok(Self::new(file, name, false));
+            if swept == Ok(false) && (locked.unwrap_or(true) || tries == TRIES) {
+                return Ok(Self::new(file, Some(name), false));
             }
             dir.remove(&name).ok();
             swept?;
+        }
+    }
+
+    /// Gives a file that has no name a random one: only for as long as it takes to rename it.
+    pub(crate) fn link_hidden(&mut self, dir: &Dir) -> io::Result<OsString> {
+        loop {
+            let name = random_name()?;
+            // Known before it is there: a sweep of this process's would see its own lock and let it be, but open it.
+            ours().insert(name.clone());
+            match dir.link(&self.file, &name) {
+                Ok(()) => {
+                    self.name = Some(name.clone());
+                    return Ok(name);
+                }
+                Err(error) => {
+                    ours().remove(&name);
+                    if error.raw_os_error() != Some(libc::EEXIST) {
+                        return Err(error);
+                    }
+                }
+            }
         }
     }
 
@@ -103,6 +150,8 @@ impl ExclusiveFile {
     #[cfg(target_os = "linux")]
     fn try_adopt(dir: &Dir, name: &OsStr) -> io::Result<Option<Self>> {
         let Ok(file) = dir.open_file(name, true) else { return Ok(None) };
+        // At once: a child that had it, too, would stand in the lease's way the next time.
+        let private = Private::new(&file);
         let locked = rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive);
         // By this name nobody can have opened it since; the lease says that nobody has it from before.
         if locked == Err(Errno::WOULDBLOCK) || !lease::take(&file)? {
@@ -117,14 +166,18 @@ impl ExclusiveFile {
             return Ok(None);
         }
         dir.sync()?;
-        Ok(Some(Self::new(file, name.into(), true)))
+        Ok(Some(Self::kept(private, file, Some(name.into()), true)))
     }
 
     /// Whether nobody waits to open an adopted file: someone who had looked its old name up before that
     /// name was gone. Such a reader waits until the file is finished or dropped, but not for ever.
-    #[cfg(target_os = "linux")]
+    ///
+    /// True of a file that was made new: nobody knows it.
     pub(crate) fn is_undisputed(&self) -> bool {
-        lease::is_undisputed(&self.file)
+        #[cfg(target_os = "linux")]
+        return !self.leased || lease::is_undisputed(&self.file);
+        #[cfg(not(target_os = "linux"))]
+        true
     }
 
     /// Whether writing to a block of the file needs no new one. Where it may (reflinks, copy-on-write file
@@ -183,16 +236,18 @@ impl ExclusiveFile {
         }
     }
 
-    /// Whether the file still has its name in `dir`: tidy people remove what looks temporary.
+    /// Whether the file, if it has a name, still has it in `dir`: tidy people remove what looks temporary.
     pub(crate) fn is_in(&self, dir: &Dir) -> bool {
-        let (Ok(here), Ok(there)) = (rustix::fs::fstat(&self.file), dir.stat(&self.name)) else {
+        let Some(name) = &self.name else { return true };
+        let (Ok(here), Ok(there)) = (rustix::fs::fstat(&self.file), dir.stat(name)) else {
             return false;
         };
         (here.st_dev, here.st_ino) == (there.st_dev, there.st_ino)
     }
 
-    pub(crate) fn name(&self) -> &OsStr {
-        &self.name
+    /// Its random name, if it has one.
+    pub(crate) fn name(&self) -> Option<&OsStr> {
+        self.name.as_deref()
     }
 
     /// Gives an adopted file, which is not mapped, another size; all its blocks are allocated.
@@ -226,7 +281,7 @@ impl ExclusiveFile {
     pub(crate) fn map(&self, len: usize) -> io::Result<Mapping> {
         // Mapping raw is safe: what makes reading and writing it sound is that this process alone knows
         // the file (type invariant), which stays so as long as the mapping is ours to write.
-        let raw: MmapRaw = MmapOptions::new().len(len).map_raw(&self.file)?;
+        let raw = Raw::withheld(|| MmapOptions::new().len(len).map_raw(&self.file))?;
         Ok(Mapping::huge(raw, len, Backing::Output))
     }
 
@@ -293,7 +348,7 @@ mod tests {
     fn sweeping_removes_orphans_and_nothing_else() {
         let dir = tempfile::tempdir().unwrap();
         let fd = Dir::open(dir.path()).unwrap();
-        let living = ExclusiveFile::create(&fd, 0o600).unwrap();
+        let living = ExclusiveFile::create_named(&fd, 0o600).unwrap();
         let orphan = dir.path().join(format!(".maptensors-{}-0123456789abcdef.tmp", boot()));
         let elsewhere = dir.path().join(".maptensors-ffffffff-0123456789abcdef.tmp");
         let old = dir.path().join(".maptensors-ffffffff-fedcba9876543210.tmp");
@@ -309,7 +364,7 @@ mod tests {
             .unwrap();
         ExclusiveFile::sweep(&fd);
         assert!(!orphan.exists() && !old.exists() && elsewhere.exists());
-        assert!(dir.path().join(living.name()).exists() && other.exists() && fifo.exists());
+        assert!(dir.path().join(living.name().unwrap()).exists() && other.exists() && fifo.exists());
     }
 
     #[test]

@@ -2,6 +2,7 @@
 
 #[cfg(test)]
 use super::Window;
+use super::fork::Raw;
 use super::lock::{self, Moving};
 use super::options::{MapOptions, aligning};
 #[cfg(target_os = "linux")]
@@ -9,7 +10,6 @@ use super::promote;
 use super::writable::Writable;
 use super::{Advice, CHUNK, Residency, each_in_parallel, residency};
 use crate::error::{Error, Result};
-use memmap2::MmapRaw;
 use std::fs::File;
 use std::io;
 use std::ops::Range;
@@ -63,7 +63,7 @@ pub struct Mapping {
     // reachable through this value, other processes and descriptors excluded by the stable-file contract. Where backing
     // is Shared, others may write: such a mapping lives inside a SharedMemory, which gives no slices.
     // Counted: what only advises the kernel about these pages may outlive this value, and keeps them mapped.
-    pub(super) raw: Arc<MmapRaw>,
+    pub(super) raw: Arc<Raw>,
     pub(super) start: usize,
     pub(super) len: usize,
     pub(super) backing: Backing,
@@ -116,7 +116,8 @@ impl Mapping {
     }
 
     /// `start + len` bytes lie inside `raw`, and are writable.
-    pub(super) fn new(raw: MmapRaw, start: usize, len: usize, backing: Backing) -> Self {
+    pub(super) fn new(raw: impl Into<Raw>, start: usize, len: usize, backing: Backing) -> Self {
+        let raw = raw.into();
         debug_assert!(start + len <= raw.len());
         Self {
             raw: Arc::new(raw),
@@ -134,7 +135,7 @@ impl Mapping {
         }
     }
 
-    pub(super) fn huge(raw: MmapRaw, len: usize, backing: Backing) -> Self {
+    pub(super) fn huge(raw: Raw, len: usize, backing: Backing) -> Self {
         let mapping = Self::new(raw, 0, len, backing);
         // Before the first touch, or the page tables fill with 4 KiB entries. Only advice: a kernel
         // without huge pages for files says no, and nothing changes.

@@ -1,5 +1,6 @@
 //! Memory behind a descriptor, which can be made immutable: the one map that needs no promise.
 
+use super::fork::Owner;
 use super::options::{MapOptions, Window};
 use super::{Backing, Mapping};
 use crate::error::{Error, Result};
@@ -35,6 +36,7 @@ pub struct Memfd {
     file: File,
     // INVARIANT: of `file`, whole, shared. Nobody else has the descriptor, which is closed on exec.
     mapping: Mapping,
+    owner: Owner,
 }
 
 impl Memfd {
@@ -58,10 +60,11 @@ impl Memfd {
         file.set_len(len as u64)?;
         // SAFETY: the descriptor is new and nobody else's: nobody resizes or writes it before it is sealed.
         let mapping = unsafe { options.place(&file, Window { offset: 0, len }, Backing::Output) }?;
-        Ok(Self { file, mapping })
+        Ok(Self { file, mapping, owner: Owner::me() })
     }
 
-    /// All bytes, to write.
+    /// All bytes, to write. A child that is forked has no part in them: there, touching them is `SIGSEGV`. (The sealed
+    /// memory it may map.)
     pub fn as_bytes_mut(&mut self) -> &mut [u8] {
         self.mapping.as_bytes_mut()
     }
@@ -69,15 +72,15 @@ impl Memfd {
     /// Makes the bytes immutable, for everybody and for ever.
     ///
     /// # Errors
-    /// [`Error::Io`]; `EBUSY` where somebody holds its memory for longer than two seconds: a child, say, that was forked
-    /// with it and did not execute.
+    /// [`Error::Io`]; `EBUSY` where the kernel holds its memory for longer than two seconds. [`Error::Argument`] in a
+    /// child that was forked: the memory is its parent's.
     pub fn seal(self) -> Result<SealedMemfd> {
-        let Self { file, mapping } = self;
+        self.owner.check("this memory")?;
+        let Self { file, mapping, .. } = self;
         // A mapping that could write would have the seal refused.
         drop(mapping);
-        // The kernel refuses while anybody could write to the memory or holds a page of it: a child that another thread
-        // is just forking has the mapping until it executes, and the kernel itself holds what it is moving to another
-        // place.
+        // The kernel refuses while anybody could write to the memory or holds a page of it, as it does itself of what it
+        // is moving to another place.
         let began = Instant::now();
         let sealed = loop {
             match fcntl_add_seals(&file, IMMUTABLE | SealFlags::SEAL) {

@@ -29,6 +29,7 @@ mod copy;
 pub(crate) mod disk;
 mod exclusive;
 mod file;
+pub(crate) mod fork;
 mod guard;
 #[cfg(target_os = "linux")]
 pub(crate) mod lease;
@@ -80,6 +81,10 @@ pub(crate) mod lease {
 
     pub(crate) fn take(_: &File) -> io::Result<bool> {
         Ok(false)
+    }
+
+    pub(crate) fn is_undisputed(_: &File) -> bool {
+        false
     }
 
     pub(crate) fn give_up(_: &File) -> io::Result<()> {

@@ -1,5 +1,6 @@
 //! How to map: [`MapOptions`].
 
+use super::fork::Raw;
 use super::mapping::identity;
 use super::residency::may_ask;
 use super::{Advice, Backing, CHUNK, Mapping, SharedMemory, lock};
@@ -358,20 +359,21 @@ impl MapOptions {
         let mut options = MmapOptions::new();
         options.offset(window.offset - start as u64).len(start + window.len);
         let mut writable = None;
-        let raw = match backing {
+        let raw: Raw = match backing {
             // All of it is to be promised at once.
             Backing::CopyOnWrite if self.reserve_swap == Some(true) => {
                 // SAFETY: the caller vouches for the file; that is memmap2's whole requirement.
-                MmapRaw::from(unsafe { options.map_copy(file) }?)
+                MmapRaw::from(unsafe { options.map_copy(file) }?).into()
             }
             Backing::ReadOnly | Backing::CopyOnWrite => {
                 writable = Some(Arc::default());
                 // Kept by pages that are made writable: the kernel then promises memory for none, where it may choose.
                 options.no_reserve_swap();
                 // SAFETY: as above.
-                MmapRaw::from(unsafe { options.map_copy_read_only(file) }?)
+                MmapRaw::from(unsafe { options.map_copy_read_only(file) }?).into()
             }
-            _ => options.map_raw(file)?,
+            Backing::Output => Raw::withheld(|| options.map_raw(file))?,
+            _ => options.map_raw(file)?.into(),
         };
         let mut mapping = Mapping::new(raw, start, window.len, backing);
         mapping.writable = writable;
@@ -395,7 +397,7 @@ impl MapOptions {
         if self.reserve_swap == Some(false) {
             options.no_reserve_swap();
         }
-        let mut mapping = Mapping::new(options.map_anon()?.into(), start, len, Backing::Owned);
+        let mut mapping = Mapping::new(MmapRaw::from(options.map_anon()?), start, len, Backing::Owned);
         self.advise_huge(&mut mapping);
         Ok(mapping)
     }

@@ -1,10 +1,10 @@
 //! The pages of a mapping, to be brought, given back and locked: nothing here looks at a byte.
 
+use super::fork::Raw;
 use super::lock::{self, Moving};
 use super::writable::{self, Writable};
 use super::{Backing, Mapping, Residency, mapping, residency};
 use crate::error::Result;
-use memmap2::MmapRaw;
 use std::fs::File;
 use std::io;
 use std::ops::Range;
@@ -15,7 +15,7 @@ use std::sync::{Arc, OnceLock};
 /// outlive the [`Mapping`], and belong to a thread in the background.
 #[derive(Clone)]
 pub(crate) struct Pages {
-    raw: Arc<MmapRaw>,
+    raw: Arc<Raw>,
     // INVARIANT: start + len <= raw.len(), as in the mapping this is of.
     start: usize,
     len: usize,
@@ -25,7 +25,7 @@ pub(crate) struct Pages {
     /// As the mapping's.
     writable: Option<Arc<Writable>>,
     /// The other mapping of the same file that a copy-on-write one has, as long.
-    base: Option<Arc<MmapRaw>>,
+    base: Option<Arc<Raw>>,
     path: Arc<Path>,
     identity: Option<(u64, u64)>,
     told: bool,

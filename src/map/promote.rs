@@ -72,9 +72,45 @@ unsafe fn promote_block(target: *mut u8, len: usize, huge_pages: bool) -> io::Re
     unsafe { std::ptr::copy_nonoverlapping(target, copy, len) };
     // SAFETY: moves pages that are ours over pages that the caller owns; the bytes are equal, so whoever
     // reads meanwhile sees no change.
-    unsafe { mremap_fixed(copy.cast(), len, len, MremapFlags::MAYMOVE, target.cast()) }?;
-    std::mem::forget(fresh);
-    Ok(())
+    match unsafe { mremap_fixed(copy.cast(), len, len, MremapFlags::MAYMOVE, target.cast()) } {
+        Ok(_) => {
+            std::mem::forget(fresh);
+            Ok(())
+        }
+        // SAFETY: the copy is still where it was, and is the target's bytes.
+        Err(error) => unsafe { fill_gap(target, copy, len) }.map_err(|_| error.into()),
+    }
+}
+
+/// mremap(2) unmaps what it replaces before it does all that may fail: for want of memory where the system promises no
+/// more than there is (`vm.overcommit_memory=2`). Then there is nothing at `target`, and the bytes are put there anew: it
+/// is promoted all the same. Where there is no memory for that either, nobody may touch it any more (`SIGSEGV`), and its
+/// bytes are lost; what another thread maps in between might come to lie there.
+///
+/// # Errors
+/// There is something at `target`, as a rule what was there before; or no memory.
+///
+/// # Safety
+/// `copy` is readable for `len` bytes. What is at `target`, if it is nothing, the caller may have.
+unsafe fn fill_gap(target: *mut u8, copy: *const u8, len: usize) -> io::Result<()> {
+    let flags = MapFlags::PRIVATE | MapFlags::NORESERVE | MapFlags::FIXED_NOREPLACE;
+    // SAFETY: a mapping that takes nobody's place.
+    match unsafe { mmap_anonymous(target.cast(), len, ProtFlags::READ | ProtFlags::WRITE, flags) } {
+        Ok(made) if made == target.cast() => {
+            // SAFETY: readable by the caller's promise; `target` was mapped just now, for as many bytes.
+            unsafe { std::ptr::copy_nonoverlapping(copy, target, len) };
+            Ok(())
+        }
+        // A kernel before 4.17 takes the address for a wish.
+        Ok(elsewhere) => {
+            drop(Mapped { ptr: elsewhere.cast(), len });
+            Err(rustix::io::Errno::EXIST.into())
+        }
+        Err(error) => {
+            super::fork::close_gap(target.addr()..target.addr() + len);
+            Err(error.into())
+        }
+    }
 }
 
 /// Pages mapped here, and not moved away.
@@ -122,6 +158,24 @@ mod tests {
         file.read_exact_at(&mut on_disk, 0).unwrap();
         assert!(on_disk == bytes);
         assert!(mapping.promote(0..len + 1).is_err());
+    }
+
+    #[test]
+    fn where_moving_left_nothing_the_copy_is_put_and_where_something_is_it_stays() {
+        let (page, copy) = (rustix::param::page_size(), vec![7u8; 20_000]);
+        let target = memmap2::MmapMut::map_anon(copy.len()).unwrap();
+        let (at, mapped) = (target.as_ptr().cast_mut(), copy.len().next_multiple_of(page));
+        // SAFETY: as long a copy; nothing is there that anybody needs.
+        assert!(unsafe { super::fill_gap(at, copy.as_ptr(), copy.len()) }.is_err());
+        assert!(target.iter().all(|&byte| byte == 0));
+        // SAFETY: pages of `target`, which are looked at again only once there is something.
+        unsafe { rustix::mm::munmap(at.cast(), mapped) }.unwrap();
+        // SAFETY: as above. Where another thread was faster there is its memory now, and this one's is gone.
+        if unsafe { super::fill_gap(at, copy.as_ptr(), copy.len()) }.is_err() {
+            std::mem::forget(target);
+            return;
+        }
+        assert_eq!(&target[..], &copy[..]);
     }
 
     #[test]

@@ -210,7 +210,7 @@ impl SharedMemory {
         match &self.owner {
             Owner::Mapping(mapping) => {
                 mapping.check(part)?;
-                Ok(Some((&mapping.raw, mapping.start + part.start)))
+                Ok(Some((&**mapping.raw, mapping.start + part.start)))
             }
             #[cfg(feature = "python")]
             Owner::Heap { .. } => Ok(None),
@@ -335,19 +335,38 @@ impl SharedMemory {
 
     /// Cuts an output off from its file, in place: the same bytes at the same address, from now on
     /// copy-on-write. What is written later through arrays still held stays in this process.
+    ///
+    /// A child that is forked from now on has the bytes too, as it has all of this process's memory.
+    ///
+    /// # Errors
+    /// What mmap(2) answers: there is no memory for so many pages of this process's own, where the system promises no
+    /// more than there is (`vm.overcommit_memory=2`). The memory is as it was then: that is tried elsewhere first. Where
+    /// the second time fails all the same, on a kernel that has taken the old pages away by then, nobody may touch
+    /// it any more (`SIGSEGV`); what another thread maps in that very instant might come to lie there.
     pub(crate) fn detach(&self, file: &File) -> io::Result<()> {
-        use rustix::mm::{MapFlags, ProtFlags, mmap};
+        use rustix::mm::{MapFlags, ProtFlags, mmap, munmap};
         let Owner::Mapping(mapping) = &self.owner else { return Ok(()) };
         if mapping.backing != Backing::Output {
             return Ok(());
         }
         let prot = ProtFlags::READ | ProtFlags::WRITE;
-        let flags = MapFlags::PRIVATE | MapFlags::FIXED | MapFlags::NORESERVE;
-        let ptr = mapping.raw.as_mut_ptr().cast();
-        // SAFETY: replaces exactly the pages that `raw` owns and will unmap, by the same pages of the same
-        // file; mmap(2) does so atomically, so an access from another thread sees one or the other, and
-        // the bytes are equal.
-        unsafe { mmap(ptr, mapping.raw.len(), prot, flags, file, 0) }?;
-        Ok(())
+        let flags = MapFlags::PRIVATE | MapFlags::NORESERVE;
+        let (ptr, len) = (mapping.raw.as_mut_ptr(), mapping.raw.len());
+        // SAFETY: a new mapping at an address of the kernel's choice touches nothing.
+        let elsewhere = unsafe { mmap(std::ptr::null_mut(), len, prot, flags, file, 0) }?;
+        // SAFETY: mapped just above, and nobody knows of it.
+        unsafe { munmap(elsewhere, len) }?;
+        mapping.raw.detached(|| {
+            // SAFETY: replaces exactly the pages that `raw` owns and will unmap, by the same pages of the same
+            // file; mmap(2) does so atomically, so an access from another thread sees one or the other, and
+            // the bytes are equal.
+            match unsafe { mmap(ptr.cast(), len, prot, flags | MapFlags::FIXED, file, 0) } {
+                Ok(_) => Ok(()),
+                Err(error) => {
+                    super::fork::close_gap(ptr.addr()..ptr.addr() + len);
+                    Err(error.into())
+                }
+            }
+        })
     }
 }

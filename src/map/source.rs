@@ -82,12 +82,8 @@ impl Source<'_> {
     /// As [`Source::copy_to`].
     pub(crate) fn write_to(&self, part: Range<usize>, file: &File, offset: u64) -> io::Result<()> {
         assert!(part.start <= part.end && part.end <= self.len);
-        if part.is_empty() {
-            return Ok(());
-        }
-        // SAFETY: the part lies inside what is readable (assert, field invariant). The slice goes no
-        // further than pwrite(2), which may see bytes change and does not mind.
-        let bytes = unsafe { std::slice::from_raw_parts(self.ptr.wrapping_add(part.start), part.len()) };
-        super::disk::write_all_at(file, bytes, offset)
+        let (ptr, len) = (self.ptr.wrapping_add(part.start), part.len());
+        // SAFETY: the part lies inside what is readable (assert, field invariant).
+        unsafe { super::disk::write_raw_at(file, ptr, len, offset) }
     }
 }

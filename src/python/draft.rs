@@ -5,6 +5,7 @@ use super::tensor::Tensor;
 use super::{arrays, given};
 use crate::error::{Error, quote};
 use crate::layout::Layout;
+use crate::map::fork::Owner;
 use crate::map::{SharedMemory, Source};
 use crate::save::{self, DraftOptions, Pending, Target};
 use pyo3::exceptions::PyValueError;
@@ -20,7 +21,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 /// `draft["w"]` is a writable tensor in the file's own pages; arrays made from it may be written with
 /// `out=`, `copy_` or `[...] =`. As a context manager it commits, unless an exception passes through;
 /// dropped without a commit it leaves nothing behind. Arrays still held after the commit stay valid and
-/// no longer reach the file.
+/// no longer reach the file. It is this process's: in a child that is forked before the commit, an array of it is
+/// nothing to touch (SIGSEGV), and committing is an error.
 #[pyclass(frozen, mapping, module = "maptensors")]
 pub(super) struct Draft {
     layout: Layout,
@@ -29,6 +31,7 @@ pub(super) struct Draft {
     durable: bool,
     path: PathBuf,
     pending: Mutex<Option<Pending>>,
+    owner: Owner,
 }
 
 impl Draft {
@@ -36,10 +39,19 @@ impl Draft {
         let path = draft.path().to_owned();
         let (layout, memory, mapped, durable, pending) = draft.into_parts()?;
         let memory = Arc::new(SharedMemory::of(Arc::new(memory)));
-        Ok(Self { layout, memory, mapped, durable, path, pending: Mutex::new(Some(pending)) })
+        Ok(Self {
+            layout,
+            memory,
+            mapped,
+            durable,
+            path,
+            pending: Mutex::new(Some(pending)),
+            owner: Owner::me(),
+        })
     }
 
     pub(super) fn tensor(&self, name: &str) -> PyResult<Tensor> {
+        self.owner.check("this draft")?;
         if self.closed() {
             return Err(PyValueError::new_err("the draft is committed or closed"));
         }
@@ -54,6 +66,8 @@ impl Draft {
 
     /// What commits it, on any thread. The draft is closed from here on.
     pub(super) fn finishing(&self) -> Result<impl FnOnce() -> Result<(), Error> + Send + 'static, Error> {
+        // First: in a fork's child the lock may be held by a thread that is not there.
+        self.owner.check("this draft")?;
         let Some(pending) = self.pending.lock().unwrap_or_else(PoisonError::into_inner).take() else {
             return Err(Error::Argument("the draft is committed or closed already".into()));
         };

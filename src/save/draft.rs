@@ -215,7 +215,11 @@ impl Draft {
     }
 
     /// The whole file's bytes to write. Without a mapping they are allocated when first asked for.
+    ///
+    /// # Errors
+    /// In a fork's child.
     fn memory(&mut self) -> Result<&mut Mapping> {
+        self.pending.own()?;
         if self.memory.is_none() {
             let data = self.layout.data_range();
             let memory = Mapping::owned(data.end, data.start)
@@ -270,6 +274,7 @@ impl Draft {
     /// # Errors
     /// [`Error::Shape`] if a source is not as long as its tensor; [`Error::Io`].
     pub(crate) fn fill(&mut self, jobs: Vec<(usize, Source<'_>)>) -> Result<()> {
+        self.pending.own()?;
         let placed = place(&self.layout, jobs, self.pending.path())?;
         // Once tensors were filled in memory, all are: the commit writes that memory.
         let target = match &mut self.memory {
@@ -303,6 +308,7 @@ impl Draft {
 
     /// Writes what was filled in memory, where that is not the file's.
     fn write_out(&mut self) -> Result<()> {
+        self.pending.own()?;
         if let (Some(memory), false) = (&self.memory, self.mapped) {
             let data = self.layout.data_range();
             let source = Source::from(&memory.as_bytes()[data.clone()]);

@@ -132,7 +132,8 @@ impl HeaderEdit {
         let Ok(file) = dir.open_file(name, true) else { return Ok(false) };
         let Ok(true) = lease::take(&file) else { return Ok(false) };
         // It ends with the descriptor, if not before. Now nobody can change it; but somebody may have, before.
-        if !plan.is_of(&file, path) {
+        // Nor does anybody wait for it, who would be kept waiting by the disk.
+        if !plan.is_of(&file, path) || !lease::is_undisputed(&file) {
             return Ok(false);
         }
         let header = &plan.header[changed.clone()];

@@ -2,15 +2,18 @@
 
 use crate::error::{Error, Result};
 use crate::map::cancel::Unfinished;
-use crate::map::disk::Dir;
-use crate::map::{ExclusiveFile, mode_of_new_files};
+use crate::map::disk::{self, Dir};
+use crate::map::fork::Owner;
+use crate::map::{self, ExclusiveFile, mode_of_new_files};
 use rustix::fs::FileType;
 use rustix::io::Errno;
 use std::ffi::{OsStr, OsString};
+use std::io;
+use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-/// An unfinished file beside the path it is meant for. Dropped without
+/// An unfinished file that is meant for a path: without a name, or beside that under a random one. Dropped without
 /// [`publish`](Pending::publish), it leaves nothing behind.
 pub(crate) struct Pending {
     dir: Arc<Dir>,
@@ -22,12 +25,11 @@ pub(crate) struct Pending {
     /// The mode of the file to be replaced, if there is one.
     mode: Option<u32>,
     published: bool,
-    /// A fork's child has a copy of this value, and no business with the file.
-    owner: u32,
+    owner: Owner,
 }
 
 impl Pending {
-    /// Step 1: a temporary sibling of `path`.
+    /// Step 1: a file in the directory of `path`, without a name where that can be.
     pub(crate) fn create(path: &Path) -> Result<Self> {
         Self::create_with(path, None)
     }
@@ -67,9 +69,16 @@ impl Pending {
     }
 
     fn new(dir: Dir, file: ExclusiveFile, path: &Path, name: &OsStr, mode: Option<u32>) -> Self {
-        let (dir, owner) = (Arc::new(dir), std::process::id());
+        let dir = Arc::new(dir);
         let unfinished = Unfinished::new(&dir, file.name());
+        let owner = Owner::me();
         Self { dir, path: path.into(), name: name.into(), file, unfinished, mode, published: false, owner }
+    }
+
+    /// # Errors
+    /// In a fork's child: it has a copy of this value, and no business with the file.
+    pub(crate) fn own(&self) -> Result<()> {
+        self.owner.check(&format!("the unfinished {}", self.path.display()))
     }
 
     /// Means the file for another path in the same directory, with the mode that a file made there would have.
@@ -85,7 +94,7 @@ impl Pending {
         self.mode = Some(mode);
     }
 
-    /// Whether the file is still where it was made.
+    /// Whether the file, if it has a name, is still where it was made.
     pub(crate) fn is_in_place(&self) -> bool {
         self.file.is_in(&self.dir)
     }
@@ -104,35 +113,104 @@ impl Pending {
         self.file.allocate(len).map_err(Error::io(&self.path, "allocating space for it"))
     }
 
-    /// Steps 4 to 6: mode, sync, rename, sync of the directory.
+    /// Steps 4 to 6: mode, sync, name, sync of the directory. Nobody holds memory of the file any more.
     pub(crate) fn publish(mut self, durable: bool) -> Result<()> {
+        self.own()?;
         let path = self.path.clone();
         // It may have been filled under another work than this.
         self.unfinished.take_on(&self.dir).map_err(Error::io(&path, "finishing it"))?;
         if let Some(mode) = self.mode {
             self.file.set_mode(mode).map_err(Error::io(&path, "setting its mode"))?;
         }
+        if durable && self.file.name().is_none() && !disk::syncs_unnamed(self.file.file()) {
+            self.give_name(false)?;
+        }
         if durable {
             self.file.sync().map_err(Error::io(&path, "writing it to disk"))?;
         }
+        if !self.file.is_undisputed() {
+            // Somebody has waited for what this was, perhaps for longer than the kernel has them wait: they may have
+            // it open by now, and to write. They may keep it.
+            self.copy_out(durable)?;
+        }
         self.file.release().map_err(Error::io(&path, "giving up its lease"))?;
-        self.unfinished
-            .finish(|| self.dir.rename(self.file.name(), &self.name))
-            .map_err(Error::io(&path, "renaming the finished file into place"))?;
+        self.place(durable)?;
         self.published = true;
         if durable {
             self.dir.sync().map_err(|source| Error::NotDurable { path, source })?;
         }
         Ok(())
     }
+
+    /// Gives the file its name, in place of what has that.
+    fn place(&mut self, durable: bool) -> Result<()> {
+        let renaming = "renaming the finished file into place";
+        if self.file.name().is_none() && !self.dir.contains(&self.name) {
+            match self.unfinished.finish(|| self.dir.link(self.file.file(), &self.name)) {
+                Ok(()) => return Ok(()),
+                Err(error) if is_called_off(&error) => return Err(Error::io(&self.path, renaming)(error)),
+                // Somebody was faster, or it cannot be.
+                Err(_) => {}
+            }
+        }
+        if self.file.name().is_none() {
+            self.give_name(durable)?;
+        }
+        let hidden = self.file.name().unwrap_or_default();
+        self.unfinished
+            .finish(|| self.dir.rename(hidden, &self.name))
+            .map_err(Error::io(&self.path, renaming))?;
+        Ok(())
+    }
+
+    /// Gives a file that has no name a random one, out of which it can be renamed over another. Where that is refused,
+    /// it is copied into one that was made with a name.
+    fn give_name(&mut self, durable: bool) -> Result<()> {
+        let Self { unfinished, dir, file, .. } = self;
+        match unfinished.named(dir, || file.link_hidden(dir)) {
+            Err(error) if is_called_off(&error) => {
+                Err(Error::io(&self.path, "naming the finished file")(error))
+            }
+            Err(_) => self.copy_out(durable),
+            Ok(()) => Ok(()),
+        }
+    }
+
+    /// Goes on with a copy of the file, which has a random name from the start.
+    fn copy_out(&mut self, durable: bool) -> Result<()> {
+        let io = |action| Error::io(&self.path, action);
+        let Self { unfinished, dir, .. } = self;
+        let mut made = None;
+        let named = unfinished.named(dir, || {
+            let file = made.insert(ExclusiveFile::create_named(dir, 0o600)?);
+            Ok(file.name().unwrap_or_default().into())
+        });
+        named.map_err(io("creating a temporary file beside it"))?;
+        let Some(made) = made else { return Ok(()) };
+        let old = std::mem::replace(&mut self.file, made);
+        if let Some(hidden) = old.name() {
+            dir.remove(hidden).ok();
+        }
+        let copied = old.file().metadata().and_then(|metadata| {
+            self.file.allocate(metadata.len())?;
+            map::clone_or_copy(old.file(), self.file.file(), metadata.len())?;
+            self.file.set_mode(metadata.mode() & 0o777)?;
+            if durable { self.file.sync() } else { Ok(()) }
+        });
+        copied.map_err(io("copying it into a file that can be renamed"))
+    }
 }
 
 impl Drop for Pending {
     fn drop(&mut self) {
-        if !self.published && self.owner == std::process::id() {
-            self.dir.remove(self.file.name()).ok();
+        if let Some(hidden) = self.file.name().filter(|_| !self.published && self.owner.is_me()) {
+            self.dir.remove(hidden).ok();
         }
     }
+}
+
+fn is_called_off(error: &io::Error) -> bool {
+    error.raw_os_error() == Some(libc::ECANCELED)
 }
 
 /// The last component, which names a file. (`Path::file_name` looks past a trailing slash.)

@@ -4,6 +4,7 @@ use super::Pending;
 use crate::error::{Error, Result};
 use crate::format::index::{self, Index};
 use crate::map::disk::Dir;
+use crate::map::fork::Owner;
 use crate::map::{self, Mapping};
 use std::collections::BTreeMap;
 use std::ffi::OsStr;
@@ -63,7 +64,7 @@ pub(crate) fn stage<E: From<Error>>(
         old: Vec::new(),
         shards: Vec::new(),
         written: Vec::new(),
-        owner: std::process::id(),
+        owner: Owner::me(),
     };
     let paths: Vec<PathBuf> = if groups.len() == 1 {
         old.retain(|shard| Some(OsStr::new(shard)) != path.file_name());
@@ -116,8 +117,7 @@ pub(crate) struct Set {
     /// Shards in place, or about to be (one may be in place and not durable), removed again unless the index
     /// follows. A file that is no shard takes an old one's place, and is not.
     written: Vec<PathBuf>,
-    /// A fork's child has a copy of this value, and no business with the set.
-    owner: u32,
+    owner: Owner,
 }
 
 struct Shard {
@@ -132,6 +132,7 @@ impl Set {
     /// # Errors
     /// Those of the shards' commits; of the index [`Error::Io`], [`Error::NotDurable`].
     pub(crate) fn commit(mut self) -> Result<()> {
+        self.owner.check(&format!("the unfinished {}", self.path.display()))?;
         for shard in std::mem::take(&mut self.shards) {
             self.written.extend(self.index.as_ref().map(|_| shard.path));
             (shard.commit)()?;
@@ -178,7 +179,8 @@ impl Set {
 
 impl Drop for Set {
     fn drop(&mut self) {
-        if self.owner != std::process::id() {
+        // A fork's child has a copy of this value, and no business with the set.
+        if !self.owner.is_me() {
             return;
         }
         for path in &self.written {

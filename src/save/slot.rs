@@ -61,7 +61,6 @@ impl Slot {
         layout: &Layout,
         options: &DraftOptions,
     ) -> Result<Option<Draft>> {
-        #[cfg(target_os = "linux")]
         if self.recycled && !self.pending.file().is_undisputed() {
             return Ok(None);
         }

@@ -10,6 +10,7 @@ use super::store::{CONTROL, Store, damaged};
 use crate::error::{Error, Result};
 use crate::layout::Layout;
 use crate::map::disk::{self, Dir};
+use crate::map::fork::Owner;
 use crate::map::{ExclusiveFile, Source};
 use crate::model::{Contents, ModelMut, Span};
 use crate::save::{DraftOptions, Pair, fill_draft};
@@ -111,7 +112,7 @@ pub struct Publisher {
     /// The model that was published last, and its tensors that then were not as in its file.
     pub(super) edited: Edited,
     /// A fork's child has a copy of this value, and no business with the publication.
-    pub(super) owner: u32,
+    pub(super) owner: Owner,
 }
 
 impl Publisher {
@@ -152,7 +153,7 @@ impl Publisher {
             removed: BTreeSet::new(),
             spare: None,
             edited: None,
-            owner: std::process::id(),
+            owner: Owner::me(),
         };
         publisher.recover(options.mode)?;
         Ok(publisher)
@@ -387,11 +388,7 @@ impl Publisher {
     /// # Errors
     /// In a fork's child.
     pub(super) fn own(&self) -> Result<()> {
-        if self.is_own() {
-            return Ok(());
-        }
-        let what = "this publisher was opened by another process, which goes on publishing: only one can";
-        Err(Error::Argument(what.into()))
+        self.owner.check("this publisher")
     }
 
     /// That the publication is still at its path, where segments are made: else nobody would see them, or they would
@@ -419,7 +416,7 @@ impl Publisher {
 
     /// Whether this is the process that opened it, and no fork's child.
     pub(crate) fn is_own(&self) -> bool {
-        self.owner == std::process::id()
+        self.owner.is_me()
     }
 }
 

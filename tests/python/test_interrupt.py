@@ -3,6 +3,7 @@
 Each save is in a process of its own, which is sent SIGINT while it copies, or in fsync(2).
 """
 
+import contextlib
 import os
 import random
 import shutil
@@ -79,8 +80,14 @@ def old_file(directory: Path) -> Path:
     return path
 
 
-def is_unfinished(directory: Path) -> bool:
-    return any(name.startswith(".maptensors-") for name in os.listdir(directory))
+def is_unfinished(directory: Path, process: subprocess.Popen[str]) -> bool:
+    """Whether a process has a file of a directory open that has no name yet, or another than it is to have."""
+    names = []
+    for fd in os.listdir(f"/proc/{process.pid}/fd"):
+        with contextlib.suppress(FileNotFoundError):
+            names.append(os.readlink(f"/proc/{process.pid}/fd/{fd}"))
+    inside = [name for name in names if name.startswith(f"{directory}/")]
+    return any(name.endswith("(deleted)") or "/.maptensors-" in name for name in inside)
 
 
 #: Each is interrupted while it copies.
@@ -99,7 +106,7 @@ def test_ctrl_c_while_copying_raises_and_leaves_the_old_file_alone(tmp_path: Pat
     old = old_file(tmp_path)
     before = old.read_bytes()
     process = child(f"interrupted(lambda: {SAVES[way]})", tmp_path)
-    until(lambda: is_unfinished(tmp_path), process)
+    until(lambda: is_unfinished(tmp_path, process), process)
     time.sleep(random.uniform(0, 0.1))
     process.send_signal(signal.SIGINT)
     assert listed(process) == ["model.safetensors"]

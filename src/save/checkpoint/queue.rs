@@ -6,6 +6,7 @@ use super::Ready;
 use super::store::Store;
 use crate::error::{Error, Result};
 use crate::layout::Layout;
+use crate::map::fork::Owner;
 use crate::map::{Mapping, disk};
 use std::collections::VecDeque;
 use std::path::{Path, PathBuf};
@@ -58,9 +59,10 @@ impl Saving {
         self.ticket.wait(Some(most))
     }
 
-    /// Whether it is saved, or has failed.
+    /// Whether it is saved, or has failed. In a child that was forked meanwhile it never is.
     pub fn is_done(&self) -> bool {
-        !matches!(*lock(&self.ticket.outcome), Outcome::Pending)
+        // There the lock may be held by a thread that is not there.
+        self.ticket.owner.is_me() && !matches!(*lock(&self.ticket.outcome), Outcome::Pending)
     }
 }
 
@@ -69,7 +71,7 @@ struct Ticket {
     outcome: Mutex<Outcome>,
     done: Condvar,
     /// A fork's child would wait for ever.
-    owner: u32,
+    owner: Owner,
 }
 
 #[derive(Debug)]
@@ -82,7 +84,7 @@ enum Outcome {
 
 impl Ticket {
     fn new() -> Self {
-        Self { outcome: Mutex::new(Outcome::Pending), done: Condvar::new(), owner: std::process::id() }
+        Self { outcome: Mutex::new(Outcome::Pending), done: Condvar::new(), owner: Owner::me() }
     }
 
     fn tell(&self, outcome: Outcome) {
@@ -91,8 +93,8 @@ impl Ticket {
     }
 
     fn wait(&self, most: Option<Duration>) -> Option<Result<Saved>> {
-        if self.owner != std::process::id() {
-            return Some(Err(not_ours()));
+        if let Err(error) = self.owner.check("this save") {
+            return Some(Err(error));
         }
         // Longer than the clock can count is for ever.
         let until = most.and_then(|most| Instant::now().checked_add(most));
@@ -120,11 +122,6 @@ impl Ticket {
             _ => None,
         }
     }
-}
-
-/// What a fork's child is told: the thread that does the work, and the files, are its parent's.
-fn not_ours() -> Error {
-    Error::Argument("these checkpoints were opened by another process: open them in this one".into())
 }
 
 fn told_already() -> Error {
@@ -160,7 +157,7 @@ pub(super) struct Queue {
     shared: Arc<Shared>,
     worker: Mutex<Option<JoinHandle<()>>>,
     /// A fork's child has no worker.
-    owner: u32,
+    owner: Owner,
 }
 
 struct Shared {
@@ -195,7 +192,7 @@ impl Queue {
     pub(super) fn new(store: Store, keep: Option<usize>, keep_every: Option<u64>, prepare: bool) -> Self {
         let (state, turned, saved) = (Mutex::default(), Condvar::new(), Mutex::default());
         let shared = Arc::new(Shared { store, keep, keep_every, prepare, state, turned, saved });
-        Self { shared, worker: Mutex::new(None), owner: std::process::id() }
+        Self { shared, worker: Mutex::new(None), owner: Owner::me() }
     }
 
     pub(super) fn store(&self) -> &Store {
@@ -205,7 +202,7 @@ impl Queue {
     /// # Errors
     /// In a fork's child.
     pub(super) fn own(&self) -> Result<()> {
-        if self.owner == std::process::id() { Ok(()) } else { Err(not_ours()) }
+        self.owner.check("this checkpointer")
     }
 
     pub(super) fn prepare(&self, bytes: u64) {
@@ -429,7 +426,7 @@ impl Shared {
 
 impl Drop for Queue {
     fn drop(&mut self) {
-        if self.owner != std::process::id() {
+        if !self.owner.is_me() {
             return;
         }
         lock(&self.shared.state).closing = true;

@@ -5,17 +5,17 @@ use super::scenarios::SCENARIOS;
 use super::*;
 
 /// What a save makes of one refused operation. Returns whether there was one.
-fn refuse(scenario: &Scenario, fault: Fault, report: &mut Report) -> bool {
+fn refuse(scenario: &Scenario, kind: Kind, fault: Fault, report: &mut Report) -> bool {
     let dir = scratch();
     (scenario.prepare)(dir.path());
     let before = names_in(dir.path());
     let (done, log) =
-        record(dir.path(), Some(fault), |saved| (scenario.save)(dir.path(), scenario.old + 1, saved));
+        record(dir.path(), kind, Some(fault), |saved| (scenario.save)(dir.path(), scenario.old + 1, saved));
     let Some(refused) = log.refused else {
         done.unwrap();
         return false;
     };
-    let text = |what: &str| format!("{}, {fault:?} ({refused}): {done:?}: {what}", scenario.name);
+    let text = |what: &str| format!("{}, {kind:?}, {fault:?} ({refused}): {done:?}: {what}", scenario.name);
     let saved = log.saved();
     let last = saved.unwrap_or(scenario.old);
     let found = (scenario.read)(dir.path());
@@ -61,11 +61,13 @@ fn any_operation_may_fail_and_nothing_is_lost_or_left_behind() {
         let (mut report, mut refused) = (Report::default(), 0);
         for errno in [libc::EIO, libc::ENOSPC, libc::EINTR] {
             for for_good in [false, true] {
-                for at in 1.. {
-                    if !refuse(scenario, Fault { at, errno, for_good }, &mut report) {
-                        break;
+                for kind in Kind::ALL {
+                    for at in 1.. {
+                        if !refuse(scenario, kind, Fault { at, errno, for_good }, &mut report) {
+                            break;
+                        }
+                        refused += 1;
                     }
-                    refused += 1;
                 }
             }
         }

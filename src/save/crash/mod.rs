@@ -14,7 +14,9 @@
 //! - does every change of names whole or not at all, any of them without those before it; a renamed file
 //!   has its new name even if its creation was lost;
 //! - has by fsync(2) of a file its bytes and length, and not its name; by fsync(2) of a directory its names,
-//!   and not their files' bytes.
+//!   and not their files' bytes;
+//! - comes in three [kinds](Kind): without files that have no name, with them, and with them but forgetting
+//!   what was synced of one by the time it gets a name. A save is told which.
 //!
 //! That is weaker than ext4, xfs and btrfs promise.
 #![cfg(test)]
@@ -27,7 +29,7 @@ mod tests;
 
 use crate::error::{Error, Result};
 use crate::model::Model;
-use record::{Log, record};
+use record::{Kind, Log, record};
 use states::{Budget, State, each_state};
 use std::ops::RangeInclusive;
 use std::path::Path;
@@ -78,10 +80,11 @@ fn scratch() -> tempfile::TempDir {
 
 impl Scenario {
     /// The record of one save in a directory of its own.
-    fn record(&self) -> Log {
+    fn record(&self, kind: Kind) -> Log {
         let dir = tempfile::tempdir().unwrap();
         (self.prepare)(dir.path());
-        let (done, log) = record(dir.path(), None, |saved| (self.save)(dir.path(), self.old + 1, saved));
+        let (done, log) =
+            record(dir.path(), kind, None, |saved| (self.save)(dir.path(), self.old + 1, saved));
         done.unwrap();
         assert_eq!((self.read)(dir.path()), Ok(log.saved().unwrap()));
         log
@@ -110,17 +113,17 @@ impl Scenario {
                 return;
             }
             if sample > 0 && (report.states <= 4 || state.hash.is_multiple_of(sample)) {
-                self.recover(state, found.unwrap_or_default(), &mut report);
+                self.recover(log.kind, state, found.unwrap_or_default(), &mut report);
             }
         });
         report
     }
 
     /// The next save, into what a crash left.
-    fn recover(&self, state: &State, found: u8, report: &mut Report) {
+    fn recover(&self, kind: Kind, state: &State, found: u8, report: &mut Report) {
         let dir = scratch();
         state.put_into(dir.path());
-        let (done, log) = record(dir.path(), None, |saved| (self.save)(dir.path(), NEWEST, saved));
+        let (done, log) = record(dir.path(), kind, None, |saved| (self.save)(dir.path(), NEWEST, saved));
         if let Err(error) = done {
             return report.violations.push(format!("the next save fails: {error}"));
         }

@@ -19,6 +19,8 @@ pub(super) type FileId = usize;
 #[derive(Debug, Clone)]
 pub(super) enum Change {
     Create(FileId, OsString),
+    /// A name for a file that was made without one.
+    Link(FileId, OsString),
     Rename(FileId, OsString, OsString),
     Remove(FileId, OsString),
     /// A new length; what it adds reads as zeros.
@@ -47,6 +49,29 @@ pub(super) struct Log {
     pub(super) changes: Vec<Change>,
     /// The first operation that was refused, by its kind.
     pub(super) refused: Option<&'static str>,
+    pub(super) kind: Kind,
+}
+
+/// What a disk makes of files without a name.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Kind {
+    /// Whether there are any.
+    pub(super) unnamed: bool,
+    /// Whether savers take it to keep what was synced of one.
+    pub(super) told: bool,
+    /// Whether it does.
+    pub(super) keeps: bool,
+}
+
+impl Kind {
+    /// Every file has a name from the start.
+    pub(super) const NAMED: Self = Self { unnamed: false, told: false, keeps: false };
+    /// As ext4 and XFS.
+    pub(super) const KEEPS: Self = Self { unnamed: true, told: true, keeps: true };
+    /// As Btrfs may.
+    pub(super) const FORGETS: Self = Self { unnamed: true, told: false, keeps: false };
+
+    pub(super) const ALL: [Self; 3] = [Self::NAMED, Self::KEEPS, Self::FORGETS];
 }
 
 /// An operation that is refused instead of done.
@@ -61,14 +86,20 @@ pub(super) struct Fault {
 
 /// Does `work` on the directory at `root`, and writes down what it did. `work` is given a way to say that a
 /// generation is saved.
-pub(super) fn record<T>(root: &Path, fault: Option<Fault>, work: impl FnOnce(&dyn Fn(u8)) -> T) -> (T, Log) {
-    let recorder = Arc::new(Recorder::new(root, fault));
+pub(super) fn record<T>(
+    root: &Path,
+    kind: Kind,
+    fault: Option<Fault>,
+    work: impl FnOnce(&dyn Fn(u8)) -> T,
+) -> (T, Log) {
+    let recorder = Arc::new(Recorder::new(root, kind, fault));
     let saved = |generation| recorder.with(|state| state.changes.push(Change::Saved(generation)));
     let done = disk::watched(Some(recorder.clone()), || work(&saved));
     let log = recorder.with(|state| Log {
         start: state.start.clone(),
         changes: std::mem::take(&mut state.changes),
         refused: state.refused,
+        kind,
     });
     (done, log)
 }
@@ -86,6 +117,7 @@ impl Log {
 struct Recorder {
     root: PathBuf,
     inode: u64,
+    kind: Kind,
     fault: Option<Fault>,
     state: Mutex<State>,
 }
@@ -97,13 +129,16 @@ struct State {
     /// Files renamed to a temporary's name, to be used again. They come under a lease, which opening them would
     /// break: they are read through the descriptor of whoever uses them.
     hidden: BTreeMap<FileId, Option<File>>,
+    /// Files without a name, read through the descriptor of whoever makes them. Given back once they have one: a file
+    /// that is to be used again may be open nowhere else.
+    unnamed: BTreeMap<FileId, File>,
     changes: Vec<Change>,
     operations: usize,
     refused: Option<&'static str>,
 }
 
 impl Recorder {
-    fn new(root: &Path, fault: Option<Fault>) -> Self {
+    fn new(root: &Path, kind: Kind, fault: Option<Fault>) -> Self {
         let (mut start, mut inodes) = (Disk::default(), BTreeMap::new());
         for entry in std::fs::read_dir(root).unwrap() {
             let entry = entry.unwrap();
@@ -120,12 +155,13 @@ impl Recorder {
             start,
             inodes,
             hidden: BTreeMap::new(),
+            unnamed: BTreeMap::new(),
             changes: Vec::new(),
             operations: 0,
             refused: None,
         };
         let inode = std::fs::metadata(root).unwrap().ino();
-        Self { root: root.into(), inode, fault, state: Mutex::new(state) }
+        Self { root: root.into(), inode, kind, fault, state: Mutex::new(state) }
     }
 
     fn with<T>(&self, work: impl FnOnce(&mut State) -> T) -> T {
@@ -158,35 +194,27 @@ impl State {
     fn observe(&mut self, root: &Path, writer: Option<&File>) {
         let written = writer.and_then(|file| self.id(file));
         let mut gone = Vec::new();
-        for (name, &id) in &self.now.names {
+        let unnamed: Vec<_> = self.unnamed.iter().map(|(&id, file)| (id, read_through(file))).collect();
+        for (id, bytes) in unnamed {
+            self.changed(id, bytes);
+        }
+        let names: Vec<_> = self.now.names.iter().map(|(name, &id)| (name.clone(), id)).collect();
+        for (name, id) in names {
             let bytes = match (self.hidden.get(&id), writer) {
                 (Some(None), _) => continue,
                 (Some(Some(file)), _) => read_through(file),
                 (None, Some(file)) if Some(id) == written => read_through(file),
-                _ => match std::fs::read(root.join(name)) {
+                _ => match std::fs::read(root.join(&name)) {
                     Ok(bytes) => bytes,
                     Err(error) => {
                         // Removed past the seam, which a clean-up may.
                         assert_eq!(error.kind(), io::ErrorKind::NotFound, "{name:?}");
-                        gone.push(name.clone());
+                        gone.push(name);
                         continue;
                     }
                 },
             };
-            let known = &mut self.now.files[id];
-            if *known == bytes {
-                continue;
-            }
-            if known.len() != bytes.len() {
-                self.changes.push(Change::Size(id, bytes.len()));
-                known.resize(bytes.len(), 0);
-            }
-            for (i, (old, new)) in known.chunks(SECTOR).zip(bytes.chunks(SECTOR)).enumerate() {
-                if old != new {
-                    self.changes.push(Change::Sector(id, i, new.into()));
-                }
-            }
-            *known = bytes;
+            self.changed(id, bytes);
         }
         for name in gone {
             let id = self.now.names.remove(&name).unwrap();
@@ -194,8 +222,34 @@ impl State {
         }
     }
 
-    /// Keeps a way to read a hidden file, once there is one.
+    /// Writes down in what a file's bytes differ from those that it had.
+    fn changed(&mut self, id: FileId, bytes: Vec<u8>) {
+        let known = &mut self.now.files[id];
+        if *known == bytes {
+            return;
+        }
+        if known.len() != bytes.len() {
+            self.changes.push(Change::Size(id, bytes.len()));
+            known.resize(bytes.len(), 0);
+        }
+        for (i, (old, new)) in known.chunks(SECTOR).zip(bytes.chunks(SECTOR)).enumerate() {
+            if old != new {
+                self.changes.push(Change::Sector(id, i, new.into()));
+            }
+        }
+        *known = bytes;
+    }
+
+    /// Keeps a way to read a hidden file, or one without a name, once there is one.
     fn hold(&mut self, op: &Op<'_>) {
+        if let Op::Lock(file) = op
+            && file.metadata().unwrap().nlink() == 0
+        {
+            let id = self.now.files.len();
+            self.now.files.push(Vec::new());
+            self.inodes.insert(file.metadata().unwrap().ino(), id);
+            self.unnamed.insert(id, file.try_clone().unwrap());
+        }
         let (Op::Allocate(file, _) | Op::Resize(file, _) | Op::SetMode(file) | Op::Sync(file)) = op else {
             return;
         };
@@ -208,7 +262,7 @@ impl State {
         self.inodes.get(&file.metadata().unwrap().ino()).copied()
     }
 
-    fn follow(&mut self, root: &Path, op: &Op<'_>) {
+    fn follow(&mut self, root: &Path, kind: Kind, op: &Op<'_>) {
         match *op {
             Op::Create(_, name) => {
                 let id = self.now.files.len();
@@ -216,6 +270,12 @@ impl State {
                 self.inodes.insert(std::fs::symlink_metadata(root.join(name)).unwrap().ino(), id);
                 self.now.names.insert(name.into(), id);
                 self.changes.push(Change::Create(id, name.into()));
+            }
+            Op::Link(_, file, name) => {
+                let id = self.id(file).unwrap();
+                self.unnamed.remove(&id);
+                self.now.names.insert(name.into(), id);
+                self.changes.push(Change::Link(id, name.into()));
             }
             Op::Rename(_, from, to) => {
                 let id = self.now.names.remove(from).unwrap();
@@ -231,7 +291,10 @@ impl State {
                 let id = self.now.names.remove(name).unwrap();
                 self.changes.push(Change::Remove(id, name.into()));
             }
-            Op::Sync(file) => self.changes.extend(self.id(file).map(Change::Sync)),
+            Op::Sync(file) => {
+                let synced = self.id(file).filter(|id| kind.keeps || !self.unnamed.contains_key(id));
+                self.changes.extend(synced.map(Change::Sync));
+            }
             Op::SyncDir(_) => self.changes.push(Change::SyncDir),
             _ => {}
         }
@@ -240,8 +303,17 @@ impl State {
 
 impl Watch for Recorder {
     fn before(&self, op: &Op<'_>) -> io::Result<()> {
-        if let Op::Create(dir, _) | Op::Rename(dir, ..) | Op::Remove(dir, _) | Op::SyncDir(dir) = op {
+        if let Op::Create(dir, _)
+        | Op::CreateUnnamed(dir)
+        | Op::Link(dir, ..)
+        | Op::Rename(dir, ..)
+        | Op::Remove(dir, _)
+        | Op::SyncDir(dir) = op
+        {
             assert_eq!(dir.inode(), self.inode, "a directory that is not followed");
+        }
+        if matches!(op, Op::CreateUnnamed(_)) && !self.kind.unnamed {
+            return Err(io::Error::from_raw_os_error(libc::EOPNOTSUPP));
         }
         self.with(|state| state.hold(op));
         self.observe(op);
@@ -256,9 +328,13 @@ impl Watch for Recorder {
         })
     }
 
+    fn syncs_unnamed(&self) -> bool {
+        self.kind.told
+    }
+
     fn after(&self, op: &Op<'_>, done: bool) {
         if done {
-            self.with(|state| state.follow(&self.root, op));
+            self.with(|state| state.follow(&self.root, self.kind, op));
         }
         self.observe(op);
     }
@@ -269,6 +345,9 @@ fn kind(op: &Op<'_>) -> &'static str {
     match op {
         Op::OpenDir(_) => "open directory",
         Op::Create(..) => "create",
+        Op::CreateUnnamed(_) => "create without a name",
+        Op::Link(..) => "link",
+        Op::Lock(_) => "lock",
         Op::Open(..) => "open",
         Op::Rename(..) => "rename",
         Op::Remove(..) => "remove",
@@ -293,7 +372,15 @@ impl Change {
 
     /// Whether this changes names.
     pub(super) fn is_name(&self) -> bool {
-        matches!(self, Self::Create(..) | Self::Rename(..) | Self::Remove(..))
+        matches!(self, Self::Create(..) | Self::Link(..) | Self::Rename(..) | Self::Remove(..))
+    }
+
+    /// Whether this gives a name that `chosen` picks to a file that had another, or none.
+    pub(super) fn names(&self, chosen: impl Fn(&OsStr) -> bool) -> Option<FileId> {
+        match self {
+            Self::Link(id, to) | Self::Rename(id, _, to) if chosen(to) => Some(*id),
+            _ => None,
+        }
     }
 
     /// Whether this gives a name that `chosen` picks to a file that had another.

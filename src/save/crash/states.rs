@@ -103,7 +103,7 @@ impl Disk {
     /// the old name here: that the file was created under it may be lost.
     fn apply(&mut self, change: &Change) {
         match change {
-            Change::Create(id, name) => {
+            Change::Create(id, name) | Change::Link(id, name) => {
                 self.grow(*id);
                 self.names.insert(name.clone(), *id);
             }

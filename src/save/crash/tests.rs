@@ -1,4 +1,4 @@
-use super::record::{Change, FileId};
+use super::record::{Change, FileId, Kind};
 use super::scenarios::*;
 use super::*;
 use crate::format::safetensors::{Changes, PREFIX_LEN, Pieces};
@@ -9,20 +9,45 @@ use std::ffi::OsStr;
 fn a_crash_at_any_instant_leaves_the_old_model_or_the_new_one() {
     let sample = if Budget::is_long() { 1 } else { 4 };
     for scenario in &SCENARIOS {
-        let log = scenario.record();
-        let report = scenario.check(&log, Budget::given(), sample);
-        println!("{:<36} {:>7} states, {:>7} in recovery", scenario.name, report.states, report.nested);
-        report.assert_clean(scenario.name);
-        assert!(report.states > 2 && report.nested > 2, "{}: {report:?}", scenario.name);
+        for kind in Kind::ALL {
+            let log = scenario.record(kind);
+            let report = scenario.check(&log, Budget::given(), sample);
+            let name = scenario.name;
+            println!("{name:<36} {:>7} states, {:>7} in recovery, {kind:?}", report.states, report.nested);
+            report.assert_clean(name);
+            assert!(report.states > 2 && report.nested > 2, "{name}: {report:?}");
+            let created = |change: &Change| matches!(change, Change::Create(..));
+            let linked = |change: &Change| matches!(change, Change::Link(..));
+            if kind.unnamed && name != "a header edited in place" {
+                assert!(
+                    log.changes.iter().any(linked) && !log.changes.iter().any(created),
+                    "{name}: {log:?}"
+                );
+            } else {
+                assert!(!log.changes.iter().any(linked), "{name}");
+            }
+        }
     }
 }
 
-/// How many states are wrong once the log of a scenario is another.
-fn violations(name: &str, change: impl FnOnce(&mut Vec<Change>)) -> usize {
+/// How many states are wrong once the log of a scenario is another: on the kind of disk where they are fewest.
+fn violations(name: &str, change: impl Fn(&mut Vec<Change>)) -> usize {
     let scenario = scenario(name);
-    let mut log = scenario.record();
-    change(&mut log.changes);
-    scenario.check(&log, Budget::given(), 0).violations.len()
+    let of = |kind| {
+        let mut log = scenario.record(kind);
+        change(&mut log.changes);
+        scenario.check(&log, Budget::given(), 0).violations.len()
+    };
+    Kind::ALL.map(of).into_iter().min().unwrap()
+}
+
+/// Where a file gets the name that it is to have.
+fn place_of_name(changes: &[Change]) -> usize {
+    place(changes, |change| change.names(|name| !is_hidden(name)).is_some())
+}
+
+fn is_hidden(name: &OsStr) -> bool {
+    name.to_string_lossy().starts_with(".maptensors-")
 }
 
 fn place(changes: &[Change], is_it: impl Fn(&Change) -> bool) -> usize {
@@ -49,15 +74,27 @@ fn a_save_without_the_sync_of_its_directory_would_be_reported() {
 }
 
 #[test]
-fn a_rename_before_the_sync_would_be_reported() {
+fn a_rename_or_link_before_the_sync_would_be_reported() {
     for name in ["a new file", "a file replaced"] {
         let found = violations(name, |changes| {
-            let rename = place(changes, |c| matches!(c, Change::Rename(..)));
+            let named = place_of_name(changes);
             let sync = place(changes, |c| matches!(c, Change::Sync(_)));
-            assert!(sync < rename);
-            changes.swap(sync, rename);
+            assert!(sync < named);
+            changes.swap(sync, named);
         });
         assert!(found > 0, "{name}");
+    }
+    // A new file that is synced without a name needs no other than its own.
+    let log = scenario("a new file").record(Kind::KEEPS);
+    assert!(matches!(log.changes[place_of_name(&log.changes)], Change::Link(..)), "{log:?}");
+}
+
+#[test]
+fn a_sync_without_a_name_where_the_disk_forgets_it_would_be_reported() {
+    for name in ["a new file", "a file replaced", "a draft", "a set over a set"] {
+        let scenario = scenario(name);
+        let log = scenario.record(Kind { told: true, ..Kind::FORGETS });
+        assert!(!scenario.check(&log, Budget::given(), 0).violations.is_empty(), "{name}");
     }
 }
 
@@ -66,7 +103,7 @@ fn an_index_before_its_shards_are_durable_would_be_reported() {
     for name in ["a new set", "a set over a set", "a set over a file"] {
         let shards = |changes: &[Change]| -> Vec<FileId> {
             let shard = |name: &OsStr| name.to_string_lossy().contains("-of-");
-            changes.iter().filter_map(|change| change.renames_to(shard)).collect()
+            changes.iter().filter_map(|change| change.names(shard)).collect()
         };
         let bytes = violations(name, |changes| {
             let shards = shards(changes);
@@ -75,7 +112,7 @@ fn an_index_before_its_shards_are_durable_would_be_reported() {
         });
         let names = violations(name, |changes| {
             let index = |name: &OsStr| name.to_string_lossy().ends_with(".json");
-            let index = place(changes, |change| change.renames_to(index).is_some());
+            let index = place(changes, |change| change.names(index).is_some());
             let mut at = 0..;
             changes.retain(|change| at.next() > Some(index) || !matches!(change, Change::SyncDir));
         });
@@ -88,7 +125,7 @@ fn an_index_before_its_shards_are_durable_would_be_reported() {
 fn old_shards_removed_before_the_index_is_durable_would_be_reported() {
     let found = violations("a set over a set", |changes| {
         let index = |name: &OsStr| name.to_string_lossy().ends_with(".json");
-        let index = place(changes, |change| change.renames_to(index).is_some());
+        let index = place(changes, |change| change.names(index).is_some());
         let sync = index + place(&changes[index..], |change| matches!(change, Change::SyncDir));
         changes.remove(sync);
     });
@@ -97,7 +134,7 @@ fn old_shards_removed_before_the_index_is_durable_would_be_reported() {
 
 #[test]
 fn an_edit_in_place_is_one_sector_and_no_other_name() {
-    let log = scenario("a header edited in place").record();
+    let log = scenario("a header edited in place").record(Kind::KEEPS);
     let changes = &log.changes;
     assert!(
         matches!(changes[..], [Change::Sector(0, 0, _), Change::Sync(0), Change::Saved(2)]),
@@ -109,7 +146,7 @@ fn an_edit_in_place_is_one_sector_and_no_other_name() {
 fn an_edit_in_place_over_two_sectors_would_be_reported() {
     let dir = tempfile::tempdir().unwrap();
     two_places(dir.path());
-    let ((), log) = record(dir.path(), None, |saved| {
+    let ((), log) = record(dir.path(), Kind::KEEPS, None, |saved| {
         let old = std::fs::read(model(dir.path())).unwrap();
         let len = PREFIX_LEN + usize::from(u16::from_le_bytes([old[0], old[1]]));
         let both = ["generation", "zz"].map(|key| (key.to_owned(), Some("2".to_owned())));
@@ -129,15 +166,14 @@ fn an_edit_in_place_over_two_sectors_would_be_reported() {
 #[test]
 fn a_file_used_again_before_its_old_name_is_durably_gone_would_be_reported() {
     let found = violations("checkpoints into recycled files", |changes| {
-        let hidden = |name: &OsStr| name.to_string_lossy().starts_with(".maptensors-");
         let again = |id: FileId| {
-            let last = |name: &OsStr| !hidden(name);
-            changes.iter().filter(|change| change.renames_to(last) == Some(id)).count()
+            let last = |name: &OsStr| !is_hidden(name);
+            changes.iter().filter(|change| change.names(last) == Some(id)).count()
         };
         let hides: Vec<(usize, FileId)> = changes
             .iter()
             .enumerate()
-            .filter_map(|(i, change)| Some((i, change.renames_to(hidden)?)))
+            .filter_map(|(i, change)| Some((i, change.renames_to(is_hidden)?)))
             .filter(|(_, id)| again(*id) > 0)
             .collect();
         assert!(!hides.is_empty(), "no file was used again");
@@ -151,14 +187,14 @@ fn a_file_used_again_before_its_old_name_is_durably_gone_would_be_reported() {
 
 #[test]
 fn bytes_that_are_not_synced_may_read_as_zeros_or_be_torn_inside_a_page() {
-    let log = scenario("a new file").record();
+    let log = scenario("a new file").record(Kind::KEEPS);
     let changes = &log.changes;
-    let rename = place(changes, |c| matches!(c, Change::Rename(..)));
+    let named = place_of_name(changes);
     let sectors = changes.iter().filter(|c| matches!(c, Change::Sector(..))).count();
     assert!((4..=8).contains(&sectors), "one page of several sectors: {sectors}");
     let mut unsynced = log.clone();
     syncs(&mut unsynced.changes, |_| true);
-    unsynced.changes.truncate(rename + 1);
+    unsynced.changes.truncate(named + 1);
     let (mut zeros, mut torn, mut empty) = (0, 0, 0);
     each_state(&unsynced, Budget::given(), |state| {
         for (name, bytes) in &state.files {

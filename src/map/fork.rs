@@ -1,0 +1,311 @@
+//! What a forked child has no business with: files that are being made, and their memory.
+//!
+//! A child of fork(2) gets a copy of every value, and every descriptor and shared mapping with them. A draft's pages
+//! are its file's: what a child wrote to them, however late, would reach the file that its parent has published since,
+//! under everybody who has it mapped; and a file that a child has open or mapped is never used again. So
+//!
+//! - an output's memory is not inherited (`MADV_DONTFORK`). Where it was, the child has memory that nobody may touch
+//!   (`PROT_NONE`), so that nothing else comes to lie under an array that it inherited: to touch one is `SIGSEGV`.
+//!   Memory that was cut off from its file, once that is finished, is inherited like any other;
+//! - an output's descriptor is exchanged for one of `/dev/null`;
+//! - what publishes asks its [`Owner`] at each step that does.
+//!
+//! The kernel does the first by itself. The rest is done by handlers of `pthread_atfork(3)`, which fork(2) as the C
+//! library has it calls, and with it Python's `os.fork` and `multiprocessing`. vfork(2) and `posix_spawn(3)` need none
+//! of it: they share the memory until the child executes. After a bare clone(2) system call there are holes where the
+//! memory was, and the descriptors are there: whoever makes one executes at once, or touches nothing.
+
+use crate::error::{Error, Result};
+use memmap2::MmapRaw;
+use std::cell::UnsafeCell;
+use std::fs::File;
+use std::io;
+use std::ops::{Deref, Range};
+use std::os::fd::{AsRawFd as _, RawFd};
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Mutex, MutexGuard, Once, PoisonError};
+
+/// How often this process was forked from one that had this module.
+static FORKS: AtomicU32 = AtomicU32::new(0);
+
+/// Whose a value is that publishes something, or removes it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Owner {
+    process: u32,
+    /// In a namespace of its own a child may have its parent's number.
+    forks: u32,
+}
+
+impl Owner {
+    /// This process.
+    pub(crate) fn me() -> Self {
+        handle();
+        Self { process: std::process::id(), forks: FORKS.load(Ordering::Relaxed) }
+    }
+
+    /// Whether this is the process that it was made in, and no child that was forked from it.
+    pub(crate) fn is_me(self) -> bool {
+        self == Self::me()
+    }
+
+    /// Whether this process may go on with something.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] in a fork's child.
+    pub(crate) fn check(self, what: &str) -> Result<()> {
+        if self.is_me() {
+            return Ok(());
+        }
+        Err(Error::Argument(format!(
+            "{what} belongs to another process, the one that this was forked from: make one in this process"
+        )))
+    }
+
+    /// Another's.
+    #[cfg(test)]
+    pub(crate) fn nobody() -> Self {
+        Self { process: 0, forks: 0 }
+    }
+}
+
+/// What is not to be inherited.
+#[derive(Default)]
+struct Withheld {
+    /// Addresses of whole pages.
+    memory: Vec<Range<usize>>,
+    descriptors: Vec<RawFd>,
+}
+
+static WITHHELD: Mutex<Withheld> = Mutex::new(Withheld { memory: Vec::new(), descriptors: Vec::new() });
+
+fn withheld() -> MutexGuard<'static, Withheld> {
+    WITHHELD.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// The lock, while a thread forks.
+struct Forking(UnsafeCell<Option<MutexGuard<'static, Withheld>>>);
+
+// SAFETY: only the handlers look inside, and only on the thread that holds the lock, by which they are in turn.
+unsafe impl Sync for Forking {}
+
+static FORKING: Forking = Forking(UnsafeCell::new(None));
+
+/// Has fork(2) call the handlers.
+fn handle() {
+    static ONCE: Once = Once::new();
+    ONCE.call_once(|| {
+        // SAFETY: three functions that live as long as the program does, or are taken back with its library.
+        unsafe { libc::pthread_atfork(Some(prepare), Some(in_parent), Some(in_child)) };
+    });
+}
+
+/// Before a fork: nothing is half withheld meanwhile.
+extern "C" fn prepare() {
+    let lock = withheld();
+    // SAFETY: this thread has the lock, so no other handler looks at the cell.
+    unsafe { *FORKING.0.get() = Some(lock) };
+}
+
+/// What `prepare` has left.
+fn take_lock() -> Option<MutexGuard<'static, Withheld>> {
+    // SAFETY: this thread has the lock since `prepare`, so no other handler looks at the cell.
+    unsafe { (*FORKING.0.get()).take() }
+}
+
+extern "C" fn in_parent() {
+    drop(take_lock());
+}
+
+/// In the child, which has this one thread. Only what signal-safety(7) allows: no memory is asked for or given back.
+extern "C" fn in_child() {
+    FORKS.fetch_add(1, Ordering::Relaxed);
+    let Some(mut withheld) = take_lock() else { return };
+    for range in withheld.memory.drain(..) {
+        // Where that fails something is there already, or there are no addresses for anything.
+        close_gap(range);
+    }
+    if !withheld.descriptors.is_empty() {
+        exchange(&withheld.descriptors);
+    }
+    withheld.descriptors.clear();
+}
+
+/// Puts `/dev/null` in the place of descriptors.
+fn exchange(descriptors: &[RawFd]) {
+    // SAFETY: opens a file by a name that is a C string.
+    let null = unsafe { libc::open(c"/dev/null".as_ptr(), libc::O_RDWR | libc::O_CLOEXEC) };
+    if null < 0 {
+        return;
+    }
+    for &descriptor in descriptors {
+        // SAFETY: a descriptor of an `ExclusiveFile` that the parent has (it is listed until it is closed); in this
+        // process only values that belong to the parent know of it, and what they close is the new one.
+        unsafe { libc::dup2(null, descriptor) };
+        // SAFETY: as above.
+        unsafe { libc::fcntl(descriptor, libc::F_SETFD, libc::FD_CLOEXEC) };
+    }
+    // SAFETY: opened above, and nobody else's.
+    unsafe { libc::close(null) };
+}
+
+/// Maps memory that nobody may touch where nothing is. `false` where something is.
+///
+/// Values that lie there by somebody's mistake are then an error that is seen (`SIGSEGV`), and not another's bytes.
+pub(super) fn close_gap(range: Range<usize>) -> bool {
+    #[cfg(target_os = "linux")]
+    {
+        let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE | libc::MAP_FIXED_NOREPLACE;
+        let at = std::ptr::without_provenance_mut::<libc::c_void>(range.start);
+        // SAFETY: a mapping that takes nobody's place: MAP_FIXED_NOREPLACE.
+        let made = unsafe { libc::mmap(at, range.len(), libc::PROT_NONE, flags, -1, 0) };
+        if made == libc::MAP_FAILED {
+            return false;
+        }
+        if made != at {
+            // A kernel before 4.17 takes the address for a wish.
+            // SAFETY: made just above, and nobody knows of it.
+            unsafe { libc::munmap(made, range.len()) };
+            return false;
+        }
+        true
+    }
+    #[cfg(not(target_os = "linux"))]
+    {
+        let _ = range;
+        false
+    }
+}
+
+/// A mapping as the kernel has it; an output's is not inherited by children.
+#[derive(Debug)]
+pub(super) struct Raw {
+    // Declared first: it is unmapped before it is forgotten. (The other way round a child could be forked in between,
+    // and unmap what it has come to have there.)
+    map: MmapRaw,
+    _listed: Option<Listed>,
+}
+
+/// What stands in `Withheld::memory` as long as this lives.
+#[derive(Debug)]
+struct Listed(Range<usize>);
+
+impl Drop for Listed {
+    fn drop(&mut self) {
+        forget(&mut withheld(), &self.0);
+    }
+}
+
+fn forget(withheld: &mut Withheld, range: &Range<usize>) {
+    if let Some(place) = withheld.memory.iter().position(|known| known == range) {
+        withheld.memory.swap_remove(place);
+    }
+}
+
+impl From<MmapRaw> for Raw {
+    fn from(map: MmapRaw) -> Self {
+        Self { map, _listed: None }
+    }
+}
+
+impl Deref for Raw {
+    type Target = MmapRaw;
+    fn deref(&self) -> &MmapRaw {
+        &self.map
+    }
+}
+
+impl Raw {
+    /// What `map` maps, withheld from children that are forked.
+    ///
+    /// # Errors
+    /// Those of `map`; what madvise(2) answers.
+    pub(super) fn withheld(map: impl FnOnce() -> io::Result<MmapRaw>) -> io::Result<Self> {
+        handle();
+        // No child is forked between the two.
+        let mut withheld = withheld();
+        let map = map()?;
+        #[cfg(target_os = "linux")]
+        map.advise(memmap2::Advice::DontFork)?;
+        let range = pages(&map);
+        withheld.memory.push(range.clone());
+        Ok(Self { map, _listed: Some(Listed(range)) })
+    }
+
+    /// Does what makes the memory this process's own, in place; from then on children inherit it.
+    ///
+    /// # Errors
+    /// Those of `detach`; the memory is withheld as before then.
+    #[cfg(feature = "python")]
+    pub(super) fn detached(&self, detach: impl FnOnce() -> io::Result<()>) -> io::Result<()> {
+        let mut withheld = withheld();
+        detach()?;
+        forget(&mut withheld, &pages(&self.map));
+        Ok(())
+    }
+}
+
+/// The pages that a mapping consists of.
+fn pages(map: &MmapRaw) -> Range<usize> {
+    let page = rustix::param::page_size();
+    let start = map.as_ptr().addr() / page * page;
+    start..(map.as_ptr().addr() + map.len()).next_multiple_of(page)
+}
+
+/// A descriptor that children are not to have, listed as long as this lives: dropped before it is closed.
+#[derive(Debug)]
+pub(super) struct Private(RawFd);
+
+impl Private {
+    pub(super) fn new(file: &File) -> Self {
+        handle();
+        withheld().descriptors.push(file.as_raw_fd());
+        Self(file.as_raw_fd())
+    }
+}
+
+impl Drop for Private {
+    fn drop(&mut self) {
+        let mut withheld = withheld();
+        if let Some(place) = withheld.descriptors.iter().position(|known| *known == self.0) {
+            withheld.descriptors.swap_remove(place);
+        }
+    }
+}
+
+#[cfg(all(test, target_os = "linux"))]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_gap_is_closed_and_what_is_there_stays() {
+        let page = rustix::param::page_size();
+        let mut memory = memmap2::MmapMut::map_anon(3 * page).unwrap();
+        memory.fill(7);
+        let start = memory.as_ptr().addr();
+        assert!(!close_gap(start..start + page));
+        assert!(memory.iter().all(|&byte| byte == 7));
+    }
+
+    #[test]
+    fn a_value_of_another_process_is_refused() {
+        Owner::me().check("this").unwrap();
+        let error = Owner::nobody().check("this draft").unwrap_err().to_string();
+        assert!(error.contains("this draft belongs to another process"), "{error}");
+    }
+
+    #[test]
+    fn what_is_unmapped_or_closed_is_forgotten() {
+        let file = tempfile::tempfile().unwrap();
+        file.set_len(100).unwrap();
+        let raw = Raw::withheld(|| memmap2::MmapOptions::new().len(100).map_raw(&file)).unwrap();
+        let (range, descriptor) = (pages(&raw), file.as_raw_fd());
+        let private = Private::new(&file);
+        assert!(withheld().memory.contains(&range) && withheld().descriptors.contains(&descriptor));
+        drop(raw);
+        drop(private);
+        // Another test may have come to have the same ones.
+        let known = withheld();
+        assert!(known.memory.iter().filter(|known| **known == range).count() <= 1);
+        assert!(known.descriptors.iter().filter(|known| **known == descriptor).count() <= 1);
+    }
+}
