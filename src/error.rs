@@ -284,6 +284,27 @@ pub enum Error {
         expected: String,
     },
 
+    /// A directory is not where it was opened any more: it was moved or removed, or a link on the way to it points
+    /// elsewhere.
+    #[error("{}{what}", at(path))]
+    Moved {
+        /// The directory, by the path that it was opened by.
+        path: PathBuf,
+        /// What has become of it, what that means, and what to do.
+        what: String,
+    },
+
+    /// What was saved is in place and visible; but something that was to go is still there.
+    #[error("{}saved and visible, but {} could not be removed: {source}", at(path), printable(&left.to_string_lossy()))]
+    NotRemoved {
+        /// What was saved.
+        path: PathBuf,
+        /// What is still there.
+        left: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+
     /// The new file is in place and visible, but the directory could not be synced:
     /// after a power loss the old file may be back.
     #[error("{}saved and visible, but perhaps not durable: syncing its directory failed: {source}", at(path))]
@@ -321,6 +342,8 @@ impl Error {
             Self::Base { .. } => "Base",
             Self::Delta { .. } => "Delta",
             Self::Changed { .. } => "Changed",
+            Self::Moved { .. } => "Moved",
+            Self::NotRemoved { .. } => "NotRemoved",
             Self::NotDurable { .. } => "NotDurable",
         }
     }
@@ -328,6 +351,11 @@ impl Error {
     /// Whether it is that of work that was called off.
     pub(crate) fn is_called_off(&self) -> bool {
         matches!(self, Self::Io { source, .. } if source.raw_os_error() == Some(libc::ECANCELED))
+    }
+
+    /// Whether it is that a file is not there.
+    pub(crate) fn is_not_found(&self) -> bool {
+        matches!(self, Self::Io { source, .. } if source.kind() == io::ErrorKind::NotFound)
     }
 
     /// For `map_err`: an [`Error::Io`] that says what was being done to which file.

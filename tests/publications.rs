@@ -66,7 +66,7 @@ fn a_table_shows_what_is_published_by_whom_and_what_it_takes() {
     let (a, b) = (vec![1; MIB], vec![2; MIB]);
     policy.publish([("a", bytes_tensor(&a)), ("b", bytes_tensor(&b))]).unwrap();
     policy.publish_changed([("a", bytes_tensor(&b))]).unwrap();
-    drop(Publisher::open(base.join("idle")).unwrap());
+    common::begun(base.join("idle"));
     // SAFETY: only publishers write to a test's publication.
     let held = unsafe { Subscriber::attach(base.join("policy")) }.unwrap();
     let text = printed(&base, &["publications"]);
@@ -183,7 +183,7 @@ fn inspect_and_top_take_what_is_published_by_name_or_directory() {
     let mine = json(&base, &["inspect", "policy", "--json"]);
     assert_eq!((&mine["tensors"][0]["name"], &mine["generation"]), (&"mine".into(), &Value::Null));
     // What is damaged, or not begun, says so, where a file is not there, too.
-    drop(Publisher::open(base.join("begun")).unwrap());
+    common::begun(base.join("begun"));
     fs::write(base.join("policy/control"), b"").unwrap();
     for (place, expected) in
         [("base/policy", "damaged"), ("begun", "no generation yet"), ("nobody", "No such file")]

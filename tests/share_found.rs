@@ -61,10 +61,10 @@ fn what_has_a_name_is_found_with_what_it_takes_and_looking_makes_nothing() {
     policy.publish([("a", bytes_tensor(&a)), ("b", bytes_tensor(&b))]).unwrap();
     let before = std::time::SystemTime::now() - Duration::from_secs(3600);
     policy.publish_changed([("a", bytes_tensor(&b)), ("c", bytes_tensor(&a))]).unwrap();
-    drop(Publisher::open("old").unwrap());
+    common::begun("old");
     // What no publisher made is nobody's publication, and nothing is looked at behind a link.
     let elsewhere = base.with_file_name("elsewhere");
-    Publisher::open(&elsewhere).unwrap();
+    common::begun(&elsewhere);
     symlink(&elsewhere, base.join("link")).unwrap();
     fs::write(base.join("file"), b"").unwrap();
     fs::create_dir(base.join("empty")).unwrap();
@@ -370,7 +370,7 @@ fn who_waits_for_ever_is_told_of_damage_and_goes_on_waiting_for_what_may_come() 
     let comes: [(&str, Make); 4] = [
         ("nowhere", |_| {}),
         ("empty", |place| fs::create_dir(place).unwrap()),
-        ("begun", |place| drop(Publisher::open(place).unwrap())),
+        ("begun", |place| common::begun(place)),
         ("removing", |place| {
             published(place);
             overwrite(place, 32, &[1]);

@@ -5,6 +5,7 @@ import atexit
 import contextlib
 import os
 import sys
+import warnings
 import weakref
 from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from maptensors import _native
 from maptensors._api import parse_size
 from maptensors._progress import Bar
 from maptensors._state import check_framework, flatten, unflatten
+from maptensors.errors import StepWarning
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,8 @@ class Saved:
     finished: float
     #: Whether it survives a power loss.
     durable: bool
+    #: The highest step that was there, if this one is below it; see :class:`maptensors.errors.StepWarning`.
+    below: int | None = None
 
 
 class Saving:
@@ -52,7 +56,10 @@ class Saving:
         """Return once the state is copied: it is, as soon as ``save_async`` has returned."""
 
     def wait(self, timeout: float | None = None) -> Saved:
-        """Wait until it is saved; after ``timeout`` seconds raise TimeoutError."""
+        """Wait until it is saved; after ``timeout`` seconds raise TimeoutError.
+
+        After NotRemovedError it is saved, and what ``keep`` no longer holds could not be removed.
+        """
         if self._error is not None:
             raise self._error
         try:
@@ -122,8 +129,14 @@ class Checkpointer:
     A directory that is not there is made by the first save, or for ``example``; looking makes none.
 
     One Checkpointer at a time saves into a directory, and a fork's child has to open its own. What falls out
-    first is what was there before this run: going back to an earlier step loses nothing of the new run,
-    but ``latest`` is the highest step until :meth:`remove` takes the abandoned ones away.
+    first is what was there before this run: going back to an earlier step loses nothing of the new run.
+    :meth:`load` resumes from what was saved last, which then is not the highest step: a save whose step is below
+    one that is there is a ``StepWarning``, once for each Checkpointer.
+
+    It stays with the directory that it opened. If that is moved or removed, or a link to it comes to point
+    elsewhere, everything is ``MovedError`` from then on, and nothing is saved or removed in it; open the
+    checkpoints again, where they are to be. What ``keep`` no longer holds and cannot be removed is
+    ``NotRemovedError``, from the save that it should have gone for: that one is saved.
     """
 
     def __init__(
@@ -144,6 +157,7 @@ class Checkpointer:
                 raise ValueError(f"{name} is at least 1, not {value}")
         self.directory = os.path.abspath(os.fspath(directory))
         self._bar = Bar("staging") if progress is True else None
+        self._has_warned = False
         self._checkpoints = _native.Checkpoints(
             directory,
             keep=keep,
@@ -162,7 +176,9 @@ class Checkpointer:
         self, state: Mapping[str, Any], step: int, *, metadata: Mapping[str, str] | None = None
     ) -> Saved:
         """Save a state; it is durable when this returns. Ctrl-C calls it off, and leaves nothing of it."""
-        return Saved(**self._checkpoints.save(*self._prepared(state, step, metadata)))
+        saved = Saved(**self._checkpoints.save(*self._prepared(state, step, metadata)))
+        self._warn(step, saved.below)
+        return saved
 
     def save_async(
         self, state: Mapping[str, Any], step: int, *, metadata: Mapping[str, str] | None = None
@@ -175,7 +191,21 @@ class Checkpointer:
 
         Ctrl-C while it copies calls it off. Later, in any wait, it ends the waiting: the save goes on.
         """
-        return Saving(self._checkpoints.save_async(*self._prepared(state, step, metadata)))
+        saving = self._checkpoints.save_async(*self._prepared(state, step, metadata))
+        self._warn(step, saving.below)
+        return Saving(saving)
+
+    def _warn(self, step: int, below: int | None) -> None:
+        if below is None or self._has_warned:
+            return
+        self._has_warned = True
+        warnings.warn(
+            f"{self.directory}: step {step} is below step {below}, which is there already. load() takes what was "
+            f"saved last, so this run is resumed all the same; but if another run saved step {below}, give this one "
+            f"a directory to itself, and if that is abandoned, remove({below})",
+            StepWarning,
+            stacklevel=3,
+        )
 
     def _prepared(
         self, state: Mapping[str, Any], step: int, metadata: Mapping[str, str] | None
@@ -193,27 +223,31 @@ class Checkpointer:
         return self._checkpoints.steps()
 
     def latest(self) -> int | None:
-        """Return the last step there is."""
-        return max(self.steps(), default=None)
+        """Return the step that was saved last, which is not always the highest (``steps()[-1]``).
+
+        A run that went back, or a new one in an old directory, saves lower steps, and it is that run that is to
+        be resumed. What tells is a number that each checkpoint carries in its metadata
+        (``maptensors.sequence``), so that copying a directory, editing a header or setting a clock changes
+        nothing about it. Files without one were there before all that have one, in the order of their steps.
+        One that is damaged counts as the last: loading says so, instead of going back further without a word.
+        """
+        return self._checkpoints.latest()
 
     def path(self, step: int | None = None) -> str:
         """Return what to open for a step, or for the latest: a file, or the index of a sharded set."""
         return self._checkpoints.find(step)
 
     def open(self, step: int | None = None, mode: str = "c", **options: Any) -> _native.Model:
-        """Map a checkpoint, or the latest: its tensors by name. ``options`` are those of ``open``."""
-        path = self.path(step)
-        while True:
-            try:
-                return _native.open(path, mode, **options)
-            except FileNotFoundError:
-                # The latest may have been let go between finding and opening it.
-                before, path = path, self.path(step)
-                if path == before:
-                    raise
+        """Map a checkpoint, or the latest: its tensors by name. ``options`` are those of ``open``.
+
+        The latest may be let go, by another process that saves, before it is opened: then it is the next one.
+        """
+        return self._checkpoints.open(step, lambda path: _native.open(path, mode, **options))
 
     def load(self, step: int | None = None, mode: str = "c", *, framework: str | None = None) -> Any:
         """Return the state that was saved at a step, or last: as it was, its tensors mapped from the file.
+
+        Saved last is what :meth:`latest` says, and not the highest step.
 
         Tensors are of the framework they were saved from; ``framework`` ("torch", "numpy", "jax", or
         "maptensors" for what reads nothing until it is used) has all of them in one. A mapped checkpoint
@@ -223,9 +257,13 @@ class Checkpointer:
         check_framework(framework)
         return unflatten(self.open(step, mode), framework)
 
-    def remove(self, step: int) -> None:
-        """Remove the checkpoint of a step, if there is one: after going back, say, of those behind it."""
-        self._checkpoints.remove(step)
+    def remove(self, step: int) -> bool:
+        """Remove the checkpoint of a step, durably, and return whether there was one.
+
+        After going back, say, those behind it. OSError (PermissionError, a read-only file system): it, or a part of
+        it, is still there.
+        """
+        return self._checkpoints.remove(step)
 
     def wait(self) -> None:
         """Wait for saves under way, and for the next output. An error nobody was told of is raised here."""
@@ -256,7 +294,7 @@ class Checkpointer:
 def _planned_size(example: Mapping[str, Any]) -> int:
     is_spec = all(isinstance(what, tuple | dict) and _is_declared(what) for what in example.values())
     tensors, structure = (dict(example), {}) if is_spec and example else flatten(example)
-    return _native.planned_size(tensors, metadata=structure | {"maptensors.step": "0"})
+    return _native.planned_size(tensors, metadata=structure | {"maptensors.step": "0", "maptensors.sequence": "0"})
 
 
 def _is_declared(what: Any) -> bool:

@@ -40,6 +40,8 @@ class Publisher:
         with the generation before, and must be as they were then. ``"compare"`` finds out, by comparing
         every tensor with what is published. Of a copy-on-write :class:`Model` nothing need be said: what it
         has changed is known.
+
+        After NotRemovedError it is published, and an older file could not be removed.
         """
         given: list[str] | None = None
         if isinstance(changed, str) and changed != "compare":
@@ -68,7 +70,10 @@ class Publisher:
         return self._publisher.path
 
     def close(self) -> None:
-        """Publish no more. The last generation stays in memory, for who attaches and the next publisher."""
+        """Publish no more. The last generation stays in memory, for who attaches and the next publisher.
+
+        Of a publication that has none yet nothing stays. OSError: a file that is of no use could not be removed.
+        """
         self._publisher.close()
 
     def remove(self) -> None:
@@ -242,15 +247,22 @@ def publish(
     generation may be written into them (``recycle``), or they are removed.
 
     One process at a time publishes to a place, until it closes or ends, however it ends; the next one goes
-    on counting. Only this user may attach unless ``permissions``, of the files, say more; the directory's
-    follow from them.
+    on counting. If the first generation fails, nothing is left: no file, and no directory that was made.
+
+    Only this user may attach unless ``permissions``, of the files, say more; those of a directory that is made
+    follow from them. One that is there is opened as far as that, or it is an error that says why it cannot be; it is
+    never closed to anybody, for it may hold more. Files that were published there before get them too. In another
+    user's place, root publishes files of that user.
     """
     publisher = Publisher(place, permissions=permissions, recycle=recycle)
     if state is not None:
         try:
             publisher.publish(state, changed=changed, metadata=metadata)
-        except BaseException:
-            publisher.close()
+        except BaseException as error:
+            try:
+                publisher.close()
+            except OSError as left:
+                error.add_note(f"and what was begun could not be removed: {left}")
             raise
     return publisher
 

@@ -2,7 +2,7 @@
 
 Every error about a file's content or an argument is a :class:`MapTensorsError`, which is a ``ValueError``.
 What the operating system refuses is the ``OSError`` subclass of its errno (``FileNotFoundError``,
-``PermissionError``, …) with ``filename`` set.
+``PermissionError``, …) with ``filename`` set. A :class:`StepWarning` is a warning, and no error.
 """
 
 from typing import ClassVar
@@ -139,10 +139,33 @@ class ChangedError(MapTensorsError):
     kind = "Changed"
 
 
+class MovedError(MapTensorsError, OSError):
+    """A directory is not where it was opened any more: moved, removed, or a link to it points elsewhere."""
+
+    kind = "Moved"
+
+
+class NotRemovedError(MapTensorsError, OSError):
+    """What was saved is in place and visible, but something that was to go could not be removed.
+
+    ``filename`` is what was saved, ``filename2`` what is still there.
+    """
+
+    kind = "NotRemoved"
+
+
 class NotDurableError(MapTensorsError, OSError):
     """The new file is in place and visible, but may be gone after a power loss."""
 
     kind = "NotDurable"
+
+
+class StepWarning(UserWarning):
+    """A checkpoint was saved whose step is below one that is there.
+
+    It is what ``load()`` resumes from, being saved last. Where the higher one is another run's, a directory for each
+    run keeps them apart; where it is abandoned, ``Checkpointer.remove`` takes it away.
+    """
 
 
 #: The class for each kind of error.
@@ -170,6 +193,8 @@ BY_KIND: dict[str, type[MapTensorsError]] = {
         BaseMismatchError,
         DeltaError,
         ChangedError,
+        MovedError,
+        NotRemovedError,
         NotDurableError,
     )
 }

@@ -74,7 +74,11 @@ impl Control {
             done => done.map(|()| true),
         });
         if !matches!(named, Ok(true)) {
-            dir.remove(hidden).ok();
+            let removed = dir.remove(hidden);
+            // Where naming it failed, that is told.
+            if named.is_ok() {
+                removed?;
+            }
         }
         // The same open file, hence the lock that it was made with.
         Ok(if named? { Some(Self::new(file.file().try_clone()?)) } else { None })
@@ -196,10 +200,14 @@ impl Control {
         Ok(())
     }
 
-    /// Says who publishes, and gives the page its mode.
-    pub(crate) fn sign(&self, mode: u32) -> io::Result<()> {
-        self.write(WRITER, &u64::from(std::process::id()).to_ne_bytes())?;
-        disk::set_mode(&self.file, mode)
+    /// Says who publishes.
+    pub(crate) fn sign(&self) -> io::Result<()> {
+        self.write(WRITER, &u64::from(std::process::id()).to_ne_bytes())
+    }
+
+    /// Its file, to ask about it, and to give it another mode or owner.
+    pub(crate) fn file(&self) -> &File {
+        &self.file
     }
 
     fn write(&self, at: usize, bytes: &[u8]) -> io::Result<()> {

@@ -8,7 +8,7 @@ use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd as _, OwnedFd};
 use std::os::unix::fs::FileExt as _;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 /// What is about to be done. Names are relative to their directory.
 #[derive(Debug, Clone, Copy)]
@@ -59,10 +59,13 @@ pub(super) fn act<T>(op: Op<'_>, call: impl FnOnce() -> io::Result<T>) -> io::Re
     call()
 }
 
-/// A directory, held open: what it is renamed to meanwhile does not matter.
+/// A directory, held open: what it is renamed to meanwhile does not matter to what is done in it.
+/// [`Dir::stands`] says whether it still is where it was opened.
 #[derive(Debug)]
 pub(crate) struct Dir {
-    fd: OwnedFd,
+    pub(super) fd: OwnedFd,
+    /// The path that it was opened by, from the root; `None` where that is not known.
+    pub(super) path: Option<PathBuf>,
 }
 
 impl Dir {
@@ -79,7 +82,9 @@ impl Dir {
     fn open_as(path: &Path, also: OFlags) -> io::Result<Self> {
         let path = if path.as_os_str().is_empty() { Path::new(".") } else { path };
         let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC | also;
-        act(Op::OpenDir(path), || Ok(Self { fd: rustix::fs::open(path, flags, Mode::empty())? }))
+        let fd = act(Op::OpenDir(path), || Ok(rustix::fs::open(path, flags, Mode::empty())?))?;
+        // The process may change its own directory later.
+        Ok(Self { fd, path: std::path::absolute(path).ok() })
     }
 
     /// Creates a file that must not be there yet.
@@ -132,6 +137,12 @@ impl Dir {
     pub(crate) fn open_file(&self, name: &OsStr, write: bool) -> io::Result<File> {
         let access = if write { OFlags::RDWR } else { OFlags::RDONLY };
         let flags = access | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
+        act(Op::Open(self, name), || Ok(rustix::fs::openat(&self.fd, name, flags, Mode::empty())?.into()))
+    }
+
+    /// Opens a file to read, following links: an archived checkpoint counts as one.
+    pub(crate) fn open_linked(&self, name: &OsStr) -> io::Result<File> {
+        let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::NOCTTY | OFlags::CLOEXEC;
         act(Op::Open(self, name), || Ok(rustix::fs::openat(&self.fd, name, flags, Mode::empty())?.into()))
     }
 

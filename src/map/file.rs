@@ -1,6 +1,8 @@
 //! Opening files that may be anything.
 
+use super::disk::Dir;
 use crate::error::{Error, Result};
+use std::ffi::OsStr;
 use std::fs::File;
 use std::os::unix::fs::{FileTypeExt as _, OpenOptionsExt as _};
 use std::path::Path;
@@ -17,6 +19,14 @@ pub(crate) fn open_regular(path: &Path) -> Result<(File, u64)> {
     open(path, false)
 }
 
+/// As [`open_regular`], of a file in a directory that is open; `path` is for errors.
+///
+/// # Errors
+/// As [`open_regular`].
+pub(crate) fn open_regular_in(dir: &Dir, name: &OsStr, path: &Path) -> Result<(File, u64)> {
+    regular(path, || dir.open_linked(name))
+}
+
 /// As [`open_regular`], for reading and writing.
 ///
 /// # Errors
@@ -29,9 +39,14 @@ fn open(path: &Path, edit: bool) -> Result<(File, u64)> {
     let mut options = File::options();
     // O_NONBLOCK: open(2) of a FIFO would wait for a writer.
     options.read(true).write(edit).custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY);
+    regular(path, || options.open(path))
+}
+
+/// What `open` opens, if it is a regular file.
+fn regular(path: &Path, open: impl Fn() -> std::io::Result<File>) -> Result<(File, u64)> {
     let begun = Instant::now();
     let file = loop {
-        match options.open(path) {
+        match open() {
             Ok(file) => break file,
             // A regular file under a lease (fcntl(2)) that its holder is asked to give up.
             Err(error)

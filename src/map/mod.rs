@@ -41,6 +41,7 @@ mod memory;
 mod options;
 mod pages;
 mod parallel;
+mod patience;
 #[cfg(target_os = "linux")]
 mod private;
 #[cfg(target_os = "linux")]
@@ -49,12 +50,13 @@ mod residency;
 mod shared;
 mod source;
 mod text;
+mod whereabouts;
 mod writable;
 
 pub use advice::Advice;
 pub(crate) use copy::{clone, clone_or_copy, copy_range};
 pub(crate) use exclusive::{ExclusiveFile, mode_of_new_files};
-pub(crate) use file::{open_regular, open_regular_to_edit, read_exact_at};
+pub(crate) use file::{open_regular, open_regular_in, open_regular_to_edit, read_exact_at};
 pub(crate) use guard::{Guard, Stamp};
 pub use mapping::{Backing, Mapping};
 #[cfg(target_os = "linux")]
@@ -65,6 +67,7 @@ pub(crate) use options::Window;
 pub use pages::Evicted;
 pub(crate) use pages::Pages;
 pub(crate) use parallel::each_in_parallel;
+pub(crate) use patience::Patience;
 pub use residency::Residency;
 #[cfg(feature = "cli")]
 pub(crate) use residency::may_ask;

@@ -1,6 +1,6 @@
 //! From files to a model's parts: opened, their headers read, held against the index.
 
-use super::{Catalog, Guards, OpenOptions, Place, Shard};
+use super::{Catalog, Guards, OpenOptions, Place, Shard, again};
 use crate::error::{Error, Result};
 use crate::format::{index, safetensors};
 use crate::layout::{Layout, Text};
@@ -31,13 +31,24 @@ pub(super) enum Access {
 type Brought<M> = (Arc<M>, Option<Guard>);
 pub(super) type Assembled<M> = (Catalog, Vec<Arc<M>>, Option<Guards>);
 
-/// Opens every file of `place`, gets its bytes with `bring`, and holds the whole against the index.
+/// Opens every file of `place`, gets its bytes with `bring`, and holds the whole against the index. If a save replaces
+/// the files meanwhile, it is the old model or the new one, whole.
 pub(super) fn assemble<M: Send + Sync>(
     place: &Place,
     options: &OpenOptions,
     access: Access,
     header: impl Fn(&File, &Path, Window) -> Result<Text> + Sync,
     bring: impl Fn(&Found, &Path) -> Result<M> + Sync,
+) -> Result<Assembled<M>> {
+    again::open(place, |place| assemble_now(place, options, access, &header, &bring))
+}
+
+fn assemble_now<M: Send + Sync>(
+    place: &Place,
+    options: &OpenOptions,
+    access: Access,
+    header: &(impl Fn(&File, &Path, Window) -> Result<Text> + Sync),
+    bring: &(impl Fn(&Found, &Path) -> Result<M> + Sync),
 ) -> Result<Assembled<M>> {
     if place.files.is_empty() && place.index.is_none() {
         return Err(Error::Argument("no file is named to be opened".into()));
@@ -52,7 +63,7 @@ pub(super) fn assemble<M: Send + Sync>(
         // Before anything is read: what changes from here on is found.
         let stamp = watched.then(|| Stamp::of(&file, edit)).transpose();
         let stamp = stamp.map_err(Error::io(path, "asking when it was written"))?;
-        let found = read_layout(file, len, path, &options.map, &header)?;
+        let found = read_layout(file, len, path, &options.map, header)?;
         let memory = bring(&found, path)?;
         let guard = stamp.map(|stamp| Guard::new(found.file, stamp));
         guard.as_ref().map_or(Ok(()), |guard| guard.check(path))?;

@@ -1,5 +1,6 @@
 //! A model: one file or a sharded set, its tensors by name.
 
+mod again;
 mod assemble;
 mod catalog;
 mod changes;

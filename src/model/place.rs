@@ -1,8 +1,10 @@
 //! From a path to the files that it stands for.
 
+use super::again;
 use crate::error::{Error, Result};
 use crate::format::index;
 use crate::map;
+use std::fs::File;
 use std::path::{Path, PathBuf};
 
 /// The files of a model.
@@ -13,12 +15,35 @@ pub(crate) struct Place {
     pub(crate) files: Vec<PathBuf>,
     /// What the index says, to be held against the files.
     pub(crate) index: Option<index::Index>,
+    /// What the files were found by, and can be again when a save replaces them; `None` where each was named.
+    pub(super) found_by: Option<PathBuf>,
+    /// The index's file. Held open: no other is of the same inode.
+    pub(super) index_file: Option<File>,
 }
 
 impl Place {
     pub(crate) fn files(paths: &[impl AsRef<Path>]) -> Self {
         let files: Vec<PathBuf> = paths.iter().map(|p| p.as_ref().to_owned()).collect();
-        Self { path: files.first().cloned().unwrap_or_default(), files, index: None }
+        Self {
+            path: files.first().cloned().unwrap_or_default(),
+            files,
+            index: None,
+            found_by: None,
+            index_file: None,
+        }
+    }
+}
+
+impl Place {
+    /// Whether the index is another one by now, or gone.
+    pub(super) fn is_replaced(&self) -> bool {
+        use std::os::unix::fs::MetadataExt as _;
+        let identity = |found: std::fs::Metadata| (found.dev(), found.ino());
+        let Some(Ok(read)) = self.index_file.as_ref().map(File::metadata) else { return false };
+        match std::fs::metadata(&self.path) {
+            Ok(now) => identity(now) != identity(read),
+            Err(error) => error.kind() == std::io::ErrorKind::NotFound,
+        }
     }
 }
 
@@ -30,9 +55,13 @@ const INDEX_SUFFIX: &str = ".safetensors.index.json";
 /// [`Error::Io`]; those of [`index::parse`]; [`Error::NotRegular`] for a directory without a model, or
 /// with several.
 pub(crate) fn locate(path: &Path) -> Result<Place> {
+    again::find(path, look)
+}
+
+fn look(path: &Path) -> Result<Place> {
     let name = path.file_name().and_then(|n| n.to_str()).unwrap_or_default();
     if path.is_dir() {
-        return locate(&pick(path)?);
+        return look(&pick(path)?);
     }
     if !name.ends_with(".index.json") {
         return Ok(Place::files(&[path]));
@@ -46,7 +75,7 @@ pub(crate) fn locate(path: &Path) -> Result<Place> {
     // Beside the index as it was named: a hub cache's index is a link, and so are the shards beside it.
     let dir = path.parent().unwrap_or(Path::new(""));
     let files = index.shards.iter().map(|shard| dir.join(shard)).collect();
-    Ok(Place { path: path.into(), files, index: Some(index) })
+    Ok(Place { path: path.into(), files, index: Some(index), found_by: None, index_file: Some(file) })
 }
 
 /// The model in a directory: its index, or its only safetensors file.

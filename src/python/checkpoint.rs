@@ -5,7 +5,7 @@ use super::save::{Metadata, collect, sizes, stage_one};
 use crate::error::Error;
 use crate::map::cancel::{self, Cancel};
 use crate::save::{self, CheckpointOptions, Checkpointer, Ready};
-use pyo3::exceptions::PyKeyboardInterrupt;
+use pyo3::exceptions::{PyFileNotFoundError, PyKeyboardInterrupt};
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
 use std::path::PathBuf;
@@ -132,8 +132,8 @@ impl Checkpoints {
         Ok(py.detach(|| checkpointer.prepare(bytes))?)
     }
 
-    /// Removes the checkpoint of a step, if there is one.
-    fn remove(&self, py: Python<'_>, step: u64) -> PyResult<()> {
+    /// Removes the checkpoint of a step, and says whether there was one.
+    fn remove(&self, py: Python<'_>, step: u64) -> PyResult<bool> {
         let checkpointer = self.checkpointer()?;
         Ok(py.detach(|| checkpointer.remove(step))?)
     }
@@ -142,6 +142,23 @@ impl Checkpoints {
     fn steps(&self, py: Python<'_>) -> PyResult<Vec<u64>> {
         let checkpointer = self.checkpointer()?;
         Ok(py.detach(|| checkpointer.steps())?)
+    }
+
+    /// The step that was saved last.
+    fn latest(&self, py: Python<'_>) -> PyResult<Option<u64>> {
+        let checkpointer = self.checkpointer()?;
+        Ok(py.detach(|| checkpointer.latest())?)
+    }
+
+    /// Has `open` called with the path of a step, or of the latest; again if it is let go before it is opened.
+    fn open(&self, py: Python<'_>, step: Option<u64>, open: Py<PyAny>) -> PyResult<Py<PyAny>> {
+        let checkpointer = self.checkpointer()?;
+        py.detach(|| {
+            let is_gone =
+                |error: &PyErr| Python::attach(|py| error.is_instance_of::<PyFileNotFoundError>(py));
+            checkpointer
+                .open_with(step, is_gone, |path| Python::attach(|py| open.call1(py, (path.as_os_str(),))))
+        })
     }
 
     /// What to open for a step, or for the latest.
@@ -198,6 +215,12 @@ impl Saving {
         self.saving.is_done()
     }
 
+    /// The highest step that was there, if this one is below it.
+    #[getter]
+    fn below(&self) -> Option<u64> {
+        self.saving.below
+    }
+
     /// Seconds that staging took.
     #[getter]
     fn staged(&self) -> f64 {
@@ -227,5 +250,6 @@ fn saved<'py>(py: Python<'py>, saved: &save::Saved) -> PyResult<Bound<'py, PyDic
     dict.set_item("staged", saved.staged.as_secs_f64())?;
     dict.set_item("finished", saved.finished.as_secs_f64())?;
     dict.set_item("durable", saved.durable)?;
+    dict.set_item("below", saved.below)?;
     Ok(dict)
 }

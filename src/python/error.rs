@@ -25,8 +25,16 @@ fn convert(py: Python<'_>, error: &Error) -> PyResult<PyErr> {
         Ok(py.import("maptensors.errors")?.getattr("BY_KIND")?.unbind())
     })?;
     let exception = classes.bind(py).get_item(error.kind())?.call1((error.to_string(),))?;
-    if let Error::NotRegular { path, .. } | Error::NotDurable { path, .. } = error {
+    if let Error::NotRegular { path, .. }
+    | Error::NotDurable { path, .. }
+    | Error::NotRemoved { path, .. }
+    | Error::Moved { path, .. } = error
+    {
         exception.setattr("filename", path.as_os_str())?;
+    }
+    if let Error::NotRemoved { left, source, .. } = error {
+        exception.setattr("filename2", left.as_os_str())?;
+        exception.setattr("errno", source.raw_os_error())?;
     }
     if let Error::Checksum { tensor, others, .. } = error {
         let tensors: Vec<&String> = std::iter::once(tensor).chain(others).collect();

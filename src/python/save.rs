@@ -10,12 +10,14 @@ use crate::error::Error;
 use crate::format::safetensors;
 use crate::layout::Layout;
 use crate::map::Source;
+use crate::map::disk::Dir;
 use crate::save::{Commit, Create, DraftOptions, Edited, HeaderEdit, Target, checksum, fill, place, sharded};
 use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyString};
 use std::collections::BTreeMap;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 pub(super) type Metadata = Option<BTreeMap<String, String>>;
 
@@ -84,7 +86,8 @@ pub(super) fn save(
         return Ok(false);
     }
     let options = DraftOptions::new().durable(durable).mapped(mapped).checksums(checksums);
-    let write = |part: Range<usize>, path: &Path| -> PyResult<()> {
+    let write = |part: Range<usize>, path: &Path, dir: Option<&Arc<Dir>>| -> PyResult<()> {
+        let options = dir.map_or_else(|| options.clone(), |dir| options.within(dir));
         let create = |path: &Path, layout: &Layout| options.create(path, layout);
         let tensors = &tensors[part];
         let commit = stage_one(py, tensors, path, &metadata, &create)?;
@@ -93,13 +96,14 @@ pub(super) fn save(
         Ok(if is_long(tensors) { abandonable(py, commit)? } else { py.detach(commit) }?)
     };
     match max_shard_size {
-        None => write(0..tensors.len(), &path)?,
+        None => write(0..tensors.len(), &path, None)?,
         Some(limit) => {
             // Checksums are those of each file.
             let mut shared = metadata.clone();
             if let Some(shared) = &mut shared {
                 shared.remove(CHECKSUMS);
             }
+            let write = |part, path: &Path, dir: &Arc<Dir>| write(part, path, Some(dir));
             sharded::save(&sizes(&tensors), &path, limit, shared.as_ref(), durable, write)?;
         }
     }

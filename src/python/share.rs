@@ -172,8 +172,7 @@ impl Publisher {
         match self.take() {
             Ok(publisher) => {
                 *self.state() = State::Closed;
-                py.detach(|| drop(publisher));
-                Ok(())
+                Ok(py.detach(|| publisher.close())?)
             }
             Err(_) if matches!(*self.state(), State::Closed) => Ok(()),
             Err(error) => Err(error.into()),

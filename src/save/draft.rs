@@ -4,6 +4,7 @@ use super::{Pending, Target, checksum, fill};
 use crate::error::{Error, Result};
 use crate::format::safetensors;
 use crate::layout::Layout;
+use crate::map::disk::Dir;
 use crate::map::{Mapping, Source};
 use crate::model::split;
 use crate::tensor::TensorViewMut;
@@ -28,12 +29,20 @@ pub struct DraftOptions {
     mapped: bool,
     checksums: bool,
     mode: Option<u32>,
+    dir: Option<Arc<Dir>>,
     progress: Progress,
 }
 
 impl Default for DraftOptions {
     fn default() -> Self {
-        Self { durable: true, mapped: true, checksums: false, mode: None, progress: Progress::default() }
+        Self {
+            durable: true,
+            mapped: true,
+            checksums: false,
+            mode: None,
+            dir: None,
+            progress: Progress::default(),
+        }
     }
 }
 
@@ -86,6 +95,11 @@ impl DraftOptions {
     pub(crate) fn mode(mut self, mode: u32) -> Self {
         self.mode = Some(mode);
         self
+    }
+
+    /// These, for files in a directory that is open, and nowhere but there: see [`Pending::create_in`].
+    pub(crate) fn within(&self, dir: &Arc<Dir>) -> Self {
+        Self { dir: Some(dir.clone()), ..self.clone() }
     }
 
     pub(super) fn wanted_mode(&self) -> Option<u32> {
@@ -159,7 +173,10 @@ impl Draft {
     fn with(path: &Path, layout: &Layout, options: &DraftOptions) -> Result<Self> {
         let declared = checksum::declare(layout, options.checksums);
         let (header, layout) = safetensors::encode(declared.as_ref().unwrap_or(layout), path)?;
-        let pending = Pending::create_with(path, options.mode)?;
+        let pending = match &options.dir {
+            Some(dir) => Pending::create_in(dir, path, options.mode)?,
+            None => Pending::create_with(path, options.mode)?,
+        };
         let mapped = pending.allocate(layout.file_len())? && options.mapped;
         if !mapped {
             pending.file().write_all_at(&header, 0).map_err(Error::io(path, "writing the header"))?;
@@ -290,8 +307,12 @@ impl Draft {
     /// Makes the file visible under its path, replacing what is there; durable when this returns, unless
     /// [`DraftOptions::durable`] says otherwise.
     ///
+    /// The file goes into the directory that was opened when it was begun, wherever that is now.
+    ///
     /// # Errors
     /// [`Error::Io`]: nothing is left behind and the old file is as it was. [`Error::NotDurable`].
+    /// [`Error::Moved`] where that directory was moved meanwhile, or a link to it points elsewhere: the file is saved
+    /// there, whole, and the error says where that is; of a directory that was removed nothing is left.
     pub fn commit(mut self) -> Result<()> {
         // Unmapped before the sync: nothing can dirty a page after it.
         self.write_out()?;

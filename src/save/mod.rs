@@ -48,12 +48,14 @@ use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::layout::{Layout, LayoutBuilder};
 use crate::map::Source;
+use crate::map::disk::Dir;
 use crate::model::{Model, ModelMut};
 use safetensors::View;
 use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::ops::Range;
 use std::path::Path;
+use std::sync::Arc;
 
 /// Writes tensors to `path`: one copy, from where they lie into the mapped output.
 ///
@@ -168,7 +170,9 @@ impl SaveOptions {
     /// Those of planning ([`LayoutBuilder::build`]); [`Error::Shape`] if a tensor's data is not as
     /// long as its shape asks for; [`Error::DType`] for a dtype this crate does not know; [`Error::Io`]
     /// for what the system refuses, with nothing left behind; [`Error::NotRegular`] if `path` is a
-    /// directory or device; [`Error::NotDurable`].
+    /// directory or device; [`Error::NotDurable`]. [`Error::Moved`] where the directory is not at that path any
+    /// more: of one file as [`Draft::commit`], of several nothing is saved. [`Error::NotRemoved`] for a file of the
+    /// sharded set that this replaces.
     pub fn save<N: Into<String>, V: View>(
         &self,
         tensors: impl IntoIterator<Item = (N, V)>,
@@ -186,8 +190,9 @@ impl SaveOptions {
             Some(limit) => {
                 let sizes = sizes(&tensors);
                 let options = Self { draft: self.draft.over(total(&sizes)), ..self.clone() };
-                let write =
-                    |part: Range<usize>, path: &Path| options.stage_one(&tensors[part], path)?().map(drop);
+                let write = |part: Range<usize>, path: &Path, dir: &Arc<Dir>| {
+                    options.stage_one(&tensors[part], path, dir)?().map(drop)
+                };
                 // Checksums are those of each file.
                 let mut metadata = self.metadata.clone();
                 if let Some(metadata) = &mut metadata {
@@ -198,9 +203,9 @@ impl SaveOptions {
         }
     }
 
-    /// One file, filled.
-    fn stage_one<V: View>(&self, tensors: &[Pair<V>], path: &Path) -> Result<Commit> {
-        let mut draft = self.draft.create(path, &self.plan(tensors)?)?;
+    /// One file of several, filled.
+    fn stage_one<V: View>(&self, tensors: &[Pair<V>], path: &Path, dir: &Arc<Dir>) -> Result<Commit> {
+        let mut draft = self.draft.within(dir).create(path, &self.plan(tensors)?)?;
         fill_draft(&mut draft, tensors)?;
         Ok(Box::new(move || draft.commit().map(|()| None)))
     }

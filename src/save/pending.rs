@@ -24,6 +24,8 @@ pub(crate) struct Pending {
     unfinished: Unfinished,
     /// The mode of the file to be replaced, if there is one.
     mode: Option<u32>,
+    /// Whether it goes to its path or nowhere: its directory is others' as well, who remove by name there.
+    stays: bool,
     published: bool,
     owner: Owner,
 }
@@ -36,43 +38,58 @@ impl Pending {
 
     /// As [`create`](Pending::create), of a file that is to have this mode.
     pub(crate) fn create_with(path: &Path, mode: Option<u32>) -> Result<Self> {
+        Self::begin(&Arc::new(open_dir(path)?), path, mode)
+    }
+
+    /// As [`create_with`](Pending::create_with), in a directory that is open. If that is not where it was opened any
+    /// more when the file is to get its name, it does not get it.
+    pub(crate) fn create_in(dir: &Arc<Dir>, path: &Path, mode: Option<u32>) -> Result<Self> {
+        Ok(Self::begin(dir, path, mode)?.staying())
+    }
+
+    fn begin(dir: &Arc<Dir>, path: &Path, mode: Option<u32>) -> Result<Self> {
         let name = file_name(path)?;
-        let dir = open_dir(path)?;
-        let mode = mode.or(replaced_mode(&dir, path, name)?);
-        ExclusiveFile::sweep(&dir);
+        let mode = mode.or(replaced_mode(dir, path, name)?);
+        ExclusiveFile::sweep(dir);
         // A replacement is nobody else's to read until it has the old file's mode.
-        let file = ExclusiveFile::create(&dir, if mode.is_some() { 0o600 } else { 0o666 })
-            .map_err(Error::io(path, "creating a temporary file beside it"))?;
+        let file = ExclusiveFile::create(dir, if mode.is_some() { 0o600 } else { 0o666 });
+        if file.is_err() {
+            dir.stands("nothing was saved")?;
+        }
+        let file = file.map_err(Error::io(path, "creating a temporary file beside it"))?;
         Ok(Self::new(dir, file, path, name, mode))
     }
 
-    /// As step 1, of a file in the directory at `parent` whose name is not known yet: see
+    /// As [`create_in`](Pending::create_in), of a file in the directory at `parent` whose name is not known yet: see
     /// [`aim`](Pending::aim).
-    pub(crate) fn unnamed(parent: &Path) -> Result<Self> {
+    pub(crate) fn unnamed(dir: &Arc<Dir>, parent: &Path) -> Result<Self> {
         let path = parent.join("");
-        let dir = Dir::open(parent).map_err(Error::io(parent, "opening the directory"))?;
-        ExclusiveFile::sweep(&dir);
-        let file = ExclusiveFile::create(&dir, 0o600)
+        ExclusiveFile::sweep(dir);
+        let file = ExclusiveFile::create(dir, 0o600)
             .map_err(Error::io(parent, "creating a temporary file in it"))?;
-        Ok(Self::new(dir, file, &path, OsStr::new(""), None))
+        Ok(Self::new(dir, file, &path, OsStr::new(""), None).staying())
     }
 
-    /// As step 1, out of the [hidden](ExclusiveFile::hide) file at `path`, whose blocks and pages are used
-    /// again. `None`, with that file removed, where somebody still has it.
+    /// As [`unnamed`](Pending::unnamed), out of the [hidden](ExclusiveFile::hide) file of that name, whose blocks and
+    /// pages are used again. `None`, with that file removed, where somebody still has it.
     #[cfg(target_os = "linux")]
-    pub(crate) fn adopt(path: &Path) -> Result<Option<Self>> {
-        let name = file_name(path)?;
-        let dir = open_dir(path)?;
-        let file = ExclusiveFile::adopt(&dir, name);
-        let file = file.map_err(Error::io(path, "taking over its space"))?;
-        Ok(file.map(|file| Self::new(dir, file, path, name, None)))
+    pub(crate) fn adopt(dir: &Arc<Dir>, parent: &Path, hidden: &OsStr) -> Result<Option<Self>> {
+        let path = parent.join(hidden);
+        let file = ExclusiveFile::adopt(dir, hidden);
+        let file = file.map_err(Error::io(&path, "taking over its space"))?;
+        Ok(file.map(|file| Self::new(dir, file, &path, hidden, None).staying()))
     }
 
-    fn new(dir: Dir, file: ExclusiveFile, path: &Path, name: &OsStr, mode: Option<u32>) -> Self {
-        let dir = Arc::new(dir);
+    fn new(dir: &Arc<Dir>, file: ExclusiveFile, path: &Path, name: &OsStr, mode: Option<u32>) -> Self {
+        let (dir, owner) = (dir.clone(), Owner::me());
         let unfinished = Unfinished::new(&dir, file.name());
-        let owner = Owner::me();
-        Self { dir, path: path.into(), name: name.into(), file, unfinished, mode, published: false, owner }
+        let (stays, published) = (false, false);
+        Self { dir, path: path.into(), name: name.into(), file, unfinished, mode, stays, published, owner }
+    }
+
+    fn staying(mut self) -> Self {
+        self.stays = true;
+        self
     }
 
     /// # Errors
@@ -134,12 +151,25 @@ impl Pending {
             self.copy_out(durable)?;
         }
         self.file.release().map_err(Error::io(&path, "giving up its lease"))?;
-        self.place(durable)?;
+        if self.stays {
+            self.dir.stands("nothing was saved; begin again where it is to be")?;
+        }
+        let placed = self.place(durable);
+        if placed.is_err() {
+            self.dir.stands("nothing was saved")?;
+        }
+        placed?;
         self.published = true;
         if durable {
             self.dir.sync().map_err(|source| Error::NotDurable { path, source })?;
         }
-        Ok(())
+        if self.stays {
+            return Ok(()); // looked at just before
+        }
+        // What was filled for hours is not thrown away for that.
+        self.dir.stands(
+            "the file was saved in that directory, whole, and is not at the path that it was begun for",
+        )
     }
 
     /// Gives the file its name, in place of what has that.

@@ -10,12 +10,13 @@ use std::collections::BTreeMap;
 use std::ffi::OsStr;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 /// What makes one file visible. What it returns is the file's memory, to be unmapped when there is time.
 pub(crate) type Commit = Box<dyn FnOnce() -> Result<Option<Mapping>> + Send>;
 
 /// Saves tensors, given by name and size, over files of at most `limit` data bytes; `write` saves a part
-/// of them as one file. All or nothing: no existing shard is overwritten, so until the index
+/// of them as one file in a directory. All or nothing: no existing shard is overwritten, so until the index
 /// is renamed into place the old set is whole; after it, the new one is.
 ///
 /// # Errors
@@ -26,23 +27,26 @@ pub(crate) fn save<E: From<Error>>(
     limit: u64,
     metadata: Option<&BTreeMap<String, String>>,
     durable: bool,
-    write: impl Fn(Range<usize>, &Path) -> Result<(), E>,
+    write: impl Fn(Range<usize>, &Path, &Arc<Dir>) -> Result<(), E>,
 ) -> Result<(), E> {
+    let target = Target::of(path, None)?;
     // Each file is committed once it is filled, so that no two need memory together.
-    let mut set = stage(tensors, path, limit, metadata, durable, |_, _| Ok(Box::new(|| Ok(None))))?;
+    let later = |_, _: &Path, _: &Arc<Dir>| Ok(Box::new(|| Ok(None)) as Commit);
+    let mut set = stage_at::<E>(target, tensors, path, limit, metadata, durable, later)?;
     for shard in &set.shards {
         set.written.extend(set.index.as_ref().map(|_| shard.path.clone()));
-        write(shard.tensors.clone(), &shard.path)?;
+        write(shard.tensors.clone(), &shard.path, &set.target.dir)?;
     }
     Ok(set.commit()?)
 }
 
-/// Makes all files of a set, up to their commits.
+/// Makes all files of a set in a directory that is open, up to their commits.
 ///
 /// # Errors
-/// Those of `write`; [`Error::Argument`] for a path that shards cannot be named after; [`Error::Io`]
-/// for its directory; [`Error::Duplicate`].
+/// Those of `write`; [`Error::Argument`] for a path that shards cannot be named after; [`Error::Io`];
+/// [`Error::Duplicate`].
 pub(crate) fn stage<E: From<Error>>(
+    dir: &Arc<Dir>,
     tensors: &[(&str, u64)],
     path: &Path,
     limit: u64,
@@ -50,7 +54,19 @@ pub(crate) fn stage<E: From<Error>>(
     durable: bool,
     write: impl Fn(Range<usize>, &Path) -> Result<Commit, E>,
 ) -> Result<Set, E> {
-    let target = Target::of(path)?;
+    let target = Target::of(path, Some(dir))?;
+    stage_at(target, tensors, path, limit, metadata, durable, |part, path, _| write(part, path))
+}
+
+fn stage_at<E: From<Error>>(
+    target: Target,
+    tensors: &[(&str, u64)],
+    path: &Path,
+    limit: u64,
+    metadata: Option<&BTreeMap<String, String>>,
+    durable: bool,
+    write: impl Fn(Range<usize>, &Path, &Arc<Dir>) -> Result<Commit, E>,
+) -> Result<Set, E> {
     // One set at a time: names are chosen, and old shards removed, by what is there. Released when dropped,
     // or by the process' death. File systems without locks lose only this.
     target.dir.lock().ok();
@@ -78,7 +94,7 @@ pub(crate) fn stage<E: From<Error>>(
     };
     set.old = old;
     for (tensors, path) in groups.into_iter().zip(paths) {
-        let commit = write(tensors.clone(), &path)?;
+        let commit = write(tensors.clone(), &path, &set.target.dir)?;
         set.shards.push(Shard { tensors, path, commit });
     }
     Ok(set)
@@ -130,9 +146,24 @@ impl Set {
     /// Makes it visible: every shard, then the index, then the old set's files go.
     ///
     /// # Errors
-    /// Those of the shards' commits; of the index [`Error::Io`], [`Error::NotDurable`].
+    /// Those of the shards' commits; of the index [`Error::Io`], [`Error::NotDurable`], [`Error::Moved`]; and, once it is
+    /// visible, [`Error::NotRemoved`] for a file of the old set.
     pub(crate) fn commit(mut self) -> Result<()> {
         self.owner.check(&format!("the unfinished {}", self.path.display()))?;
+        let done = self.try_commit();
+        let left = self.take_back();
+        match (done, left) {
+            // It is not visible, and more is left than the caller would think.
+            (Err(Error::Io { path, action, source }), Some((left, why))) => {
+                let left = crate::error::printable(&left.to_string_lossy());
+                let action = format!("{action} (and {left} is left, which could not be removed: {why})");
+                Err(Error::Io { path, action: action.into(), source })
+            }
+            (done, _) => done,
+        }
+    }
+
+    fn try_commit(&mut self) -> Result<()> {
         for shard in std::mem::take(&mut self.shards) {
             self.written.extend(self.index.as_ref().map(|_| shard.path));
             (shard.commit)()?;
@@ -140,15 +171,14 @@ impl Set {
         let Some(text) = self.index.take() else {
             // Some readers prefer an index: a stale one would hide the new file. Its shards outlive it.
             self.remove_superseded(self.target.index_name())?;
-            self.target.remove_all(&self.old);
-            return Ok(());
+            return self.remove_old();
         };
-        let pending = Pending::create(&self.target.index)?;
+        let pending = Pending::create_in(&self.target.dir, &self.target.index, None)?;
         pending.allocate(text.len() as u64)?;
         let written = pending.file().write_all_at(text.as_bytes(), 0);
         written.map_err(Error::io(&self.target.index, "writing the index"))?;
         let published = pending.publish(self.durable);
-        if !matches!(published, Err(Error::Io { .. })) {
+        if matches!(published, Ok(()) | Err(Error::NotDurable { .. })) {
             // The index is in place: the new set is the model, whatever happens now.
             self.written.clear();
         }
@@ -156,8 +186,34 @@ impl Set {
         published?;
         // A single file of that name is not the model any more, and readers would take it for one.
         self.remove_superseded(self.path.file_name().unwrap_or_default())?;
-        self.target.remove_all(&self.old);
-        Ok(())
+        self.remove_old()
+    }
+
+    /// Removes the files of the old set, which harm nobody but take space.
+    fn remove_old(&self) -> Result<()> {
+        let mut done = Ok(());
+        for name in &self.old {
+            match self.target.dir.remove(OsStr::new(name)) {
+                Err(source) if source.kind() != std::io::ErrorKind::NotFound && done.is_ok() => {
+                    let (path, left) = (self.path.clone(), self.target.parent.join(name));
+                    done = Err(Error::NotRemoved { path, left, source });
+                }
+                _ => {}
+            }
+        }
+        done
+    }
+
+    /// Removes the shards of a set that does not come about; says what it could not remove.
+    fn take_back(&mut self) -> Option<(PathBuf, std::io::Error)> {
+        let mut left = None;
+        for path in std::mem::take(&mut self.written) {
+            match self.target.dir.remove(path.file_name().unwrap_or_default()) {
+                Err(error) if error.kind() != std::io::ErrorKind::NotFound => left = Some((path, error)),
+                _ => {}
+            }
+        }
+        left
     }
 
     /// Removes what readers would take for the model instead of what was just saved. It must not come back
@@ -183,9 +239,9 @@ impl Drop for Set {
         if !self.owner.is_me() {
             return;
         }
-        for path in &self.written {
-            self.target.dir.remove(path.file_name().unwrap_or_default()).ok();
-        }
+        // Where there is anything to take back here, an error of its staging is on its way, which says why there is no
+        // set. No index names what could not be removed.
+        self.take_back();
         self.target.dir.unlock();
     }
 }
@@ -221,14 +277,15 @@ pub(super) fn is_shard_suffix(rest: &str) -> bool {
 
 /// Where a set called `dir/stem.safetensors` goes.
 struct Target {
-    dir: Dir,
+    dir: Arc<Dir>,
     parent: PathBuf,
     stem: String,
     index: PathBuf,
 }
 
 impl Target {
-    fn of(path: &Path) -> Result<Self> {
+    /// In `dir`, or the directory of `path`.
+    fn of(path: &Path, dir: Option<&Arc<Dir>>) -> Result<Self> {
         let name = path.file_name().and_then(|n| n.to_str()).unwrap_or_default();
         let stem = name.strip_suffix(".safetensors").filter(|stem| !stem.is_empty()).ok_or_else(|| {
             Error::Argument(format!(
@@ -244,7 +301,10 @@ impl Target {
         }
         let parent = path.parent().unwrap_or(Path::new("")).to_owned();
         let index = parent.join(format!("{stem}.safetensors.index.json"));
-        let dir = Dir::open(&parent).map_err(Error::io(path, "opening its directory"))?;
+        let dir = match dir {
+            Some(dir) => dir.clone(),
+            None => Arc::new(Dir::open(&parent).map_err(Error::io(path, "opening its directory"))?),
+        };
         Ok(Self { dir, parent, stem: stem.into(), index })
     }
 
@@ -252,18 +312,11 @@ impl Target {
         self.index.file_name().unwrap_or_default()
     }
 
-    /// Best effort: what is left behind takes space and harms nobody.
-    fn remove_all(&self, names: &[String]) {
-        for name in names {
-            self.dir.remove(OsStr::new(name)).ok();
-        }
-    }
-
     /// The files of the set that is there now, which the new one replaces. An index that cannot be read
     /// owns nothing, and none owns files that are not named like its shards, whatever it lists.
     fn old_shards(&self) -> Vec<String> {
         let read = || -> Result<Index> {
-            let (file, len) = map::open_regular(&self.index)?;
+            let (file, len) = map::open_regular_in(&self.dir, self.index_name(), &self.index)?;
             let len = usize::try_from(len.min(index::MAX_INDEX_LEN)).unwrap_or_default();
             index::parse(&map::read_exact_at(&file, &self.index, 0, len)?, &self.index)
         };
@@ -320,7 +373,7 @@ mod tests {
     #[test]
     fn every_set_has_names_that_the_last_one_had_not() {
         let dir = tempfile::tempdir().unwrap();
-        let target = Target::of(&dir.path().join("m.safetensors")).unwrap();
+        let target = Target::of(&dir.path().join("m.safetensors"), None).unwrap();
         let first = |old: &[&str]| {
             let old: Vec<String> = old.iter().map(|name| (*name).into()).collect();
             target.free_names(2, &old).swap_remove(0)

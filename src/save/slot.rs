@@ -6,7 +6,10 @@ use crate::error::{Error, Result};
 use crate::format::safetensors;
 use crate::layout::Layout;
 use crate::map::Mapping;
+use crate::map::disk::Dir;
+use std::ffi::OsStr;
 use std::path::Path;
+use std::sync::Arc;
 
 /// A file without a name yet, its blocks allocated and its pages in memory, so that saving into it is
 /// copying and nothing else: new, or a checkpoint that nobody has any more.
@@ -18,20 +21,26 @@ pub(crate) struct Slot {
 }
 
 impl Slot {
-    /// A new file of `len` bytes in a directory. `None` where the file system cannot allocate ahead.
-    pub(crate) fn fresh(directory: &Path, len: u64) -> Result<Option<Self>> {
-        let Some(slot) = Self::new(Pending::unnamed(directory)?, len, false)? else { return Ok(None) };
+    /// A new file of `len` bytes in a directory, whose path is for errors. `None` where the file system cannot allocate
+    /// ahead.
+    pub(crate) fn fresh(dir: &Arc<Dir>, directory: &Path, len: u64) -> Result<Option<Self>> {
+        let Some(slot) = Self::new(Pending::unnamed(dir, directory)?, len, false)? else { return Ok(None) };
         // Blocks are given zeroed pages now, which is most of what writing a new file costs.
         let populated = slot.memory.populate_write();
         populated.map_err(Error::io(slot.pending.path(), "bringing its pages into memory"))?;
         Ok(Some(slot))
     }
 
-    /// Out of the file at `path`, which is gone afterwards. `None` where somebody still has it, or its pages
-    /// have left memory: writing a part of a page that is not there would read it first.
+    /// Out of a file that was [hidden](crate::map::ExclusiveFile::hide), which is gone afterwards. `None` where somebody
+    /// still has it, or its pages have left memory: writing a part of a page that is not there would read it first.
     #[cfg(target_os = "linux")]
-    pub(crate) fn recycle(path: &Path, len: u64) -> Result<Option<Self>> {
-        let Some(pending) = Pending::adopt(path)? else { return Ok(None) };
+    pub(crate) fn recycle(
+        dir: &Arc<Dir>,
+        directory: &Path,
+        hidden: &OsStr,
+        len: u64,
+    ) -> Result<Option<Self>> {
+        let Some(pending) = Pending::adopt(dir, directory, hidden)? else { return Ok(None) };
         let slot = Self::new(pending, len, true)?;
         // Its pages are not touched here: that would make them dirty, and have old content written out.
         Ok(slot.filter(|slot| {

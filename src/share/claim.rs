@@ -1,7 +1,7 @@
 //! One publisher at a time.
 
-use super::segment;
 use super::store::{CONTROL, damaged, nothing};
+use super::{owner, segment};
 use crate::error::{Error, Result};
 use crate::map::ExclusiveFile;
 use crate::map::control::{Control, State};
@@ -39,7 +39,9 @@ pub(super) fn take(dir: &Dir, path: &Path, mode: u32) -> Result<(Control, State)
             Err(error) if error.kind() == ErrorKind::InvalidData => {
                 return Err(damaged(path, "its control page is no file"));
             }
-            Err(error) => return Err(io("opening the control page")(error)),
+            Err(error) => {
+                return Err(owner::told(dir, CONTROL.as_ref(), io("opening the control page")(error)));
+            }
         };
         let state = control.read().map_err(io("reading the control page"))?;
         if !control.lock().map_err(io("locking the control page"))? {
@@ -101,7 +103,7 @@ pub(super) fn take_to_remove(dir: &Dir, path: &Path, named: bool) -> Result<Cont
                     rustix::fs::FileType::from_raw_mode(stat.st_mode) == rustix::fs::FileType::RegularFile
                 });
                 if is_file {
-                    return Err(io("opening the control page")(error));
+                    return Err(owner::told(dir, CONTROL.as_ref(), io("opening the control page")(error)));
                 }
                 if !named || !is_ours(dir, path)? {
                     return Err(foreign(path));
@@ -123,13 +125,31 @@ pub(super) fn take_to_remove(dir: &Dir, path: &Path, named: bool) -> Result<Cont
 }
 
 /// Ends a publication whose control page is this process's: who is attached is told, its files are removed, and its
-/// directory if nothing else is in it.
-pub(super) fn end(control: &Control, dir: &Dir, path: &Path) -> Result<()> {
+/// directory if nothing else is in it, unless that `stays`.
+pub(super) fn end(control: &Control, dir: &Dir, path: &Path, stays: bool) -> Result<()> {
     control.close().map_err(Error::io(path, "closing the control page"))?;
     clear(dir, path)?;
-    // Others may have put something there; it is theirs.
-    std::fs::remove_dir(path).ok();
-    Ok(())
+    if stays {
+        return Ok(());
+    }
+    dir.stands("what was published there was removed, the directory was not")?;
+    match std::fs::remove_dir(path) {
+        // Others may have put something there, and it is theirs; or the directory is: it was there before, where this
+        // user may not remove one, or is mounted there. It is left as it was.
+        Err(error)
+            if !matches!(
+                error.kind(),
+                ErrorKind::NotFound
+                    | ErrorKind::DirectoryNotEmpty
+                    | ErrorKind::AlreadyExists
+                    | ErrorKind::PermissionDenied
+                    | ErrorKind::ResourceBusy
+            ) =>
+        {
+            Err(Error::io(path, "removing its directory")(error))
+        }
+        _ => Ok(()),
+    }
 }
 
 /// Whether all that is called as segments are is what a publisher wrote.

@@ -1,6 +1,6 @@
 //! From what a user names to a directory.
 
-use crate::error::{Error, Result, quote};
+use crate::error::{Error, Result, printable, quote};
 use crate::map::disk::Dir;
 use rustix::fs::{Mode, OFlags};
 use std::os::unix::fs::{DirBuilderExt as _, MetadataExt as _, PermissionsExt as _};
@@ -84,11 +84,12 @@ impl Place {
         Ok(Self { path: base(make)?.join(name), named: true })
     }
 
-    /// Makes the directory, where there is none, with x where files have r.
+    /// Makes the directory, where there is none, with x where files have r. One that is there, at a path, is opened for
+    /// those who are to read its files, but never closed: it may hold more than a publication.
     ///
     /// # Errors
     /// [`Error::Io`]; [`Error::Argument`] where others are to read what lies where they cannot look.
-    pub(super) fn make(&self, file_mode: u32) -> Result<()> {
+    pub(super) fn make(&self, file_mode: u32) -> Result<Made> {
         let io = |action| Error::io(&self.path, action);
         if self.named && file_mode & 0o077 != 0 && std::env::var_os(BASE).is_none_or(|base| base.is_empty()) {
             return Err(Error::Argument(format!(
@@ -96,16 +97,28 @@ impl Place {
                  into: to share with others, publish to a path (or set {BASE})"
             )));
         }
+        let mut made = Made::default();
         if let Some(parent) = self.path.parent() {
-            std::fs::create_dir_all(parent).map_err(io("making the directory it is to be in"))?;
+            let missing = parent.ancestors().take_while(|parent| !parent.exists());
+            made.parents = missing.map(Path::to_owned).collect();
+            let done = std::fs::create_dir_all(parent);
+            done.inspect_err(|_| made.undo()).map_err(io("making the directory it is to be in"))?;
         }
+        let done = self.make_itself(file_mode, &mut made);
+        done.inspect_err(|_| made.undo())?;
+        Ok(made)
+    }
+
+    fn make_itself(&self, file_mode: u32, made: &mut Made) -> Result<()> {
+        let io = |action| Error::io(&self.path, action);
         let mode = 0o700 | (file_mode & 0o444) | (file_mode & 0o444) >> 2;
         match std::fs::DirBuilder::new().mode(mode).create(&self.path) {
-            Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists && !self.named => return Ok(()),
-            Err(error) if error.kind() != std::io::ErrorKind::AlreadyExists => {
-                return Err(io("making the directory")(error));
+            Ok(()) => made.itself = Some(self.path.clone()),
+            Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists && !self.named => {
+                return self.open_to_others(mode);
             }
-            _ => {}
+            Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => {}
+            Err(error) => return Err(io("making the directory")(error)),
         }
         // The umask takes from what was asked for, and what is ours may be asked for otherwise now.
         // Ours, not what a link leads to, nor a file that has the name.
@@ -114,6 +127,51 @@ impl Place {
         let dir = std::fs::File::from(dir.map_err(|error| io("opening the directory")(error.into()))?);
         let permissions = std::fs::Permissions::from_mode(mode);
         dir.set_permissions(permissions).map_err(io("setting the directory's mode"))
+    }
+
+    /// Gives others what they need to look into a directory that is there.
+    fn open_to_others(&self, mode: u32) -> Result<()> {
+        let metadata = std::fs::metadata(&self.path);
+        let metadata = metadata.map_err(Error::io(&self.path, "looking at the directory"))?;
+        let missing = mode & 0o077 & !metadata.mode();
+        if missing == 0 || !metadata.is_dir() {
+            return Ok(());
+        }
+        let wanted = metadata.mode() & 0o7777 | missing;
+        let set = std::fs::set_permissions(&self.path, std::fs::Permissions::from_mode(wanted));
+        set.map_err(|error| {
+            Error::Argument(format!(
+                "{}: others are to read what is published there, but cannot look into the directory, which is user \
+                 {}'s and has mode {:o}; it could not be given mode {wanted:o} ({error}): have its owner do so, or \
+                 publish elsewhere",
+                printable(&self.path.to_string_lossy()),
+                metadata.uid(),
+                metadata.mode() & 0o7777,
+            ))
+        })
+    }
+}
+
+/// The directories that were made for a publication.
+#[derive(Debug, Default)]
+pub(super) struct Made {
+    itself: Option<PathBuf>,
+    /// Those that it is in, the innermost first.
+    parents: Vec<PathBuf>,
+}
+
+impl Made {
+    /// Whether the publication's own directory was.
+    pub(super) fn itself(&self) -> bool {
+        self.itself.is_some()
+    }
+
+    /// Takes them away again, after something went wrong that is told: a directory that is left is empty, and one that
+    /// is not has come to be somebody's.
+    pub(super) fn undo(&self) {
+        for made in self.itself.iter().chain(&self.parents) {
+            std::fs::remove_dir(made).ok();
+        }
     }
 }
 

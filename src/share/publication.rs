@@ -121,7 +121,7 @@ impl Publication {
         }
         let before = Files::of(&dir, path)?.allocated();
         let control = take_to_remove(&dir, path, self.place.name().is_some())?;
-        end(&control, &dir, path)?;
+        end(&control, &dir, path, false)?;
         control.unlock();
         Ok(before.saturating_sub(Files::of(&dir, path)?.allocated()))
     }

@@ -2,14 +2,15 @@
 
 use super::claim::{end, take};
 use super::compare::Candidate;
-use super::place::Place;
+use super::owner::{self, Owner as User};
+use super::place::{Made, Place};
 use super::plan::Listed;
 use super::room;
 use super::segment::{self, Opened};
 use super::store::{CONTROL, Store, damaged};
 use crate::error::{Error, Result};
 use crate::layout::Layout;
-use crate::map::disk::{self, Dir};
+use crate::map::disk::Dir;
 use crate::map::fork::Owner;
 use crate::map::{ExclusiveFile, Source};
 use crate::model::{Contents, ModelMut, Span};
@@ -48,8 +49,9 @@ impl PublishOptions {
         Self::default()
     }
 
-    /// The files' mode, 0o600 unless asked for otherwise, whatever the umask is. A directory that is made for them
-    /// has x where they have r.
+    /// The files' mode, 0o600 unless asked for otherwise, whatever the umask is; also that of files that were published
+    /// there before. A directory that is made for them has r and x where they have r. One that is there already is
+    /// opened as far as that, but never closed to anybody: it may hold more. Those that it is in are let be.
     #[must_use]
     pub fn mode(mut self, mode: u32) -> Self {
         self.mode = mode & 0o666 | 0o600;
@@ -79,8 +81,9 @@ pub(crate) type Edited = Option<(u64, HashSet<String>)>;
 /// One who publishes generation after generation of a model's tensors to the processes of this machine:
 /// [`Subscriber`](crate::Subscriber) reads them.
 ///
-/// There is one at a time. Dropped, or killed, it leaves the last generation where it is, and the next one continues;
-/// [`Publisher::remove`] ends the publication. What it publishes lives as long as the machine is up; nothing is
+/// There is one at a time. Closed, dropped or killed, it leaves the last generation where it is, and the next one
+/// continues; [`Publisher::remove`] ends the publication. One that never had a generation ends with its publisher.
+/// In another user's place, root publishes files of that user. What it publishes lives as long as the machine is up; nothing is
 /// synced to a disk.
 ///
 /// ```
@@ -97,6 +100,11 @@ pub(crate) type Edited = Option<(u64, HashSet<String>)>;
 /// ```
 pub struct Publisher {
     pub(super) store: Store,
+    made: Made,
+    /// Whether the directory was there before, at a path.
+    stays: bool,
+    /// Whose the files are to be, if not this process's user's.
+    pub(super) belongs_to: Option<User>,
     pub(super) recycle: bool,
     pub(super) draft: DraftOptions,
     metadata: BTreeMap<String, String>,
@@ -109,8 +117,11 @@ pub struct Publisher {
     pub(super) removed: BTreeSet<String>,
     /// A segment that is listed no more, to be written anew.
     pub(super) spare: Option<u64>,
+    /// Segments that are to go.
+    pub(super) left: BTreeSet<u64>,
     /// The model that was published last, and its tensors that then were not as in its file.
     pub(super) edited: Edited,
+    is_closed: bool,
     /// A fork's child has a copy of this value, and no business with the publication.
     pub(super) owner: Owner,
 }
@@ -124,39 +135,60 @@ impl Publisher {
     ///
     /// # Errors
     /// [`Error::Busy`] while there is another publisher; [`Error::Publication`] for one that is damaged;
-    /// [`Error::Argument`] for a name that could lead elsewhere; [`Error::Io`].
+    /// [`Error::Argument`] for a name that could lead elsewhere, or a mode that cannot be given to what is another
+    /// user's; [`Error::Io`].
     pub fn open(place: impl AsRef<Path>) -> Result<Self> {
         PublishOptions::new().open(place)
     }
 
     fn with(place: &Place, options: &PublishOptions) -> Result<Self> {
-        place.make(options.mode)?;
+        let made = place.make(options.mode)?;
         let path = place.path.clone();
-        let dir = Dir::open(&path).map_err(Error::io(&path, "opening the directory"))?;
-        let (control, state) =
-            take(&dir, &path, options.mode).map_err(room::told(&path.join(CONTROL), 4096))?;
-        control.sign(options.mode).map_err(Error::io(&path, "signing the control page"))?;
-        ExclusiveFile::sweep(&dir);
-        let store = Store { dir, path, control };
-        if state.head >= segment::LIMIT {
-            return Err(damaged(&store.path, &format!("its head is segment {}", state.head)));
-        }
-        let last = store.numbers()?.into_iter().max().unwrap_or_default();
+        let dir = Dir::open(&path).map_err(Error::io(&path, "opening the directory"));
+        let dir = dir.inspect_err(|_| made.undo())?;
+        let taken = take(&dir, &path, options.mode).map_err(room::told(&path.join(CONTROL), 4096));
+        let (control, state) = taken.inspect_err(|_| made.undo())?;
+        let belongs_to = User::of(&dir, control.file());
+        // If anything goes wrong from here on, dropping it takes away what was begun.
         let mut publisher = Self {
-            store,
+            store: Store { dir: Arc::new(dir), path, control },
+            stays: !made.itself() && place.name().is_none(),
+            made,
+            belongs_to,
             recycle: options.recycle && cfg!(target_os = "linux"),
             draft: DraftOptions::new().durable(false).mode(options.mode),
             metadata: BTreeMap::new(),
             generation: state.generation,
-            next: last.max(state.head) + 1,
+            next: 0,
             listed: Vec::new(),
             removed: BTreeSet::new(),
             spare: None,
+            left: BTreeSet::new(),
             edited: None,
+            is_closed: false,
             owner: Owner::me(),
         };
-        publisher.recover(options.mode)?;
+        publisher.draft = publisher.draft.within(&publisher.store.dir);
+        publisher.begin(options.mode, state.head)?;
         Ok(publisher)
+    }
+
+    /// Takes over what is there.
+    fn begin(&mut self, mode: u32, head: u64) -> Result<()> {
+        let Store { dir, path, control } = &self.store;
+        let page = path.join(CONTROL);
+        if let Some(owner) = self.belongs_to {
+            owner.give(control.file(), &page)?;
+        }
+        owner::set_mode(control.file(), &page, mode)?;
+        control.sign().map_err(Error::io(path, "signing the control page"))?;
+        ExclusiveFile::sweep(dir);
+        if head >= segment::LIMIT {
+            return Err(damaged(path, &format!("its head is segment {head}")));
+        }
+        let last = self.store.numbers()?.into_iter().max().unwrap_or_default();
+        self.next = last.max(head) + 1;
+        self.recover(mode)
     }
 
     /// Takes up what the last publisher left.
@@ -175,17 +207,14 @@ impl Publisher {
                 // Nobody else has it: it was opened just now.
                 let opened = Arc::into_inner(opened).ok_or_else(|| damaged(&self.store.path, "a fault"))?;
                 // Published before, perhaps for others to read than now.
-                let set = disk::set_mode(&opened.file, mode);
-                set.map_err(Error::io(&opened.path, "setting a segment's mode"))?;
+                owner::set_mode(&opened.file, &opened.path, mode)?;
                 self.listed.push(Listed { segment: opened.segment, live });
             }
         }
         let listed: Vec<u64> = self.listed.iter().map(|old| old.segment.note.number).collect();
-        for number in self.store.numbers()? {
-            if !listed.contains(&number) {
-                self.store.remove(number);
-            }
-        }
+        // What cannot be removed now is tried again, and told, when something is published.
+        self.left = self.store.numbers()?.into_iter().filter(|number| !listed.contains(number)).collect();
+        self.left.retain(|number| self.store.remove(*number).is_err());
         Ok(())
     }
 
@@ -210,7 +239,8 @@ impl Publisher {
     ///
     /// # Errors
     /// Those of [`SaveOptions::save`](crate::SaveOptions::save): nothing is published, the current generation
-    /// stays. [`Error::Argument`] in a fork's child.
+    /// stays. [`Error::Argument`] in a fork's child. [`Error::NotRemoved`] is different: it is published, and an older
+    /// file could not be removed.
     pub fn publish<N: Into<String>, V: View>(
         &mut self,
         tensors: impl IntoIterator<Item = (N, V)>,
@@ -377,12 +407,68 @@ impl Publisher {
     ///
     /// # Errors
     /// [`Error::Io`]; [`Error::Argument`] in a fork's child.
-    pub fn remove(self) -> Result<()> {
+    pub fn remove(mut self) -> Result<()> {
         self.own()?;
         if !self.is_there(&self.store.dir) {
             return Err(self.gone());
         }
-        end(&self.store.control, &self.store.dir, &self.store.path)
+        self.is_closed = true;
+        let done = end(&self.store.control, &self.store.dir, &self.store.path, false);
+        self.store.control.unlock();
+        done
+    }
+
+    /// Publishes no more. The last generation stays where it is; of a publication that has none yet nothing does, not
+    /// even a directory that was made for it.
+    ///
+    /// # Errors
+    /// [`Error::Io`] for a file that is of no use any more and could not be removed. Dropped, a publisher does the same
+    /// and cannot tell.
+    pub fn close(mut self) -> Result<()> {
+        self.finish()
+    }
+
+    fn finish(&mut self) -> Result<()> {
+        if !self.is_own() || std::mem::replace(&mut self.is_closed, true) {
+            return Ok(());
+        }
+        let done = self.leave();
+        self.store.control.unlock();
+        done
+    }
+
+    /// Leaves the last generation, and no other file.
+    fn leave(&mut self) -> Result<()> {
+        // What is there by these numbers may be another publication's by now.
+        if !self.is_there(&self.store.dir) {
+            return Ok(());
+        }
+        let page = self.store.control.read().ok().flatten();
+        if self.generation == 0 && page.is_some_and(|page| page.generation == 0 && page.head == 0) {
+            end(&self.store.control, &self.store.dir, &self.store.path, self.stays)?;
+            self.made.undo();
+            return Ok(());
+        }
+        self.left.extend(self.spare.take());
+        self.remove_left()
+    }
+
+    /// Removes the segments that are to go.
+    ///
+    /// # Errors
+    /// [`Error::Io`] for the first that stays; it is tried again the next time.
+    pub(super) fn remove_left(&mut self) -> Result<()> {
+        let (mut done, store) = (Ok(()), &self.store);
+        self.left.retain(|number| match store.remove(*number) {
+            Ok(()) => false,
+            Err(error) => {
+                if done.is_ok() {
+                    done = Err(error);
+                }
+                true
+            }
+        });
+        done
     }
 
     /// # Errors
@@ -422,13 +508,8 @@ impl Publisher {
 
 impl Drop for Publisher {
     fn drop(&mut self) {
-        if self.is_own() {
-            // What is there by that number may be another publication's by now.
-            if let Some(spare) = self.spare.filter(|_| self.is_there(&self.store.dir)) {
-                self.store.remove(spare);
-            }
-            self.store.control.unlock();
-        }
+        // Nobody is there to be told: `close` is for who wants to be. The next publisher removes what is left.
+        self.finish().ok();
     }
 }
 

@@ -1,5 +1,6 @@
 //! A publication as it lies in its directory.
 
+use super::owner;
 use super::segment::{self, Opened};
 use crate::error::{Error, Result};
 use crate::map::control::{Control, State};
@@ -17,7 +18,7 @@ const TRIES: u32 = 10_000;
 
 /// A publication's directory and its control page, held open: what they are renamed to does not matter to who reads.
 pub(super) struct Store {
-    pub(super) dir: Dir,
+    pub(super) dir: Arc<Dir>,
     pub(super) path: PathBuf,
     pub(super) control: Control,
 }
@@ -66,12 +67,15 @@ impl Store {
         // A publisher may begin between a look at the page and one at the rest.
         for last in [false, true] {
             match Control::open(&dir, CONTROL.as_ref(), false) {
-                Ok(control) => return Ok(Some(Self { dir, path: path.into(), control })),
+                Ok(control) => return Ok(Some(Self { dir: Arc::new(dir), path: path.into(), control })),
                 Err(error) if error.kind() == ErrorKind::NotFound => {}
                 Err(error) if error.kind() == ErrorKind::InvalidData => {
                     return Err(damaged(path, "its control page is no file"));
                 }
-                Err(error) => return Err(Error::io(path, "opening the publication")(error)),
+                Err(error) => {
+                    let error = Error::io(path, "opening the publication")(error);
+                    return Err(owner::told(&dir, CONTROL.as_ref(), error));
+                }
             }
             let names = dir.names().map_err(Error::io(path, "listing the publication"))?;
             match names.iter().find(|name| segment::number_of(name).is_some()) {
@@ -185,9 +189,18 @@ impl Store {
         Ok(Generation { number: state.generation, segments, removed: note.removed, metadata })
     }
 
-    /// Removes a segment, if it is there. Best effort: what is left takes space, and the next publisher sweeps.
-    pub(super) fn remove(&self, number: u64) {
-        self.dir.remove(&segment::file_name(number)).ok();
+    /// Removes a segment, if it is there.
+    ///
+    /// # Errors
+    /// [`Error::Io`]: it is still there, and takes its memory.
+    pub(super) fn remove(&self, number: u64) -> Result<()> {
+        let name = segment::file_name(number);
+        match self.dir.remove(&name) {
+            Err(error) if error.kind() != ErrorKind::NotFound => {
+                Err(Error::io(&self.path.join(name), "removing a segment")(error))
+            }
+            _ => Ok(()),
+        }
     }
 
     /// The numbers of all segments in the directory.

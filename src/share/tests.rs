@@ -1,7 +1,7 @@
 //! A publisher killed between any two operations; and a lease that is not asked for.
 
 use super::subscriber::attach_own;
-use super::{Publisher, Subscriber, segment};
+use super::{PublishOptions, Publisher, Subscriber, segment};
 use crate::error::{Error, Result};
 use crate::map::disk::{self, Dir, Op, Watch};
 use safetensors::tensor::TensorView;
@@ -255,4 +255,53 @@ fn a_head_whose_number_nobody_could_count_on_from_is_an_error() {
             std::fs::remove_dir_all(&place).unwrap();
         }
     }
+}
+
+/// Refuses to remove segments, or anything else.
+struct Refuse(AtomicUsize);
+
+impl Watch for Refuse {
+    fn before(&self, op: &Op<'_>) -> io::Result<()> {
+        match op {
+            Op::Remove(_, name) if segment::number_of(name).is_some() => {
+                self.0.fetch_add(1, Ordering::Relaxed);
+                Err(io::Error::from_raw_os_error(libc::EPERM))
+            }
+            _ => Ok(()),
+        }
+    }
+    fn after(&self, _: &Op<'_>, _: bool) {}
+}
+
+#[test]
+fn a_segment_that_cannot_be_removed_is_told_and_goes_when_it_can() {
+    let temporary = leasing();
+    let place = temporary.path().join("p");
+    let mut weights = Weights::new();
+    let mut publisher = PublishOptions::new().recycle(false).open(&place).unwrap();
+    weights.publish_all(&mut publisher).unwrap();
+    let refuse = Arc::new(Refuse(AtomicUsize::new(0)));
+    let refusing = |work: &mut dyn FnMut()| disk::watched(Some(refuse.clone()), work);
+    refusing(&mut || {
+        let error = weights.publish_all(&mut publisher).unwrap_err();
+        let Error::NotRemoved { path, left, .. } = &error else { panic!("{error}") };
+        assert!(*path == place && left.starts_with(&place), "{error}");
+        assert_eq!(publisher.generation(), 2, "it is published");
+    });
+    assert_whole(&attach_own(&place).unwrap(), "with an old segment beside it");
+    let count = || Dir::open(&place).unwrap().names().unwrap().len();
+    assert_eq!(count(), 3);
+    assert_eq!(weights.publish_all(&mut publisher).unwrap(), 3);
+    assert_eq!(count(), 2, "both old ones have gone");
+    // What a publisher that ends cannot remove is told by `close`.
+    publisher.recycle = true;
+    weights.publish_all(&mut publisher).unwrap();
+    let mut publisher = Some(publisher);
+    refusing(&mut || {
+        assert!(matches!(publisher.take().unwrap().close(), Err(Error::Io { .. })));
+    });
+    assert_eq!(count(), 3);
+    drop(Publisher::open(&place).unwrap());
+    assert_eq!(count(), 2, "the next one removes it");
+    assert_eq!(refuse.0.load(Ordering::Relaxed), 2);
 }

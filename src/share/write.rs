@@ -4,7 +4,7 @@ use super::plan::{Listed, Plan};
 use super::publisher::Publisher;
 use super::room;
 use super::segment::{self, Head, KEY, Note, Segment};
-use super::store::damaged;
+use super::store::{Store, damaged};
 use crate::digest::CHECKSUMS;
 use crate::error::{Error, Result};
 use crate::layout::Layout;
@@ -25,6 +25,14 @@ struct Made {
     removed: BTreeSet<String>,
 }
 
+/// A segment that is listed no more.
+struct Spare {
+    /// To be written anew.
+    number: Option<u64>,
+    /// To be removed.
+    left: Vec<u64>,
+}
+
 impl Publisher {
     /// Publishes: `stage` has a file made at a path for the tensors that are copied, and fills it up to its commit.
     /// Of those that the current generation has beside them, those stay that `keeps` says.
@@ -41,7 +49,7 @@ impl Publisher {
         let carried = self.next;
         self.next += 2;
         let number = carried + 1;
-        let spare = Mutex::new(self.spare.take());
+        let spare = Mutex::new(Spare { number: self.spare.take(), left: Vec::new() });
         let made = Mutex::new(None);
         let staged = stage(&self.file(number), &|path, layout| {
             let (draft, new) = self.make(number, path, layout, metadata, keeps, &spare)?;
@@ -50,24 +58,41 @@ impl Publisher {
         });
         // Its memory is unmapped at once: while it is mapped, nobody could ever use the file again.
         let committed = staged.and_then(|commit| commit().map(drop).map_err(E::from));
-        self.spare = spare.into_inner().unwrap_or_else(PoisonError::into_inner);
+        let spare = spare.into_inner().unwrap_or_else(PoisonError::into_inner);
+        self.spare = spare.number;
+        self.left.extend(spare.left);
         let made = made.into_inner().unwrap_or_else(PoisonError::into_inner);
         let done = committed.and_then(|()| {
             let made = made.ok_or_else(|| Error::Argument("no file was made".into()))?;
+            self.give_away(number)?;
             self.flip(number)?;
             Ok(made)
         });
         match done {
             Ok(made) => {
-                self.settle(made);
+                self.settle(made).map_err(|error| match error {
+                    Error::Io { path: left, source, .. } => {
+                        Error::NotRemoved { path: self.store.path.clone(), left, source }
+                    }
+                    error => error,
+                })?;
                 Ok(self.generation)
             }
             Err(error) => {
-                self.store.remove(carried);
-                self.store.remove(number);
+                self.left.extend([carried, number]);
+                // Tried again, and told, when something is published: now that it was not is.
+                self.remove_left().ok();
                 Err(error)
             }
         }
+    }
+
+    /// Gives a segment to whom the publication belongs.
+    fn give_away(&self, number: u64) -> Result<()> {
+        let Some(owner) = self.belongs_to else { return Ok(()) };
+        let (name, path) = (segment::file_name(number), self.file(number));
+        let file = self.store.dir.open_file(&name, false);
+        owner.give(&file.map_err(Error::io(&path, "opening it to give it away"))?, &path)
     }
 
     /// Makes the head's file, and before it the one of the tensors that are carried.
@@ -78,7 +103,7 @@ impl Publisher {
         layout: &Layout,
         metadata: &BTreeMap<String, String>,
         keeps: &dyn Fn(&str) -> bool,
-        spare: &Mutex<Option<u64>>,
+        spare: &Mutex<Spare>,
     ) -> Result<(Draft, Made)> {
         if number >= segment::LIMIT {
             return Err(damaged(&self.store.path, "its segments' numbers are used up"));
@@ -106,35 +131,48 @@ impl Publisher {
     }
 
     /// A draft: in the segment that is listed no more, if nobody has that.
-    fn draft(&self, spare: &Mutex<Option<u64>>, path: &Path, layout: &Layout) -> Result<Draft> {
+    fn draft(&self, spare: &Mutex<Spare>, path: &Path, layout: &Layout) -> Result<Draft> {
+        let mut spare = spare.lock().unwrap_or_else(PoisonError::into_inner);
+        let old = spare.number.and_then(|number| {
+            let stat = self.store.dir.stat(&segment::file_name(number)).ok()?;
+            Some((number, u64::try_from(stat.st_size).unwrap_or_default()))
+        });
         // Giving most of a large one back takes its time: that is done after the flip, by removing it.
-        let fits = |spare: &mut u64| {
-            let most = layout.data_len().saturating_mul(2).saturating_add(1 << 20);
-            std::fs::metadata(self.file(*spare)).is_ok_and(|file| file.len() <= most)
-        };
-        if let Some(spare) = spare.lock().unwrap_or_else(PoisonError::into_inner).take_if(fits) {
-            if let Some(draft) = self.recycled(spare, path, layout) {
+        let most = layout.data_len().saturating_mul(2).saturating_add(1 << 20);
+        if let Some((number, len)) = old.filter(|(_, len)| *len <= most) {
+            spare.number = None;
+            if let Some(draft) = self.recycled(number, len, path, layout)? {
                 return Ok(draft);
             }
-            self.store.remove(spare);
+            // If it still has its name.
+            if self.store.remove(number).is_err() {
+                spare.left.push(number);
+            }
         }
         self.draft.create(path, layout)
     }
 
-    /// What cannot be used again is removed, and a new file made, whatever the reason.
-    fn recycled(&self, spare: u64, path: &Path, layout: &Layout) -> Option<Draft> {
+    /// For what cannot be used again, whatever the reason, a new file is made.
+    ///
+    /// # Errors
+    /// [`Error::Io`] for one that could not be removed either.
+    fn recycled(&self, spare: u64, len: u64, path: &Path, layout: &Layout) -> Result<Option<Draft>> {
         #[cfg(target_os = "linux")]
         {
-            let hidden = ExclusiveFile::hide(&self.store.dir, &segment::file_name(spare)).ok()?;
-            let hidden = self.store.path.join(hidden);
-            let len = std::fs::metadata(&hidden).ok()?.len();
-            let slot = Slot::recycle(&hidden, len).ok()??;
-            slot.draft(path, layout, &self.draft).ok()?
+            let Store { dir, path: directory, .. } = &self.store;
+            let Ok(hidden) = ExclusiveFile::hide(dir, &segment::file_name(spare)) else { return Ok(None) };
+            match Slot::recycle(dir, directory, &hidden, len) {
+                // One that cannot be drafted in goes with the slot.
+                Ok(Some(slot)) => Ok(slot.draft(path, layout, &self.draft).unwrap_or_default()),
+                Ok(None) => Ok(None),
+                Err(error) if dir.contains(&hidden) => Err(error),
+                Err(_) => Ok(None),
+            }
         }
         #[cfg(not(target_os = "linux"))]
         {
-            let _ = (spare, path, layout);
-            None
+            let _ = (spare, len, path, layout);
+            Ok(None)
         }
     }
 
@@ -169,6 +207,7 @@ impl Publisher {
         }
         let layout = draft.layout().clone();
         draft.commit()?;
+        self.give_away(number)?;
         Ok(Segment { layout, note })
     }
 
@@ -186,7 +225,10 @@ impl Publisher {
     }
 
     /// Keeps account of what is listed now, and takes away what is not.
-    fn settle(&mut self, made: Made) {
+    ///
+    /// # Errors
+    /// [`Error::Io`] for what could not be.
+    fn settle(&mut self, made: Made) -> Result<()> {
         let Made { head, carried, plan, removed } = made;
         self.generation = head.note.generation;
         self.removed = removed;
@@ -204,11 +246,8 @@ impl Publisher {
         // The largest is kept, for who is just opening it, and to be used again.
         let spare = unlisted.pop_if(|_| self.recycle).map(|(_, number)| number);
         let unused = std::mem::replace(&mut self.spare, spare);
-        unlisted
-            .into_iter()
-            .map(|(_, number)| number)
-            .chain(unused)
-            .for_each(|number| self.store.remove(number));
+        self.left.extend(unlisted.into_iter().map(|(_, number)| number).chain(unused));
+        self.remove_left()
     }
 
     pub(super) fn file(&self, number: u64) -> PathBuf {

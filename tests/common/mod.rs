@@ -58,6 +58,17 @@ pub fn bytes_tensor(data: &[u8]) -> safetensors::tensor::TensorView<'_> {
     safetensors::tensor::TensorView::new(safetensors::Dtype::U8, vec![data.len()], data).unwrap()
 }
 
+/// A publication that was begun, and whose publisher was killed before it published anything.
+pub fn begun(place: impl AsRef<Path>) {
+    let publisher = maptensors::Publisher::open(place).unwrap();
+    let (path, page) = (publisher.path().to_owned(), publisher.path().join("control"));
+    let bytes = std::fs::read(&page).unwrap();
+    drop(publisher);
+    assert!(!page.exists(), "it takes away what it began");
+    std::fs::create_dir_all(path).unwrap();
+    std::fs::write(page, bytes).unwrap();
+}
+
 /// The names in a directory, sorted.
 pub fn listing(dir: &Path) -> Vec<String> {
     let mut names: Vec<String> = std::fs::read_dir(dir)

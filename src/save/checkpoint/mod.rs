@@ -20,14 +20,18 @@
 //! What falls out does so when the checkpoint after it is complete: on disk there are `keep` checkpoints and
 //! one output made ready, and in memory (the page cache) that output's pages.
 
+mod order;
 mod queue;
 mod store;
+#[cfg(test)]
+mod tests;
 
 pub use queue::{Saved, Saving};
 
 use super::{Commit, Draft, DraftOptions, Pair, SaveOptions, fill_draft, sharded, sizes, total};
 use crate::error::{Error, Result};
 use crate::layout::Layout;
+use crate::map::Patience;
 use crate::model::Model;
 use queue::Queue;
 use safetensors::View;
@@ -141,6 +145,9 @@ impl CheckpointOptions {
 ///
 /// One at a time saves into a directory. Dropped, it waits for saves under way.
 ///
+/// It stays with the directory that it opened. If that is moved or removed, or a link to it comes to point elsewhere,
+/// everything is [`Error::Moved`] from then on; open the checkpoints again, where they are to be.
+///
 /// ```
 /// use maptensors::{CheckpointOptions, Model};
 ///
@@ -188,22 +195,30 @@ impl Checkpointer {
     /// # Errors
     /// [`Error::Io`].
     pub fn steps(&self) -> Result<Vec<u64>> {
-        Ok(self.queue.store().steps()?.into_iter().collect())
+        self.queue.store().steps()
     }
 
-    /// The last step there is.
+    /// The step that was saved last, which is not always the highest: a run that went back, or a new one in an old
+    /// directory, saves lower ones, and it is that run that is to be resumed. (The highest is the last of
+    /// [`Checkpointer::steps`].)
+    ///
+    /// What tells is a number that each checkpoint carries in its metadata, as `maptensors.sequence`: copying a
+    /// directory, editing a header or setting a clock changes nothing about it. Files without one were there before all
+    /// that have one, in the order of their steps. One that is damaged may be the last, and is taken for it, so that
+    /// reading says so instead of going back further without a word.
     ///
     /// # Errors
-    /// [`Error::Io`].
+    /// [`Error::Io`]; [`Error::Moved`].
     pub fn latest(&self) -> Result<Option<u64>> {
-        Ok(self.queue.store().steps()?.last().copied())
+        self.queue.store().latest()
     }
 
-    /// What to open for a step, or for the latest: a checkpoint that is open or mapped is never written
-    /// over, only removed.
+    /// What to open for a step, or for [the latest](Checkpointer::latest): a checkpoint that is open or mapped is never
+    /// written over, only removed. (Another one may be saved, and this one let go, before it is opened; then find again.
+    /// [`Checkpointer::read`] does so.)
     ///
     /// # Errors
-    /// [`Error::Io`]; [`Error::Argument`] if there is none.
+    /// [`Error::Io`]; [`Error::Argument`] if there is none; [`Error::Moved`].
     ///
     /// ```
     /// # let model = maptensors::Model::read("models/digits.safetensors")?;
@@ -219,26 +234,59 @@ impl Checkpointer {
     /// ```
     pub fn find(&self, step: Option<u64>) -> Result<PathBuf> {
         let none = |what: &str| Error::Argument(format!("{}: {what}", self.directory().display()));
-        let step = match step {
-            Some(step) => step,
-            None => self.latest()?.ok_or_else(|| none("there is no checkpoint yet"))?,
-        };
-        self.queue.store().find(step).ok_or_else(|| none(&format!("there is no checkpoint of step {step}")))
+        let store = self.queue.store();
+        let mut patience = Patience::new();
+        loop {
+            let (last, what) = match step {
+                Some(step) => (step, format!("there is no checkpoint of step {step}")),
+                None => (
+                    store.latest()?.ok_or_else(|| none("there is no checkpoint yet"))?,
+                    "its latest checkpoint is let go again and again".into(),
+                ),
+            };
+            match store.find(last)? {
+                Some(path) => return Ok(path),
+                // The latest was let go since.
+                None if step.is_none() && patience.again() => {}
+                None => return Err(none(&what)),
+            }
+        }
     }
 
-    /// Reads the checkpoint of a step, or the latest, into owned memory.
+    /// Finds a checkpoint and has it opened; again if it is let go between the two, or the directory moved.
+    pub(crate) fn open_with<T, E: From<Error>>(
+        &self,
+        step: Option<u64>,
+        is_gone: impl Fn(&E) -> bool,
+        mut open: impl FnMut(&Path) -> Result<T, E>,
+    ) -> Result<T, E> {
+        let mut patience = Patience::new();
+        loop {
+            let path = self.find(step)?;
+            match open(&path) {
+                Err(error) if is_gone(&error) && patience.again() => {}
+                done => {
+                    // What was opened by its path is of this directory.
+                    self.queue.store().here()?;
+                    return done;
+                }
+            }
+        }
+    }
+
+    /// Reads the checkpoint of a step, or [the latest](Checkpointer::latest), into owned memory.
     ///
     /// # Errors
     /// As [`Checkpointer::find`] and [`Model::read`].
     pub fn read(&self, step: Option<u64>) -> Result<Model> {
-        Model::read(self.find(step)?)
+        self.open_with(step, Error::is_not_found, |path| Model::read(path))
     }
 
     /// Makes an output of so many bytes ready, before the first save; later ones follow the last save's size.
     /// What would be saved in shards is not made ready.
     ///
     /// # Errors
-    /// [`Error::Argument`] in a fork's child; [`Error::Io`] for a directory that cannot be made.
+    /// [`Error::Argument`] in a fork's child; [`Error::Io`] for a directory that cannot be made; [`Error::Moved`].
     pub fn prepare(&self, bytes: u64) -> Result<()> {
         self.queue.own()?;
         if self.options.max_shard_size.is_none_or(|limit| bytes <= limit) {
@@ -248,20 +296,21 @@ impl Checkpointer {
         Ok(())
     }
 
-    /// Removes the checkpoint of a step, if there is one.
+    /// Removes the checkpoint of a step, durably unless told otherwise, and says whether there was one.
     ///
     /// # Errors
-    /// [`Error::Argument`] in a fork's child.
-    pub fn remove(&self, step: u64) -> Result<()> {
+    /// [`Error::Io`]: it, or a part of it, is still there. [`Error::Moved`]; [`Error::Argument`] in a fork's child.
+    pub fn remove(&self, step: u64) -> Result<bool> {
         self.queue.own()?;
-        self.queue.remove(step);
-        Ok(())
+        self.queue.remove(step, self.options.draft.is_durable())
     }
 
     /// Saves tensors as the checkpoint of a step; durable when this returns, unless told otherwise.
     ///
     /// # Errors
     /// As [`SaveOptions::save`]; that of an earlier [`Checkpointer::save_async`] nobody has asked for.
+    /// [`Error::NotRemoved`]: the checkpoint is saved, and what `keep` no longer holds could not be removed.
+    /// [`Error::Moved`] where the directory is not at its path any more: nothing is saved, and nothing removed there.
     pub fn save<N: Into<String>, V: View>(
         &self,
         tensors: impl IntoIterator<Item = (N, V)>,
@@ -356,28 +405,37 @@ impl Checkpointer {
     ) -> Result<Saving, E> {
         let begun = Instant::now();
         self.queue.own()?;
-        self.queue.store().make()?;
+        let dir = self.queue.store().make()?;
         self.queue.make_room(inline)?;
-        // For an index: checksums are those of each file.
-        let metadata = metadata.map(|metadata| {
+        let turn = self.queue.store().turn(dir, step)?;
+        let numbered = |metadata: &BTreeMap<String, String>| {
             let mut metadata = metadata.clone();
-            metadata.remove(crate::digest::CHECKSUMS);
+            metadata.insert(order::KEY.into(), turn.sequence.to_string());
             metadata
-        });
+        };
         let path = self.path(step);
         let bytes = total(tensors);
-        let draft = self.options.draft.over(bytes);
+        let draft = self.options.draft.over(bytes).within(dir);
         let made = Mutex::new((None, Ready::No));
         let commit = match self.options.max_shard_size.filter(|limit| bytes > *limit) {
             Some(limit) => {
-                let new = |path: &Path, layout: &Layout| draft.create(path, layout);
+                let new = |path: &Path, layout: &Layout| {
+                    let mut layout = layout.clone();
+                    layout.set_metadata(Some(numbered(layout.metadata())));
+                    draft.create(path, &layout)
+                };
                 let write = |part, path: &Path| stage(part, path, &new);
-                let set =
-                    sharded::stage(tensors, &path, limit, metadata.as_ref(), draft.is_durable(), write)?;
+                let mut metadata = numbered(metadata.unwrap_or(&BTreeMap::new()));
+                // Those of each file.
+                metadata.remove(crate::digest::CHECKSUMS);
+                let durable = draft.is_durable();
+                let set = sharded::stage(dir, tensors, &path, limit, Some(&metadata), durable, write)?;
                 Box::new(move || set.commit().map(|()| None))
             }
             None => stage(0..tensors.len(), &path, &|path, layout| {
-                let (draft, ready) = self.queue.draft(path, layout, &draft)?;
+                let mut layout = layout.clone();
+                layout.set_metadata(Some(numbered(layout.metadata())));
+                let (draft, ready) = self.queue.draft(path, &layout, &draft)?;
                 *made.lock().unwrap_or_else(PoisonError::into_inner) =
                     (Some(draft.layout().file_len()), ready);
                 Ok(draft)
@@ -392,6 +450,7 @@ impl Checkpointer {
             ready,
             size,
             durable: draft.is_durable(),
+            below: turn.below,
             begun,
             staged: begun.elapsed(),
         };

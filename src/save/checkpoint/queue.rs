@@ -9,6 +9,7 @@ use crate::layout::Layout;
 use crate::map::fork::Owner;
 use crate::map::{Mapping, disk};
 use std::collections::VecDeque;
+use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
@@ -32,6 +33,10 @@ pub struct Saved {
     pub finished: Duration,
     /// Whether it survives a power loss.
     pub durable: bool,
+    /// The highest step that was there, if this one is below it: of an abandoned run, or one that is gone back from.
+    /// What is saved last is [`latest`](super::Checkpointer::latest) all the same; a new run is best given a directory
+    /// to itself, and what is abandoned [removed](super::Checkpointer::remove).
+    pub below: Option<u64>,
 }
 
 /// A checkpoint on its way. Dropped, it is saved all the same.
@@ -40,13 +45,16 @@ pub struct Saving {
     ticket: Arc<Ticket>,
     /// As [`Saved::staged`].
     pub staged: Duration,
+    /// As [`Saved::below`].
+    pub below: Option<u64>,
 }
 
 impl Saving {
     /// Waits until it is saved.
     ///
     /// # Errors
-    /// As [`Checkpointer::save`](super::Checkpointer::save). An error is told once.
+    /// As [`Checkpointer::save`](super::Checkpointer::save). An error is told once. After [`Error::NotRemoved`] the
+    /// checkpoint is there.
     pub fn wait(&self) -> Result<Saved> {
         self.ticket.wait(None).unwrap_or_else(|| Err(told_already()))
     }
@@ -138,17 +146,19 @@ pub(super) struct Job {
     /// The file's length, if it is one file.
     pub(super) size: Option<u64>,
     pub(super) durable: bool,
+    pub(super) below: Option<u64>,
     pub(super) begun: Instant,
     pub(super) staged: Duration,
 }
 
 enum Task {
     Commit(Job, Arc<Ticket>),
-    /// Memory to be unmapped; hidden files to be used again or removed; an output of so many bytes to be
-    /// made ready.
+    /// Memory to be unmapped; hidden files to be used again or removed, after the checkpoint at a path was saved; an
+    /// output of so many bytes to be made ready.
     Tidy {
         memory: Option<Mapping>,
-        hidden: Vec<PathBuf>,
+        hidden: Vec<OsString>,
+        saved: PathBuf,
         size: Option<u64>,
     },
 }
@@ -206,16 +216,24 @@ impl Queue {
     }
 
     pub(super) fn prepare(&self, bytes: u64) {
-        self.shared.push(Task::Tidy { memory: None, hidden: Vec::new(), size: Some(bytes) });
+        let (hidden, saved) = (Vec::new(), self.shared.store.path().to_owned());
+        self.shared.push(Task::Tidy { memory: None, hidden, saved, size: Some(bytes) });
         self.wake();
     }
 
-    pub(super) fn remove(&self, step: u64) {
+    /// Removes the checkpoint of a step, durably if asked to; whether there was one.
+    pub(super) fn remove(&self, step: u64, durable: bool) -> Result<bool> {
         let mut saved = lock(&self.shared.saved);
+        let store = &self.shared.store;
+        let Some(dir) = store.here()? else { return Ok(false) };
+        let away = store.take_away(dir, step)?;
         saved.retain(|known| *known != step);
-        if let Some(hidden) = self.shared.store.take_away(step) {
-            std::fs::remove_file(hidden).ok();
+        away.hidden.map_or(Ok(()), |hidden| store.discard(dir, &hidden))?;
+        if durable && away.was_there {
+            // Or a power loss would bring it back, and a run resume from it.
+            dir.sync().map_err(Error::io(&store.target(step), "making its removal durable"))?;
         }
+        Ok(away.was_there)
     }
 
     /// Waits until there is room for one more save (`alone`: until there is no other), and until an output
@@ -256,7 +274,7 @@ impl Queue {
     /// Commits: at once, or in the background.
     pub(super) fn submit(&self, job: Job, inline: bool) -> Saving {
         let ticket = Arc::new(Ticket::new());
-        let saving = Saving { ticket: ticket.clone(), staged: job.staged };
+        let saving = Saving { ticket: ticket.clone(), staged: job.staged, below: job.below };
         if inline {
             self.shared.commit(job, &ticket);
         } else {
@@ -349,7 +367,10 @@ impl Shared {
             let committed = matches!(task, Task::Commit(..));
             match task {
                 Task::Commit(job, ticket) => self.commit(job, &ticket),
-                Task::Tidy { memory, hidden, size } => self.tidy(memory, hidden, size),
+                Task::Tidy { memory, hidden, saved, size } => {
+                    drop(memory);
+                    self.tidy(hidden, &saved, size);
+                }
             }
             let mut state = lock(&self.state);
             state.working = false;
@@ -359,68 +380,123 @@ impl Shared {
     }
 
     fn commit(&self, job: Job, ticket: &Arc<Ticket>) {
-        let Job { commit, step, path, bytes, ready, size, durable, begun, staged } = job;
+        let Job { commit, step, path, bytes, ready, size, durable, below, begun, staged } = job;
         let mut saved = lock(&self.saved);
         // A fault of this crate must not leave others waiting.
         let committed = std::panic::catch_unwind(std::panic::AssertUnwindSafe(commit));
         let failed = || Err(Error::Argument("saving failed: a fault of maptensors, please report it".into()));
-        match committed.unwrap_or_else(|_| failed()) {
-            Ok(memory) => {
-                saved.retain(|known| *known != step);
-                saved.push(step);
-                self.let_go(&saved, size, memory);
+        let (memory, trouble) = match committed.unwrap_or_else(|_| failed()) {
+            Ok(memory) => (memory, None),
+            // It is there.
+            Err(error @ Error::NotRemoved { .. }) => (None, Some(error)),
+            Err(error) => return self.fail(ticket, error),
+        };
+        saved.retain(|known| *known != step);
+        saved.push(step);
+        self.store.is_saved(step);
+        let gone = self.let_go(&saved, &path, size, memory);
+        match trouble.or(gone.err()) {
+            Some(error) => self.fail(ticket, error),
+            None => {
                 let finished = begun.elapsed();
-                ticket.tell(Outcome::Saved(Saved { step, path, bytes, ready, staged, finished, durable }));
+                let saved = Saved { step, path, bytes, ready, staged, finished, durable, below };
+                ticket.tell(Outcome::Saved(saved));
             }
-            Err(error) => {
-                // Who called it off knows.
-                let is_news = !error.is_called_off();
-                ticket.tell(Outcome::Failed(Some(error)));
-                if is_news {
-                    lock(&self.state).failed.push(ticket.clone());
+        }
+    }
+
+    fn fail(&self, ticket: &Arc<Ticket>, error: Error) {
+        // Who called it off knows.
+        let is_news = !error.is_called_off();
+        ticket.tell(Outcome::Failed(Some(error)));
+        if is_news {
+            lock(&self.state).failed.push(ticket.clone());
+        }
+    }
+
+    /// Takes away what falls out now that the last of `saved` is there, at `path`, and has the next output made ready.
+    ///
+    /// # Errors
+    /// [`Error::NotRemoved`] for what should have gone; [`Error::Moved`].
+    fn let_go(&self, saved: &[u64], path: &Path, size: Option<u64>, memory: Option<Mapping>) -> Result<()> {
+        let (mut hidden, mut trouble) = (Vec::new(), None);
+        let mut note = |error| {
+            if trouble.is_none() {
+                trouble = Some(not_removed(path, error));
+            }
+        };
+        match self.store.here() {
+            Ok(Some(dir)) => {
+                if let (Some(_), Some(last)) = (size, saved.last()) {
+                    // Of one file now: a set of the same step is not it any more.
+                    self.store.remove_set(dir, *last).map(drop).unwrap_or_else(&mut note);
+                }
+                let surplus = self.store.surplus(dir, self.keep, self.keep_every, saved);
+                for step in surplus.map_err(&mut note).unwrap_or_default() {
+                    match self.store.take_away(dir, step) {
+                        Ok(away) => hidden.extend(away.hidden),
+                        Err(error) => note(error),
+                    }
+                }
+                if size.is_none() {
+                    self.store.remove_orphans(dir).unwrap_or_else(&mut note);
                 }
             }
-        }
-    }
-
-    /// Takes away what falls out now that the last of `saved` is there, and has the next output made ready.
-    fn let_go(&self, saved: &[u64], size: Option<u64>, memory: Option<Mapping>) {
-        if let (Some(_), Some(last)) = (size, saved.last()) {
-            // Of one file now: a set of the same step is not it any more.
-            self.store.remove_set(*last);
-        }
-        // A directory that cannot be listed now will be the next time; nothing is lost but space.
-        let surplus = self.store.surplus(self.keep, self.keep_every, saved).unwrap_or_default();
-        let hidden = surplus.into_iter().filter_map(|step| self.store.take_away(step)).collect();
-        if size.is_none() {
-            self.store.remove_orphans();
+            Ok(None) => {}
+            Err(error) => note(error),
         }
         let size = size.filter(|_| self.prepare);
-        self.push(Task::Tidy { memory, hidden, size });
+        self.push(Task::Tidy { memory, hidden, saved: path.into(), size });
+        trouble.map_or(Ok(()), Err)
     }
 
-    fn tidy(&self, memory: Option<Mapping>, hidden: Vec<PathBuf>, size: Option<u64>) {
-        drop(memory);
+    /// An error that the next call is told.
+    fn note(&self, error: Error) {
+        self.fail(&Arc::new(Ticket::new()), error);
+    }
+
+    fn tidy(&self, hidden: Vec<OsString>, saved: &Path, size: Option<u64>) {
         let mut size = size.filter(|_| lock(&self.state).slot.is_none() && !lock(&self.state).closing);
+        // Hidden files lie there wherever it is by now. Of what cannot be opened the next save will say so.
+        let Ok(Some(dir)) = self.store.opened() else { return };
         let mut slot = None;
         // The newest is the likeliest to be in memory.
-        for path in hidden.into_iter().rev() {
+        for name in hidden.into_iter().rev() {
             #[cfg(target_os = "linux")]
             if let Some(len) = size.filter(|_| slot.is_none()) {
-                slot = Slot::recycle(&path, len).unwrap_or_default();
+                match Slot::recycle(dir, self.store.path(), &name, len) {
+                    Ok(recycled) => slot = recycled,
+                    // Not to be had, which a new one makes up for; but if it is still there, that is told.
+                    Err(error) if dir.contains(&name) => self.note(not_removed(saved, error)),
+                    Err(_) => {}
+                }
                 continue;
             }
-            std::fs::remove_file(&path).ok();
+            if let Err(error) = self.store.discard(dir, &name) {
+                self.note(not_removed(saved, error));
+            }
         }
         if slot.is_none()
             && let Some(len) = size.take()
         {
             // Where there is no space, or no memory to map, the save itself will say so.
-            slot = Slot::fresh(self.store.path(), len).unwrap_or_default();
+            slot = Slot::fresh(dir, self.store.path(), len).unwrap_or_default();
         }
         if slot.is_some() {
             lock(&self.state).slot = slot;
         }
+    }
+}
+
+/// What was saved is there; what should have gone for it is as well.
+fn not_removed(saved: &Path, error: Error) -> Error {
+    match error {
+        Error::Io { path: left, source, .. } => Error::NotRemoved { path: saved.into(), left, source },
+        Error::Moved { path, what } => {
+            let saved = saved.file_name().unwrap_or_default().display();
+            Error::Moved { path, what: format!("{what} ({saved} was saved just before)") }
+        }
+        error => error,
     }
 }
 

@@ -1,24 +1,67 @@
 //! A directory of checkpoints, by step.
 
 use super::super::sharded::is_shard_suffix;
+use super::order::{Rank, Ranks};
 use crate::error::{Error, Result};
 use crate::format::index;
 use crate::map::disk::Dir;
-use crate::map::{ExclusiveFile, open_regular, read_exact_at};
-use std::collections::{BTreeMap, BTreeSet};
+use crate::map::{ExclusiveFile, Patience, open_regular_in, read_exact_at};
+use std::collections::BTreeMap;
 use std::ffi::{OsStr, OsString};
+use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
-use std::sync::OnceLock;
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 const PREFIX: &str = "step-";
 const FILE: &str = ".safetensors";
 const INDEX: &str = ".safetensors.index.json";
 
+/// What to do about a directory that is not where it was.
+const ADVICE: &str =
+    "nothing is read, saved or removed there; open the checkpoints again, where they are to be";
+
 /// Checkpoints are `step-0000000100.safetensors`, or an index of that stem and its shards.
 pub(super) struct Store {
-    /// Once it is there: the first save makes it.
-    dir: OnceLock<Dir>,
+    /// Once it is there: the first save makes it. All that is done is done in this one, and only as long as the path
+    /// leads to it.
+    dir: OnceLock<Arc<Dir>>,
     path: PathBuf,
+    ranks: Ranks,
+    /// What the saver knows of what is there; `None` until it has looked.
+    known: Mutex<Option<Known>>,
+}
+
+/// What a saver goes by.
+struct Known {
+    /// The highest number that a checkpoint carries.
+    last: u64,
+    /// The highest step there is; looked for again where it `may_be_gone`.
+    highest: Option<u64>,
+    may_be_gone: bool,
+}
+
+/// What a save is given.
+pub(super) struct Turn {
+    /// The number that it carries.
+    pub(super) sequence: u64,
+    /// The highest step there is, if that is above the one to be saved.
+    pub(super) below: Option<u64>,
+}
+
+/// What becomes of a name that is looked at.
+enum Seen {
+    Whole,
+    Incomplete,
+    /// Somebody has let it go, or replaced it, meanwhile.
+    Gone,
+}
+
+/// What was taken away of a checkpoint.
+pub(super) struct Away {
+    /// Whether there was any of it.
+    pub(super) was_there: bool,
+    /// A single file, by the hidden name that it has now: to be used again or removed.
+    pub(super) hidden: Option<OsString>,
 }
 
 impl Store {
@@ -27,36 +70,48 @@ impl Store {
         // The process may change its own directory later.
         let absolute = std::path::absolute(path);
         let path = absolute.map_err(Error::io(path, "finding the directory of checkpoints"))?;
-        let store = Self { dir: OnceLock::new(), path };
-        store.find_dir()?;
+        let store = Self { dir: OnceLock::new(), path, ranks: Ranks::default(), known: Mutex::default() };
+        store.opened()?;
         Ok(store)
     }
 
-    /// Makes the directory where it is not there.
-    pub(super) fn make(&self) -> Result<()> {
-        if self.find_dir()?.is_none() {
-            let made = std::fs::create_dir_all(&self.path);
-            made.map_err(Error::io(&self.path, "making the directory of checkpoints"))?;
-            self.find_dir()?;
+    /// The directory; it is made where it was never there.
+    ///
+    /// # Errors
+    /// [`Error::Io`]; [`Error::Moved`] if it is not where it was opened.
+    pub(super) fn make(&self) -> Result<&Arc<Dir>> {
+        if let Some(dir) = self.here()? {
+            return Ok(dir);
         }
-        Ok(())
+        let made = std::fs::create_dir_all(&self.path);
+        made.map_err(Error::io(&self.path, "making the directory of checkpoints"))?;
+        let gone =
+            || Error::io(&self.path, "opening the directory of checkpoints")(ErrorKind::NotFound.into());
+        self.here()?.ok_or_else(gone)
     }
 
-    /// `None` as long as it is not there.
-    fn find_dir(&self) -> Result<Option<&Dir>> {
+    /// The directory, which is where it was opened; `None` as long as there is none.
+    ///
+    /// # Errors
+    /// [`Error::Io`]; [`Error::Moved`].
+    pub(super) fn here(&self) -> Result<Option<&Arc<Dir>>> {
+        let dir = self.opened()?;
+        if let Some(dir) = dir {
+            dir.stands(ADVICE)?;
+        }
+        Ok(dir)
+    }
+
+    /// The directory that was opened, wherever it is now; `None` as long as there was none.
+    pub(super) fn opened(&self) -> Result<Option<&Arc<Dir>>> {
         if let Some(dir) = self.dir.get() {
             return Ok(Some(dir));
         }
         match Dir::open(&self.path) {
-            Ok(dir) => Ok(Some(self.dir.get_or_init(|| dir))),
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(None),
+            Ok(dir) => Ok(Some(self.dir.get_or_init(|| Arc::new(dir)))),
+            Err(error) if error.kind() == ErrorKind::NotFound => Ok(None),
             Err(error) => Err(Error::io(&self.path, "opening the directory of checkpoints")(error)),
         }
-    }
-
-    /// Of what cannot be opened there are no checkpoints to take away.
-    fn dir(&self) -> Option<&Dir> {
-        self.find_dir().ok().flatten()
     }
 
     pub(super) fn path(&self) -> &Path {
@@ -69,99 +124,288 @@ impl Store {
     }
 
     /// What to open for a step: its file, or its index.
-    pub(super) fn find(&self, step: u64) -> Option<PathBuf> {
-        let names = [file_name(step, FILE), file_name(step, INDEX)];
-        names.iter().find(|name| self.is_complete(name.as_ref())).map(|name| self.path.join(name))
-    }
-
-    /// The steps whose checkpoints are complete, in order.
-    pub(super) fn steps(&self) -> Result<BTreeSet<u64>> {
-        let Some(dir) = self.find_dir()? else { return Ok(BTreeSet::new()) };
-        let names = dir.names().map_err(Error::io(&self.path, "listing the checkpoints"))?;
-        Ok(names.iter().filter(|name| self.is_complete(name)).filter_map(|name| step_of(name)).collect())
-    }
-
-    /// Whether a name is a whole checkpoint: a file gets its name last, an index may have lost shards to
-    /// someone who removes files.
-    fn is_complete(&self, name: &OsStr) -> bool {
-        // Links are followed: an archived checkpoint counts, unless the archive is not there.
-        let is_file = |stat: rustix::fs::Stat| rustix::fs::FileType::from_raw_mode(stat.st_mode).is_file();
-        let Some(dir) = self.dir() else { return false };
-        if step_of(name).is_none() || !dir.stat(name).is_ok_and(is_file) {
-            return false;
-        }
-        let is_index = name.to_str().is_some_and(|name| name.ends_with(INDEX));
-        !is_index
-            || self.shards(name).is_ok_and(|shards| shards.iter().all(|shard| dir.contains(shard.as_ref())))
-    }
-
-    /// The files that an index names.
-    fn shards(&self, index: &OsStr) -> Result<Vec<String>> {
-        let path = self.path.join(index);
-        let (file, len) = open_regular(&path)?;
-        let len = usize::try_from(len.min(index::MAX_INDEX_LEN)).unwrap_or_default();
-        Ok(index::parse(&read_exact_at(&file, &path, 0, len)?, &path)?.shards)
-    }
-
-    /// Takes a checkpoint away. What is returned is a single file, by the hidden name that it has now: to be
-    /// used again or removed.
-    pub(super) fn take_away(&self, step: u64) -> Option<PathBuf> {
-        self.remove_set(step);
-        let file = OsString::from(file_name(step, FILE));
-        ExclusiveFile::hide(self.dir()?, &file).ok().map(|hidden| self.path.join(hidden))
-    }
-
-    /// Removes a step's index and shards, if it has any.
-    pub(super) fn remove_set(&self, step: u64) {
-        let index = OsString::from(file_name(step, INDEX));
-        let Some(dir) = self.dir() else { return };
-        let shards = self.shards(&index).unwrap_or_default();
-        if dir.remove(&index).is_ok() {
-            // Once durably without its index it is no checkpoint: now shards may go in any order.
-            dir.sync().ok();
-            for shard in shards.iter().filter(|shard| shard_of(shard) == Some(step)) {
-                dir.remove(shard.as_ref()).ok();
+    pub(super) fn find(&self, step: u64) -> Result<Option<PathBuf>> {
+        let Some(dir) = self.here()? else { return Ok(None) };
+        let mut patience = Patience::new();
+        loop {
+            let before = dir.names_changed();
+            for suffix in [FILE, INDEX] {
+                let name = OsString::from(file_name(step, suffix));
+                if matches!(self.look(dir, &name), Seen::Whole) {
+                    return Ok(Some(self.path.join(name)));
+                }
+            }
+            // One may have become the other between the two looks.
+            if !(dir.may_have_changed(before) && patience.again()) {
+                return Ok(None);
             }
         }
     }
 
+    /// The steps whose checkpoints are complete, in order.
+    pub(super) fn steps(&self) -> Result<Vec<u64>> {
+        let Some(dir) = self.here()? else { return Ok(Vec::new()) };
+        Ok(self.list_patiently(dir)?.into_keys().collect())
+    }
+
+    /// The step that was saved last.
+    pub(super) fn latest(&self) -> Result<Option<u64>> {
+        let Some(dir) = self.here()? else { return Ok(None) };
+        let mut patience = Patience::new();
+        loop {
+            match self.last_of(dir, &self.list_patiently(dir)?) {
+                // Let go since it was listed.
+                Err(error) if error.is_not_found() && patience.again() => {}
+                done => return done,
+            }
+        }
+    }
+
+    fn last_of(&self, dir: &Dir, names: &BTreeMap<u64, OsString>) -> Result<Option<u64>> {
+        let mut last = None;
+        if names.len() == 1 {
+            return Ok(names.keys().next().copied());
+        }
+        for (step, name) in names {
+            last = last.max(Some((self.ranks.of(dir, name, &self.path.join(name))?, *step)));
+        }
+        self.ranks.keep(|known| names.values().any(|name| name == known));
+        Ok(last.map(|(_, step)| step))
+    }
+
+    /// What is complete, by step, and by what name it is opened. Beside a saver, this is what was there at some time
+    /// or other.
+    fn list_patiently(&self, dir: &Dir) -> Result<BTreeMap<u64, OsString>> {
+        let mut patience = Patience::new();
+        loop {
+            let before = dir.names_changed();
+            let (found, has_gone) = self.list(dir)?;
+            // A long listing may also miss both of a name that goes and one that comes.
+            let again = has_gone || found.is_empty() && dir.may_have_changed(before);
+            if !(again && patience.again()) {
+                return Ok(found);
+            }
+        }
+    }
+
+    /// One look: what is complete, and whether something has gone since it was listed.
+    fn list(&self, dir: &Dir) -> Result<(BTreeMap<u64, OsString>, bool)> {
+        let (mut found, mut has_gone) = (BTreeMap::new(), false);
+        for name in dir.names().map_err(Error::io(&self.path, "listing the checkpoints"))? {
+            let Some(step) = step_of(&name) else { continue };
+            match self.look(dir, &name) {
+                // A file goes before an index of the same step.
+                Seen::Whole if is_index(&name) => drop(found.entry(step).or_insert(name)),
+                Seen::Whole => drop(found.insert(step, name)),
+                Seen::Incomplete => {}
+                Seen::Gone => has_gone = true,
+            }
+        }
+        Ok((found, has_gone))
+    }
+
+    /// Whether a name is a whole checkpoint: a file gets its name last, an index may have lost shards to
+    /// someone who removes files.
+    fn look(&self, dir: &Dir, name: &OsStr) -> Seen {
+        // Links are followed: an archived checkpoint counts, unless the archive is not there.
+        match dir.stat(name) {
+            Ok(stat) if rustix::fs::FileType::from_raw_mode(stat.st_mode).is_file() => {}
+            Err(rustix::io::Errno::NOENT) if !dir.contains(name) => return Seen::Gone,
+            _ => return Seen::Incomplete,
+        }
+        if !is_index(name) {
+            return Seen::Whole;
+        }
+        let is_there = |shards: &[String]| shards.iter().all(|shard| dir.contains(shard.as_ref()));
+        let shards = match self.shards(dir, name) {
+            Ok(shards) if is_there(&shards) => return Seen::Whole,
+            Ok(shards) => shards,
+            Err(error) if error.is_not_found() => return Seen::Gone,
+            Err(_) => return Seen::Incomplete,
+        };
+        // Shards go after their index: if it has others now, or is gone, a saver was faster.
+        match self.shards(dir, name) {
+            Ok(now) if now == shards => Seen::Incomplete,
+            Err(error) if !error.is_not_found() => Seen::Incomplete,
+            _ => Seen::Gone,
+        }
+    }
+
+    /// The files that an index names.
+    fn shards(&self, dir: &Dir, index: &OsStr) -> Result<Vec<String>> {
+        let path = self.path.join(index);
+        let (file, len) = open_regular_in(dir, index, &path)?;
+        let len = usize::try_from(len.min(index::MAX_INDEX_LEN)).unwrap_or_default();
+        Ok(index::parse(&read_exact_at(&file, &path, 0, len)?, &path)?.shards)
+    }
+
+    fn known(&self) -> MutexGuard<'_, Option<Known>> {
+        self.known.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// What the save of a step is to carry, and whether it goes below what is there. What is there is looked at once, and
+    /// again when the highest step goes.
+    pub(super) fn turn(&self, dir: &Dir, step: u64) -> Result<Turn> {
+        let mut known = self.known();
+        let known = match &mut *known {
+            Some(known) => known,
+            unknown => unknown.insert(self.look_around(dir)?),
+        };
+        if std::mem::take(&mut known.may_be_gone) {
+            known.highest = self.list(dir)?.0.into_keys().next_back();
+        }
+        known.last = known.last.saturating_add(1);
+        Ok(Turn { sequence: known.last, below: known.highest.filter(|highest| *highest > step) })
+    }
+
+    fn look_around(&self, dir: &Dir) -> Result<Known> {
+        let (names, _) = self.list(dir)?;
+        let mut last = 0;
+        for name in names.values() {
+            // What cannot be read is told to who looks for the last one. It is no reason not to save.
+            if let Ok(Rank::Number(number)) = self.ranks.of(dir, name, &self.path.join(name)) {
+                last = last.max(number);
+            }
+        }
+        Ok(Known { last, highest: names.into_keys().next_back(), may_be_gone: false })
+    }
+
+    /// That a step is there now.
+    pub(super) fn is_saved(&self, step: u64) {
+        if let Some(known) = &mut *self.known() {
+            known.highest = known.highest.max(Some(step));
+        }
+    }
+
+    /// Takes a checkpoint away.
+    ///
+    /// # Errors
+    /// [`Error::Io`]: some of it is still there.
+    pub(super) fn take_away(&self, dir: &Dir, step: u64) -> Result<Away> {
+        if let Some(known) = &mut *self.known() {
+            known.may_be_gone |= known.highest == Some(step);
+        }
+        let set = self.remove_set(dir, step);
+        let name = OsString::from(file_name(step, FILE));
+        let file = if Self::has(dir, &name) {
+            match ExclusiveFile::hide(dir, &name) {
+                Ok(hidden) => Ok(Some(hidden)),
+                Err(error) if error.kind() == ErrorKind::NotFound => Ok(None),
+                Err(error) => Err(Error::io(&self.path.join(name), "removing the checkpoint")(error)),
+            }
+        } else {
+            Ok(None)
+        };
+        let hidden = match (&set, file) {
+            (Err(_), Ok(Some(hidden))) => {
+                // What went wrong first is told; a file that is left has no step any more, and is swept.
+                self.discard(dir, &hidden).ok();
+                None
+            }
+            (_, file) => file?,
+        };
+        Ok(Away { was_there: set? || hidden.is_some(), hidden })
+    }
+
+    /// Whether there is a file, or a link, of that name. Asked before it is removed: a file system that is read-only
+    /// refuses to remove also what is not there. A directory is nobody's checkpoint.
+    fn has(dir: &Dir, name: &OsStr) -> bool {
+        let is_dir = |stat: rustix::fs::Stat| rustix::fs::FileType::from_raw_mode(stat.st_mode).is_dir();
+        dir.lstat(name).is_ok_and(|stat| !is_dir(stat))
+    }
+
+    /// Removes a file that was taken away, unless a sweep was faster.
+    pub(super) fn discard(&self, dir: &Dir, hidden: &OsStr) -> Result<()> {
+        match dir.remove(hidden) {
+            Err(error) if error.kind() != ErrorKind::NotFound => {
+                Err(Error::io(&self.path.join(hidden), "removing an old checkpoint")(error))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Removes a step's index and shards, if it has any; whether it had.
+    ///
+    /// # Errors
+    /// [`Error::Io`]: some of it is still there.
+    pub(super) fn remove_set(&self, dir: &Dir, step: u64) -> Result<bool> {
+        let index = OsString::from(file_name(step, INDEX));
+        if !Self::has(dir, &index) {
+            return Ok(false);
+        }
+        // Of one that cannot be read the shards are orphans, which go when the next set is saved.
+        let shards = self.shards(dir, &index).unwrap_or_default();
+        match dir.remove(&index) {
+            Err(error) if error.kind() == ErrorKind::NotFound => return Ok(false),
+            done => done.map_err(Error::io(&self.path.join(&index), "removing the checkpoint"))?,
+        }
+        // Once durably without its index it is no checkpoint: now shards may go in any order.
+        dir.sync().map_err(Error::io(&self.path.join(&index), "making its removal durable"))?;
+        let shards = shards.iter().filter(|shard| shard_of(shard) == Some(step));
+        self.remove_all(dir, shards.map(String::as_str))?;
+        Ok(true)
+    }
+
+    /// Removes all of these that are there; the first error is told once the others are gone.
+    fn remove_all<'a>(&self, dir: &Dir, names: impl Iterator<Item = &'a str>) -> Result<()> {
+        let mut done = Ok(());
+        for name in names {
+            match dir.remove(name.as_ref()) {
+                Err(error) if error.kind() != ErrorKind::NotFound && done.is_ok() => {
+                    done = Err(Error::io(&self.path.join(name), "removing a shard")(error));
+                }
+                _ => {}
+            }
+        }
+        done
+    }
+
     /// Removes shards that no index names: of a save that was killed before its index, or a removal after it.
-    pub(super) fn remove_orphans(&self) {
-        let Some(dir) = self.dir() else { return };
+    ///
+    /// # Errors
+    /// [`Error::Io`].
+    pub(super) fn remove_orphans(&self, dir: &Dir) -> Result<()> {
         let mut named: BTreeMap<u64, Vec<String>> = BTreeMap::new();
-        for name in dir.names().unwrap_or_default() {
+        let mut orphans = Vec::new();
+        for name in dir.names().map_err(Error::io(&self.path, "listing the checkpoints"))? {
             let Some(name) = name.to_str() else { continue };
             let Some(step) = shard_of(name) else { continue };
             let known = named.entry(step).or_insert_with(|| {
                 let index = OsString::from(file_name(step, INDEX));
                 // One that cannot be read may name it.
-                self.shards(&index)
+                self.shards(dir, &index)
                     .unwrap_or_else(|_| if dir.contains(&index) { vec![String::new()] } else { Vec::new() })
             });
             let unknown = known.first().is_some_and(String::is_empty);
             if !unknown && !known.iter().any(|known| known == name) {
-                dir.remove(name.as_ref()).ok();
+                orphans.push(name.to_owned());
             }
         }
+        self.remove_all(dir, orphans.iter().map(String::as_str))
     }
 
     /// Which steps `keep` and `keep_every` let go, now that the last of `saved` is there: those that were
     /// there before first, by step, then these in the order of their saving.
     pub(super) fn surplus(
         &self,
+        dir: &Dir,
         keep: Option<usize>,
         keep_every: Option<u64>,
         saved: &[u64],
     ) -> Result<Vec<u64>> {
         let (Some(keep), Some(last)) = (keep, saved.last()) else { return Ok(Vec::new()) };
         let for_ever = |step: &u64| keep_every.is_some_and(|every| step.is_multiple_of(every));
-        let mut others: Vec<u64> =
-            self.steps()?.into_iter().filter(|step| step != last && !for_ever(step)).collect();
+        let steps = self.list(dir)?.0.into_keys();
+        let mut others: Vec<u64> = steps.filter(|step| step != last && !for_ever(step)).collect();
         others.sort_by_key(|step| (saved.iter().rposition(|saved| saved == step), *step));
         let kept = keep.saturating_sub(usize::from(!for_ever(last)));
         others.truncate(others.len().saturating_sub(kept));
         Ok(others)
     }
+}
+
+fn is_index(name: &OsStr) -> bool {
+    name.as_encoded_bytes().ends_with(INDEX.as_bytes())
 }
 
 /// The step whose shard a file is, by its name.
@@ -231,7 +475,7 @@ mod tests {
         for name in orphans.iter().chain(&others) {
             write(name, "");
         }
-        store.remove_orphans();
+        store.remove_orphans(store.make().unwrap()).unwrap();
         assert!(orphans.iter().all(|name| !there(name)));
         assert!(others.iter().all(|name| there(name)));
     }
@@ -243,7 +487,7 @@ mod tests {
         for step in [100, 150, 200, 250, 300] {
             std::fs::write(store.target(step), []).unwrap();
         }
-        let surplus = |keep, every, saved| store.surplus(keep, every, saved).unwrap();
+        let surplus = |keep, every, saved| store.surplus(store.make().unwrap(), keep, every, saved).unwrap();
         assert_eq!(surplus(None, None, &[300]), [0; 0]);
         assert_eq!(surplus(Some(2), None, &[300]), [100, 150, 200]);
         assert_eq!(surplus(Some(1), Some(100), &[300]), [150]);

@@ -26,7 +26,10 @@ fn refuse(scenario: &Scenario, kind: Kind, fault: Fault, report: &mut Report) ->
             let either = refused == "remove" && found == Ok(last + 1);
             source.raw_os_error() == Some(fault.errno) && (found == Ok(last) || either)
         }
-        Err(Error::NotDurable { .. }) => found == Ok(last) || found == Ok(last + 1),
+        // What was to go is still there, beside what was saved.
+        Err(Error::NotDurable { .. } | Error::NotRemoved { .. }) => {
+            found == Ok(last) || found == Ok(last + 1)
+        }
         Err(_) => false,
     };
     if !right {

@@ -73,7 +73,7 @@ impl Report {
 const NEWEST: u8 = 77;
 
 /// A directory where nothing waits for a disk.
-fn scratch() -> tempfile::TempDir {
+pub(super) fn scratch() -> tempfile::TempDir {
     let memory = Path::new("/dev/shm");
     if memory.is_dir() { tempfile::tempdir_in(memory) } else { tempfile::tempdir() }.unwrap()
 }

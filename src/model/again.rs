@@ -1,0 +1,46 @@
+//! Looking again, where a save replaces a model's files while they are being opened.
+//!
+//! A save makes the new files visible before the old ones go, so whoever has read an old index, or listed the
+//! directory before, may find a file gone that it named. The index that is there now names others, which are. What
+//! is named still, and is not there, is missing.
+
+use super::Place;
+use crate::error::{Error, Result};
+use crate::map::Patience;
+use std::path::Path;
+
+/// Finds the files that `path` stands for, and remembers it; again if what a directory had listed is gone.
+pub(super) fn find(path: &Path, look: impl Fn(&Path) -> Result<Place>) -> Result<Place> {
+    let mut patience = Patience::new();
+    loop {
+        match look(path) {
+            Ok(place) => return Ok(Place { found_by: Some(path.into()), ..place }),
+            Err(error) if error.is_not_found() && path.is_dir() && patience.again() => {}
+            Err(error) => return Err(error),
+        }
+    }
+}
+
+/// Opens the files of a place; others if a save has put others in their stead meanwhile.
+pub(super) fn open<T>(place: &Place, open: impl Fn(&Place) -> Result<T>) -> Result<T> {
+    let mut patience = Patience::new();
+    let mut now = None;
+    loop {
+        let place = now.as_ref().unwrap_or(place);
+        let done = open(place);
+        // Shards go, and others may get their names, only once their index is another or gone. As long as it is the
+        // one that was read, all that was opened is of one set.
+        let is_replaced = place.is_replaced();
+        let is_in_doubt = is_replaced || done.as_ref().is_err_and(Error::is_not_found);
+        let Some(path) = place.found_by.as_ref().filter(|_| is_in_doubt) else { return done };
+        let found = super::locate(path)?;
+        if !is_replaced && found.files == place.files {
+            return done;
+        }
+        if !patience.again() {
+            let what = "it is being replaced, faster than it can be opened".into();
+            return done.and_then(|_| Err(Error::Busy { path: path.clone(), what }));
+        }
+        now = Some(found);
+    }
+}
