@@ -93,6 +93,22 @@ impl Dir {
         act(Op::Open(self, name), || Ok(rustix::fs::openat(&self.fd, name, flags, Mode::empty())?.into()))
     }
 
+    /// Reads a regular file of at most so many bytes; links are followed.
+    pub(crate) fn read(&self, name: &OsStr, most: u64) -> io::Result<Vec<u8>> {
+        use std::io::Read as _;
+        let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::CLOEXEC;
+        let file = act(Op::Open(self, name), || {
+            Ok(File::from(rustix::fs::openat(&self.fd, name, flags, Mode::empty())?))
+        })?;
+        let metadata = file.metadata()?;
+        if !metadata.is_file() || metadata.len() > most {
+            return Err(io::ErrorKind::InvalidData.into());
+        }
+        let mut bytes = Vec::new();
+        file.take(most).read_to_end(&mut bytes)?;
+        Ok(bytes)
+    }
+
     /// What `name` is; links are followed.
     pub(crate) fn stat(&self, name: &OsStr) -> Result<Stat, Errno> {
         rustix::fs::statat(&self.fd, name, AtFlags::empty())

@@ -10,7 +10,9 @@ use crate::error::Error;
 use crate::format::safetensors;
 use crate::layout::Layout;
 use crate::map::Source;
-use crate::save::{Commit, Create, DraftOptions, Edited, HeaderEdit, Target, checksum, fill, place, sharded};
+use crate::save::{
+    Commit, Create, DraftOptions, Edited, HeaderEdit, Target, checksum, fill, model_may_be_at, place, sharded,
+};
 use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyString};
 use std::collections::BTreeMap;
@@ -77,7 +79,7 @@ pub(super) fn save(
 ) -> PyResult<bool> {
     if let Ok(model) = tensors.cast::<Model>() {
         let parts = model.get().parts()?;
-        py.detach(|| parts.with_contents(|contents| contents.may_replace(&path)))?;
+        py.detach(|| parts.with_contents(|contents| model_may_be_at(&path, contents)))?;
     }
     let tensors = collect(tensors)?;
     if distinct && !are_distinct(&tensors) {

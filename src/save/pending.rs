@@ -1,5 +1,6 @@
 //! A file on its way to its name: the commit protocol's steps, in their only order.
 
+use super::beside;
 use crate::error::{Error, Result};
 use crate::map::cancel::Unfinished;
 use crate::map::disk::Dir;
@@ -90,6 +91,11 @@ impl Pending {
         self.file.is_in(&self.dir)
     }
 
+    /// The directory it is made in.
+    pub(super) fn dir(&self) -> &Arc<Dir> {
+        &self.dir
+    }
+
     /// The path this file is meant for.
     pub(crate) fn path(&self) -> &Path {
         &self.path
@@ -102,6 +108,11 @@ impl Pending {
     /// Step 2: all space, now. `false` where it can only be written, not mapped.
     pub(crate) fn allocate(&self, len: u64) -> Result<bool> {
         self.file.allocate(len).map_err(Error::io(&self.path, "allocating space for it"))
+    }
+
+    /// As [`publish`](Pending::publish), of a whole model: a sharded set of its name goes, whose place it takes.
+    pub(crate) fn publish_model(self, durable: bool) -> Result<()> {
+        beside::publish_model(self, durable)
     }
 
     /// Steps 4 to 6: mode, sync, rename, sync of the directory.

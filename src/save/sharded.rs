@@ -1,8 +1,9 @@
 //! A model over several files: shards first, index last.
 
-use super::Pending;
+use super::beside::write_index;
+use super::over::Kind;
 use crate::error::{Error, Result};
-use crate::format::index::{self, Index};
+use crate::format::index::{self, Index, Truth};
 use crate::map::disk::Dir;
 use crate::map::{self, Mapping};
 use std::collections::BTreeMap;
@@ -55,6 +56,10 @@ pub(crate) fn stage<E: From<Error>>(
     target.dir.lock().ok();
     let mut old = target.old_shards();
     let groups = group(tensors, limit);
+    if groups.len() == 1 {
+        // Whoever commits a whole file sees to the set beside it, under the same lock.
+        target.dir.unlock();
+    }
     let mut set = Set {
         target,
         path: path.into(),
@@ -66,7 +71,7 @@ pub(crate) fn stage<E: From<Error>>(
         owner: std::process::id(),
     };
     let paths: Vec<PathBuf> = if groups.len() == 1 {
-        old.retain(|shard| Some(OsStr::new(shard)) != path.file_name());
+        old.clear();
         vec![path.to_owned()]
     } else {
         let names = set.target.free_names(groups.len(), &old);
@@ -136,17 +141,14 @@ impl Set {
             self.written.extend(self.index.as_ref().map(|_| shard.path));
             (shard.commit)()?;
         }
-        let Some(text) = self.index.take() else {
-            // Some readers prefer an index: a stale one would hide the new file. Its shards outlive it.
-            self.remove_superseded(self.target.index_name())?;
-            self.target.remove_all(&self.old);
-            return Ok(());
+        let Some(text) = self.index.take() else { return Ok(()) };
+        let file = self.path.file_name().unwrap_or_default();
+        let beside_file = self.target.dir.contains(file);
+        let published = if beside_file {
+            write_index(&self.target.index, &index::marked(&text, Truth::Index), self.durable)
+        } else {
+            write_index(&self.target.index, &text, self.durable)
         };
-        let pending = Pending::create(&self.target.index)?;
-        pending.allocate(text.len() as u64)?;
-        let written = pending.file().write_all_at(text.as_bytes(), 0);
-        written.map_err(Error::io(&self.target.index, "writing the index"))?;
-        let published = pending.publish(self.durable);
         if !matches!(published, Err(Error::Io { .. })) {
             // The index is in place: the new set is the model, whatever happens now.
             self.written.clear();
@@ -154,7 +156,11 @@ impl Set {
         // An index that a power loss may undo needs the old set: nothing of that goes before the new one is durable.
         published?;
         // A single file of that name is not the model any more, and readers would take it for one.
-        self.remove_superseded(self.path.file_name().unwrap_or_default())?;
+        self.remove_superseded(file)?;
+        if beside_file {
+            // What the index says of a file that is not there harms nobody.
+            write_index(&self.target.index, &text, self.durable).ok();
+        }
         self.target.remove_all(&self.old);
         Ok(())
     }
@@ -227,6 +233,7 @@ struct Target {
 
 impl Target {
     fn of(path: &Path) -> Result<Self> {
+        Kind::Weights.check_name(path)?;
         let name = path.file_name().and_then(|n| n.to_str()).unwrap_or_default();
         let stem = name.strip_suffix(".safetensors").filter(|stem| !stem.is_empty()).ok_or_else(|| {
             Error::Argument(format!(
@@ -244,10 +251,6 @@ impl Target {
         let index = parent.join(format!("{stem}.safetensors.index.json"));
         let dir = Dir::open(&parent).map_err(Error::io(path, "opening its directory"))?;
         Ok(Self { dir, parent, stem: stem.into(), index })
-    }
-
-    fn index_name(&self) -> &OsStr {
-        self.index.file_name().unwrap_or_default()
     }
 
     /// Best effort: what is left behind takes space and harms nobody.

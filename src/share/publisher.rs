@@ -12,7 +12,7 @@ use crate::layout::Layout;
 use crate::map::disk::{self, Dir};
 use crate::map::{ExclusiveFile, Source};
 use crate::model::{Contents, ModelMut, Span};
-use crate::save::{DraftOptions, Pair, fill_draft};
+use crate::save::{DraftOptions, Kind, Pair, fill_draft};
 use safetensors::View;
 use std::borrow::Cow;
 use std::collections::{BTreeMap, BTreeSet, HashSet};
@@ -129,6 +129,7 @@ impl Publisher {
     }
 
     fn with(place: &Place, options: &PublishOptions) -> Result<Self> {
+        Kind::Directory.check_name(&place.path)?;
         place.make(options.mode)?;
         let path = place.path.clone();
         let dir = Dir::open(&path).map_err(Error::io(&path, "opening the directory"))?;
