@@ -198,6 +198,23 @@ pub(super) fn stage_one(
     Ok(Box::new(move || finish().map(|()| None)))
 }
 
+/// A copy of a tensor that does not lie in one piece in this process's memory, which does.
+pub(super) fn gathered(py: Python<'_>, name: &str, given: &Given, object: &Py<PyAny>) -> PyResult<Given> {
+    let object = object.bind(py);
+    let whole = if object.hasattr("detach")? {
+        let whole = object.call_method0("detach")?.call_method1("to", ("cpu",))?;
+        whole.call_method0("resolve_conj")?.call_method0("resolve_neg")?.call_method0("contiguous")?
+    } else {
+        let numpy = py.import("numpy")?;
+        let native = arrays::numpy_dtype(py, given.dtype)?;
+        numpy.call_method1("ascontiguousarray", (object, native))?
+    };
+    let mut gathered = given::look_at(name, &whole)?;
+    // numpy makes a scalar one-dimensional.
+    gathered.shape.clone_from(&given.shape);
+    Ok(gathered)
+}
+
 /// The length of the file that tensors, or a spec of them as for `create`, would make.
 #[pyfunction]
 #[pyo3(signature = (spec, *, metadata = None))]
@@ -219,19 +236,7 @@ pub(super) fn save_bytes<'py>(
     for (name, array) in &mut tensors {
         // Bytes have no pages for a framework to write to: one tensor is gathered first.
         if let Data::Strided(object) = &array.data {
-            let object = object.bind(py);
-            let whole = if object.hasattr("detach")? {
-                let whole = object.call_method0("detach")?.call_method1("to", ("cpu",))?;
-                whole.call_method0("resolve_conj")?.call_method0("resolve_neg")?.call_method0("contiguous")?
-            } else {
-                let numpy = py.import("numpy")?;
-                let native = arrays::numpy_dtype(py, array.dtype)?;
-                numpy.call_method1("ascontiguousarray", (object, native))?
-            };
-            let shape = array.shape.clone();
-            *array = given::look_at(name, &whole)?;
-            // numpy makes a scalar one-dimensional.
-            array.shape = shape;
+            *array = gathered(py, name, array, object)?;
         }
     }
     let (header, layout) = py.detach(|| {

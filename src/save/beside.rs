@@ -13,7 +13,8 @@ use super::Pending;
 use super::sharded::is_shard_suffix;
 use crate::error::{Error, Result};
 use crate::format::index::{self, Index, Truth};
-use crate::map::disk::Dir;
+use crate::map::{self, disk::Dir};
+use rustix::fs::FileType;
 use std::ffi::{OsStr, OsString};
 use std::io::ErrorKind;
 use std::os::unix::fs::MetadataExt as _;
@@ -34,7 +35,7 @@ struct OldSet {
 pub(super) fn publish_model(pending: Pending, durable: bool) -> Result<()> {
     let path = pending.path().to_owned();
     let Some(name) = index_name(&path) else { return pending.publish(durable) };
-    if pending.dir().contains(&name) {
+    if is_file(pending.dir(), &name) {
         let mut set = OldSet::lock(&path, &name)?;
         set.give_way(path.file_name().unwrap_or_default(), durable)?;
         return match pending.publish(durable) {
@@ -49,7 +50,7 @@ pub(super) fn publish_model(pending: Pending, durable: bool) -> Result<()> {
     let file =
         file.map(|file| (file.dev(), file.ino())).map_err(Error::io(&path, "asking which file it is"))?;
     pending.publish(durable)?;
-    if !dir.contains(&name) {
+    if !is_file(&dir, &name) {
         return Ok(());
     }
     // A set was saved meanwhile. It has taken this file away, if it was the later one.
@@ -59,6 +60,39 @@ pub(super) fn publish_model(pending: Pending, durable: bool) -> Result<()> {
         return set.remove(&path, durable);
     }
     Ok(())
+}
+
+/// Whether there is a file of that name: what else is called like an index is none.
+fn is_file(dir: &Dir, name: &OsStr) -> bool {
+    dir.stat(name).is_ok_and(|stat| FileType::from_raw_mode(stat.st_mode).is_file())
+}
+
+/// The files that go when a whole file gets this path: what is there, and the set of its name.
+pub(super) fn replaced_by(path: &Path) -> Vec<PathBuf> {
+    let mut replaced = vec![path.to_owned()];
+    if let Some(index) = index_beside(path) {
+        let parent = path.parent().unwrap_or(Path::new(""));
+        let text = map::open_regular(&index).and_then(|(file, len)| {
+            let len = usize::try_from(len.min(index::MAX_INDEX_LEN)).unwrap_or_default();
+            index::parse(&map::read_exact_at(&file, &index, 0, len)?, &index)
+        });
+        replaced.push(index);
+        let shards = text.map_or(Vec::new(), |index| index.shards);
+        replaced
+            .extend(shards.iter().filter(|shard| is_shard_of(path, shard)).map(|shard| parent.join(shard)));
+    }
+    replaced
+}
+
+/// The index of the set of a whole file's name, where there is one.
+pub(super) fn index_beside(path: &Path) -> Option<PathBuf> {
+    index_name(path).map(|name| path.with_file_name(name)).filter(|index| index.is_file())
+}
+
+/// Whether a shard is named as one of the set of this file's name is.
+fn is_shard_of(path: &Path, shard: &str) -> bool {
+    let stem = path.file_stem().and_then(OsStr::to_str);
+    stem.and_then(|stem| shard.strip_prefix(stem)).is_some_and(is_shard_suffix)
 }
 
 /// What the index of a set is called whose whole file would have this path.
@@ -129,9 +163,8 @@ impl OldSet {
             }
             Ok(()) => {}
         }
-        let stem = path.file_stem().and_then(OsStr::to_str).unwrap_or_default();
         let shards = self.found.iter().flat_map(|(_, index)| &index.shards);
-        for shard in shards.filter(|shard| shard.strip_prefix(stem).is_some_and(is_shard_suffix)) {
+        for shard in shards.filter(|shard| is_shard_of(path, shard)) {
             // What is left behind takes space and harms nobody.
             self.dir.remove(OsStr::new(shard)).ok();
         }

@@ -12,6 +12,7 @@
 //! All of it is looked at before anything is written. A header edit writes over its input, which is its meaning;
 //! checkpoints and publications have names that nothing else has, in a directory of theirs.
 
+use super::beside::{index_beside, replaced_by};
 use super::delta;
 use crate::error::{Error, Result, printable};
 use crate::map::{self, Backing};
@@ -98,6 +99,10 @@ impl Made {
             refuse_input(path, input)?;
         }
         let why = match (self, is_delta(path)) {
+            _ if self == Self::Delta && index_beside(path).is_some() => {
+                "is the name of the sharded model beside it, and a delta would take its place: write the delta under \
+                 another name"
+            }
             (Self::Delta, Some(false)) => {
                 "is a model, and a delta would take its place: write the delta under another name"
             }
@@ -163,15 +168,17 @@ pub(crate) fn model_may_be_at(path: &Path, model: &Contents<'_>) -> Result<()> {
     Ok(())
 }
 
-/// That a path does not lead to what a model was opened from.
+/// That nothing goes, when a path is written to, that a model was opened from.
 fn refuse_input(path: &Path, model: &Contents<'_>) -> Result<()> {
-    let is_input = there(path).is_some_and(|(there, _)| {
-        is_of(there, model) || model.catalog.index.as_deref().and_then(identity) == Some(there)
-    });
-    if is_input {
-        let path = printable(&path.to_string_lossy());
-        let why = "is an input, and would be replaced by what is made of it: write to another name";
-        return Err(Error::Argument(format!("{path} {why}")));
+    let index = model.catalog.index.as_deref().and_then(identity);
+    for replaced in replaced_by(path) {
+        if identity(&replaced).is_some_and(|there| is_of(there, model) || Some(there) == index) {
+            let (path, replaced) = (path.to_string_lossy(), replaced.to_string_lossy());
+            let (path, replaced) = (printable(&path), printable(&replaced));
+            let what = if path == replaced { path } else { format!("{replaced}, whose place {path} takes,") };
+            let why = "is an input, and would be replaced by what is made of it: write to another name";
+            return Err(Error::Argument(format!("{what} {why}")));
+        }
     }
     Ok(())
 }

@@ -158,7 +158,7 @@ fn open_dir(path: &Path) -> Result<Dir> {
 }
 
 /// The mode of the file at `path`, if there is one; refuses what a rename would wrongly replace.
-fn replaced_mode(dir: &Dir, path: &Path, name: &OsStr) -> Result<Option<u32>> {
+pub(super) fn replaced_mode(dir: &Dir, path: &Path, name: &OsStr) -> Result<Option<u32>> {
     // Followed, for a link to a device is as bad as the device; a dangling link counts as nothing.
     let stat = match dir.stat(name) {
         Ok(stat) => stat,

@@ -2,6 +2,7 @@
 
 use super::beside::write_index;
 use super::over::Kind;
+use super::pending::replaced_mode;
 use crate::error::{Error, Result};
 use crate::format::index::{self, Index, Truth};
 use crate::map::disk::Dir;
@@ -54,6 +55,7 @@ pub(crate) fn stage<E: From<Error>>(
     // One set at a time: names are chosen, and old shards removed, by what is there. Released when dropped,
     // or by the process' death. File systems without locks lose only this.
     target.dir.lock().ok();
+    replaced_mode(&target.dir, path, path.file_name().unwrap_or_default())?;
     let mut old = target.old_shards();
     let groups = group(tensors, limit);
     if groups.len() == 1 {
@@ -149,7 +151,7 @@ impl Set {
         } else {
             write_index(&self.target.index, &text, self.durable)
         };
-        if !matches!(published, Err(Error::Io { .. })) {
+        if matches!(published, Ok(()) | Err(Error::NotDurable { .. })) {
             // The index is in place: the new set is the model, whatever happens now.
             self.written.clear();
         }
