@@ -179,7 +179,7 @@ pub enum Error {
         what: String,
     },
 
-    /// A file name in an index leads out of the index's directory.
+    /// A shard that an index names is not in the index's directory, or below it.
     #[error("{}the index names {} as a shard: {reason}", at(path), quote(name))]
     Path {
         /// The index.

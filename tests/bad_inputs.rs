@@ -308,7 +308,9 @@ fn a_shard_name_that_leads_out_of_the_directory_is_refused() {
         "/etc/passwd",
         "a/../../b",
         "../x",
-        "./x",
+        "./../x",
+        "sub/../../x",
+        "sub/../x",
         "..\\x",
         "C:\\x",
         "C:x",
@@ -317,7 +319,8 @@ fn a_shard_name_that_leads_out_of_the_directory_is_refused() {
         "..",
         "x/",
         "/",
-        "sub/x",
+        "sub/",
+        "sub/.",
         "\\\\host\\x",
         "a\0b",
         "x\0",
@@ -330,6 +333,76 @@ fn a_shard_name_that_leads_out_of_the_directory_is_refused() {
         assert_eq!(kind, "Path", "{name:?}: {message}");
         assert!(message.contains(INDEX), "{message}");
     }
+}
+
+#[test]
+fn a_shard_in_a_folder_below_the_index_opens_however_it_is_spelled() {
+    for (a, b) in [("./x", "./y"), ("sub/x", "y"), ("./sub//x", "./y"), ("sub/./x", "sub/x"), ("link/x", "y")]
+    {
+        let (kind, message) = verdict_on_set(&map(&[("a", a), ("b", b)]), |dir| {
+            std::fs::create_dir(dir.join("sub")).unwrap();
+            symlink("sub", dir.join("link")).unwrap();
+            let both = a.trim_start_matches("./").replace("/./", "/") == b;
+            std::fs::write(dir.join("sub/x"), shard(if both { &["a", "b"] } else { &["a"] })).unwrap();
+            std::fs::write(dir.join("x"), shard(&["a"])).unwrap();
+            std::fs::write(dir.join("y"), shard(&["b"])).unwrap();
+        });
+        assert_eq!(kind, "OK", "{a} {b}: {message}");
+    }
+}
+
+#[test]
+fn what_another_system_keeps_beside_a_model_is_none() {
+    let dir = tempfile::tempdir().unwrap();
+    for name in ["._m.safetensors", "m.safetensors"] {
+        std::fs::write(dir.path().join(name), shard(&["a"])).unwrap();
+    }
+    assert_eq!(verdict(dir.path()).0, "OK");
+    std::fs::write(dir.path().join("m.safetensors.index.json"), map(&[("a", "m.safetensors")])).unwrap();
+    std::fs::write(dir.path().join("._m.safetensors.index.json"), "Mac OS X").unwrap();
+    assert_eq!(verdict(dir.path()).0, "OK");
+}
+
+#[test]
+fn of_a_file_and_an_index_of_one_name_none_is_chosen_unless_they_are_one_model() {
+    for stem in ["model", "m"] {
+        let dir = tempfile::tempdir().unwrap();
+        let at = |name: &str| dir.path().join(format!("{stem}{name}"));
+        std::fs::write(at(".safetensors"), shard(&["a"])).unwrap();
+        std::fs::write(at("-00001-of-00001.safetensors"), shard(&["a"])).unwrap();
+        let index = |shard: &str| map(&[("a", &format!("{stem}{shard}"))]);
+        std::fs::write(at(".safetensors.index.json"), index("-00001-of-00001.safetensors")).unwrap();
+        let (kind, message) = verdict(dir.path());
+        assert_eq!(kind, "Argument", "{message}");
+        for name in [".safetensors", ".safetensors.index.json"] {
+            assert!(message.contains(&format!("{stem}{name}")), "{message}");
+            assert_eq!(verdict(&at(name)).0, "OK", "by its own path");
+        }
+        // An index that names the very file, or another name of it.
+        std::fs::write(at(".safetensors.index.json"), index(".safetensors")).unwrap();
+        assert_eq!(verdict(dir.path()).0, "OK");
+        std::fs::remove_file(at("-00001-of-00001.safetensors")).unwrap();
+        std::fs::hard_link(at(".safetensors"), at("-00001-of-00001.safetensors")).unwrap();
+        std::fs::write(at(".safetensors.index.json"), index("-00001-of-00001.safetensors")).unwrap();
+        assert_eq!(verdict(dir.path()).0, "OK");
+        // A file of another name is no part of it.
+        std::fs::rename(at(".safetensors"), dir.path().join("consolidated.safetensors")).unwrap();
+        assert_eq!(verdict(dir.path()).0, "OK");
+    }
+}
+
+#[test]
+fn too_much_metadata_is_not_told_to_split_the_tensors() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("m.safetensors");
+    let save = |options: maptensors::SaveOptions| options.save([("a", common::bytes_tensor(b"x"))], &path);
+    let error = save(maptensors::SaveOptions::new().metadata("k", "x".repeat(100_000_001))).unwrap_err();
+    assert_eq!(error.kind(), "Limit");
+    assert!(error.to_string().contains("metadata") && !error.to_string().contains("shard"), "{error}");
+    save(maptensors::SaveOptions::new()).unwrap();
+    let edit = maptensors::HeaderEdit::new().set("k", "x".repeat(100_000_001));
+    let error = edit.apply(&path).unwrap_err();
+    assert!(error.to_string().contains("metadata") && !error.to_string().contains("shard"), "{error}");
 }
 
 #[test]

@@ -567,3 +567,52 @@ fn a_sharded_save_replaces_the_set_and_a_failing_one_leaves_it() {
     assert_eq!(listing(dir.path()), ["m.safetensors"]);
     assert_eq!(generation(&Model::read(dir.path()).unwrap()), 4);
 }
+
+#[test]
+fn whatever_saves_a_whole_file_has_the_set_of_its_name_go_and_nothing_else() {
+    type Save = fn(&Path);
+    let plain: Save = |path| save_generation(&SaveOptions::new(), path, 2, 100).unwrap();
+    let quick: Save = |path| save_generation(&SaveOptions::new().durable(false), path, 2, 100).unwrap();
+    let model: Save = |path| {
+        let dir = tempfile::tempdir().unwrap();
+        save_generation(&SaveOptions::new(), &dir.path().join("m"), 2, 100).unwrap();
+        Model::read(dir.path().join("m")).unwrap().save(path).unwrap();
+    };
+    for (stem, save) in [("model", plain), ("m", plain), ("m", quick), ("m", model)] {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join(format!("{stem}.safetensors"));
+        save_generation(&SaveOptions::new().max_shard_size(100_000), &path, 1, 200_000).unwrap();
+        assert_eq!(listing(dir.path()).len(), 3);
+        let mine = ["config.json", "notes-00001-of-00002.safetensors.txt"];
+        for name in mine {
+            std::fs::write(dir.path().join(name), b"mine").unwrap();
+        }
+        let held = Model::read(dir.path()).unwrap();
+        save(&path);
+        assert_eq!(generation(&held), 1);
+        let mut left = vec![format!("{stem}.safetensors")];
+        left.extend(mine.map(str::to_owned));
+        left.sort();
+        assert_eq!(listing(dir.path()), left);
+        assert_eq!(generation(&Model::read(&path).unwrap()), 2);
+    }
+}
+
+#[test]
+fn a_whole_file_and_a_set_that_are_saved_at_once_leave_one_of_them() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("model.safetensors");
+    let quick = || SaveOptions::new().durable(false);
+    for round in 1..=20 {
+        std::thread::scope(|scope| {
+            scope.spawn(|| save_generation(&quick(), &path, 2 * round, 2000).unwrap());
+            scope.spawn(|| {
+                save_generation(&quick().max_shard_size(1000), &path, 2 * round + 1, 2000).unwrap();
+            });
+        });
+        let found = generation(&Model::read(dir.path()).unwrap());
+        assert!([2 * round, 2 * round + 1].contains(&found), "{found} in round {round}");
+        let names = listing(dir.path());
+        assert!(names.len() == 1 || !names.contains(&"model.safetensors".to_owned()), "{names:?}");
+    }
+}

@@ -27,10 +27,14 @@ and ``model.changed()`` reports it. ``torch.from_numpy`` warns of a read-only ar
 
 ``maptensors.numpy``, ``maptensors.torch`` and ``maptensors.flax`` have the functions of the safetensors
 modules of the same names; :class:`safe_open` is safetensors' too. Moving over is a change of import.
+
+Only the main interpreter of a process can import this package; in a subinterpreter it is an ``ImportError``.
 """
 
 from collections.abc import Mapping as _Mapping
 
+# The extension first: where that cannot be imported, nothing of the package is left behind.
+from maptensors import _native as _native
 from maptensors import plans
 from maptensors._api import edit, save, save_bytes
 from maptensors._checkpoint import Checkpointer, Saved, Saving

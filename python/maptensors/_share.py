@@ -7,7 +7,7 @@ from types import TracebackType
 from typing import Any, Literal, Self
 
 from maptensors import _native
-from maptensors._state import check_framework, flatten, unflatten
+from maptensors._state import STATE, check_framework, flatten, named_in, unflatten
 from maptensors.errors import MapTensorsError
 
 
@@ -36,10 +36,10 @@ class Publisher:
 
         ``state`` is what a :class:`Checkpointer` takes: tensors of any framework, numbers and strings in
         nested dicts and lists; or a :class:`Model`. Tensors are copied, once. With ``changed``, the names of
-        those that changed (``"model.fc1.weight"`` for a nested one), only these are; the others are shared
-        with the generation before, and must be as they were then. ``"compare"`` finds out, by comparing
-        every tensor with what is published. Of a copy-on-write :class:`Model` nothing need be said: what it
-        has changed is known.
+        those that changed (``"model.fc1.weight"`` for a nested one, any of its names for one that is there
+        under several), only these are; the others are shared with the generation before, and must be as they
+        were then. ``"compare"`` finds out, by comparing every tensor's values with what is published. Of a
+        copy-on-write :class:`Model` nothing need be said: what it has changed is known.
 
         After NotRemovedError it is published, and an older file could not be removed.
         """
@@ -52,6 +52,8 @@ class Publisher:
         tensors, structure = (
             (state, dict(state.metadata)) if isinstance(state, _native.Model) else flatten(state)
         )
+        if given is not None and STATE in structure:
+            given = named_in(structure[STATE], tensors, given)
         return self._publisher.publish(
             tensors,
             metadata=dict(metadata or {}) | structure,
@@ -183,7 +185,9 @@ class Subscriber:
     def refresh(self) -> frozenset[str] | None:
         """Hold the newest generation, and return the names that differ; None if it was held already.
 
-        What was taken of the generation before stays as it is.
+        What was taken of the generation before stays as it is. Tensors that were published since are compared
+        with it, up to the first byte that differs; one that was published again as it was is read whole. To
+        spare every process that, publish with ``changed``.
         """
         names = self._subscriber.refresh()
         return None if names is None else frozenset(names)

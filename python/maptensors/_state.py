@@ -5,7 +5,7 @@ import math
 import sys
 from base64 import b64decode, b64encode
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from maptensors._native import Model, Tensor
@@ -123,6 +123,41 @@ def _name(value: Any, framework: str, path: str, tensors: dict[str, Any], known:
     tensors[name] = value
     known[identity] = name
     return name
+
+
+def named_in(structure: str, tensors: Mapping[str, Any], places: Iterable[str]) -> list[str]:
+    """Return the names that tensors have in the file, by the names of their places in the state.
+
+    A tensor that is in several places (tied weights) has the name of the first. What is no place of a tensor
+    stays as it is.
+    """
+    wanted = list(places)
+    # As good as always: every tensor is in one place, which is its name.
+    if all(place in tensors for place in wanted) and not any("~" in name for name in tensors):
+        return wanted
+    found: dict[str, set[str]] = {}
+
+    def look(node: Any, path: str) -> None:
+        match node:
+            case {"tensor": str(name), "as": _}:
+                found.setdefault(path, set()).add(name)
+            case {"dict": dict(parts)}:
+                for key, part in parts.items():
+                    look(part, _join(path, key))
+            case {"items": list(pairs)} | {"ordered": list(pairs)} | {"counter": list(pairs)}:
+                for key, part in pairs:
+                    look(part, _join(path, key))
+            case {"list": list(parts)} | {"tuple": list(parts)} | {"size": list(parts)}:
+                for i, part in enumerate(parts):
+                    look(part, _join(path, i))
+
+    look(json.loads(structure), "")
+    names: set[str] = set()
+    for place in wanted:
+        names |= found.get(place, {place})
+        if place in tensors:
+            names.add(place)
+    return sorted(names)
 
 
 def check_framework(framework: str | None) -> None:

@@ -2,7 +2,8 @@
 
 use super::{DONE, text};
 use crate::error::printable;
-use crate::{Model, ModelMut, SaveOptions, apply_delta};
+use crate::save::materialize_deltas;
+use crate::{Model, ModelMut, SaveOptions};
 use std::io::Write;
 use std::path::{Path, PathBuf};
 
@@ -47,8 +48,7 @@ impl Apply {
         // SAFETY: as in `open`.
         let base = unsafe { ModelMut::open(&self.base)? };
         let deltas = self.deltas.iter().map(|path| open(path)).collect::<crate::Result<Vec<_>>>()?;
-        let model = apply_delta(base, &deltas)?;
-        let shared = SaveOptions::new().materialize(&model, &self.out)?;
+        let shared = materialize_deltas(base, &deltas, &self.out, &SaveOptions::new())?;
         let how = if shared { ", sharing blocks with the base" } else { "" };
         writeln!(out, "{}: {}{how}", printable(&self.out.to_string_lossy()), size(&self.out))?;
         Ok(DONE)

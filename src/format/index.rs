@@ -11,6 +11,7 @@ use hashbrown::{HashMap, HashSet};
 use serde::de::{self, DeserializeSeed, Deserializer, IgnoredAny, MapAccess, Visitor};
 use serde::{Deserialize, Serialize};
 use serde_json::value::RawValue;
+use std::borrow::Cow;
 use std::cell::RefCell;
 use std::collections::BTreeMap;
 use std::fmt;
@@ -19,7 +20,8 @@ use std::path::Path;
 /// Where an index says each tensor is.
 #[derive(Debug)]
 pub(crate) struct Index {
-    /// Shard file names, each once, in the order of their first mention.
+    /// Paths of shards from the index's directory, each once and in its plainest form, in the order of their first
+    /// mention.
     pub(crate) shards: Vec<String>,
     /// All tensor names, one behind the other: a String for each would cost more than reading them.
     names: String,
@@ -27,6 +29,33 @@ pub(crate) struct Index {
     ends: Vec<(usize, u32)>,
     /// `metadata.total_size`, which nothing relies on: no more than a hint, and often wrong.
     pub(crate) total_size: Option<u64>,
+    /// Which is the model, where a whole file of its name stands beside it, if a save has said so.
+    pub(crate) truth: Option<Truth>,
+}
+
+/// Which of two is the model: a whole file, or the index of its name beside it. A save that puts one in the other's
+/// place says so in the index as long as both are there.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Truth {
+    File,
+    Index,
+}
+
+impl Truth {
+    /// The key of the index that says it; other loaders pass it over.
+    const KEY: &'static str = "maptensors.model";
+
+    fn name(self) -> &'static str {
+        match self {
+            Self::File => "file",
+            Self::Index => "index",
+        }
+    }
+
+    fn parse(value: &RawValue) -> Option<Self> {
+        let name: String = serde_json::from_str(value.get()).ok()?;
+        [Self::File, Self::Index].into_iter().find(|truth| truth.name() == name)
+    }
 }
 
 impl Index {
@@ -50,7 +79,7 @@ pub(crate) const MAX_INDEX_LEN: u64 = super::safetensors::MAX_HEADER_LEN;
 ///
 /// # Errors
 /// [`Error::Utf8`], [`Error::Json`], [`Error::Duplicate`] for a tensor mapped twice, [`Error::Path`] for a
-/// shard that is not a plain file name.
+/// shard that is not in the index's directory, or below it.
 pub(crate) fn parse(bytes: &[u8], path: &Path) -> Result<Index> {
     let text = std::str::from_utf8(bytes)
         .map_err(|e| Error::Utf8 { path: path.into(), offset: e.valid_up_to() as u64 })?;
@@ -85,6 +114,11 @@ pub(crate) fn encode(
     text
 }
 
+/// The same index, saying which is the model.
+pub(crate) fn marked(text: &str, truth: Truth) -> String {
+    text.replacen('{', &format!("{{\n  \"{}\": \"{}\",", Truth::KEY, truth.name()), 1)
+}
+
 /// The index's outermost object.
 struct Top<'p> {
     path: &'p Path,
@@ -106,10 +140,11 @@ impl<'de> Visitor<'de> for &Top<'_> {
     }
 
     fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Index, A::Error> {
-        let (mut index, mut total_size) = (None, None);
+        let (mut index, mut total_size, mut truth) = (None, None, None);
         while let Some(key) = map.next_key_seed(Text)? {
             match &*key {
                 "metadata" => total_size = stated_size(map.next_value::<&RawValue>()?),
+                Truth::KEY => truth = Truth::parse(map.next_value::<&RawValue>()?),
                 "weight_map" if index.is_some() => {
                     let (path, name) = (self.path.into(), key.into_owned());
                     return Err(self.stop(Error::Duplicate { path, what: "key", name }));
@@ -122,6 +157,7 @@ impl<'de> Visitor<'de> for &Top<'_> {
         }
         let mut index: Index = index.ok_or_else(|| de::Error::missing_field("weight_map"))?;
         index.total_size = total_size;
+        index.truth = truth;
         Ok(index)
     }
 }
@@ -156,12 +192,17 @@ impl<'de> Visitor<'de> for WeightMap<'_, '_> {
 
     fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Index, A::Error> {
         let path = self.top.path;
-        let mut index =
-            Index { shards: Vec::new(), names: String::new(), ends: Vec::new(), total_size: None };
+        let mut index = Index {
+            shards: Vec::new(),
+            names: String::new(),
+            ends: Vec::new(),
+            total_size: None,
+            truth: None,
+        };
         let mut places: HashMap<String, u32> = HashMap::new();
         let mut last = 0;
         while let Some(tensor) = map.next_key_seed(Text)? {
-            let shard = map.next_value_seed(Text)?;
+            let shard = plainest(map.next_value_seed(Text)?);
             // Neighbours are mostly in the same file.
             if index.shards.get(last as usize).is_none_or(|name| *name != *shard) {
                 last = if let Some(&place) = places.get(&*shard) {
@@ -188,14 +229,41 @@ impl<'de> Visitor<'de> for WeightMap<'_, '_> {
     }
 }
 
-/// Why this is not the name of a file beside the index. Windows' separators count too: an index travels.
+/// A path without what says nothing: `./a//b` is `a/b`. An absolute one stays so.
+fn plainest(name: Cow<'_, str>) -> Cow<'_, str> {
+    if !name.split('/').any(|part| part == "." || part.is_empty()) || name.starts_with('/') {
+        return name;
+    }
+    // What names a directory keeps doing so.
+    let (rest, last) = name.rsplit_once('/').unwrap_or(("", &name));
+    let parts = rest.split('/').filter(|part| !part.is_empty() && *part != ".");
+    let parts: Vec<&str> = parts.chain([last]).collect();
+    Cow::Owned(parts.join("/"))
+}
+
+/// Why this does not lead to a file in the index's directory, or below it. Windows' separators count too: an index
+/// travels.
 pub(crate) fn refuse(name: &str) -> Option<&'static str> {
-    match name {
-        "" => Some("it is empty"),
-        "." | ".." => Some("it is a directory"),
-        _ if name.contains(['/', '\\']) => Some("it leads out of the index's directory"),
-        _ if name.as_bytes().get(1) == Some(&b':') => Some("it names a drive"),
-        _ if name.contains('\0') => Some("it contains NUL"),
+    if name.is_empty() {
+        return Some("it is empty");
+    }
+    if name.starts_with('/') {
+        return Some("it is absolute: shards are in the index's directory, or below it");
+    }
+    if name.contains('\\') {
+        return Some("it has a backslash in it, which separates directories on Windows: write it with /");
+    }
+    if name.as_bytes().get(1) == Some(&b':') {
+        return Some("it names a drive");
+    }
+    if name.contains('\0') {
+        return Some("it contains NUL");
+    }
+    match name.split('/').next_back() {
+        Some("" | "." | "..") => Some("it is a directory"),
+        _ if name.split('/').any(|part| part == "..") => {
+            Some("it has .. in it, and may lead out of the index's directory")
+        }
         _ => None,
     }
 }
@@ -223,10 +291,18 @@ mod tests {
             "x/",
             "a\0b",
             "C:x",
+            "a/..",
+            "a/../b",
+            "./..",
+            "./",
+            "/a",
+            "//a",
+            "./C:x/..",
         ] {
             assert_eq!(kind(&named(name)), "Path", "{name:?}");
         }
-        for name in ["model-00001-of-00002.safetensors", "...", "a b", "é"] {
+        for name in ["model-00001-of-00002.safetensors", "...", "a b", "é", "./a", "a/b", "a//./b", "..a/b.."]
+        {
             assert_eq!(kind(&named(name)), "OK", "{name:?}");
         }
         for (text, expected) in [
@@ -248,6 +324,23 @@ mod tests {
         }
         assert_eq!(parse(b"\xff", Path::new("i")).unwrap_err().kind(), "Utf8");
         assert_eq!(kind(&"[".repeat(100_000)), "Json");
+    }
+
+    #[test]
+    fn a_shard_is_one_however_it_is_spelled() {
+        let text = r#"{"weight_map":{"a":"x/y","b":"./x/y","c":"x//./y","d":"y"}}"#;
+        assert_eq!(parse(text.as_bytes(), Path::new("i")).unwrap().shards, ["x/y", "y"]);
+    }
+
+    #[test]
+    fn an_index_says_which_is_the_model_only_if_a_save_has_said_so() {
+        let text = encode(&BTreeMap::from([("a", "x")]), &BTreeMap::new(), 1);
+        let truth = |text: &str| parse(text.as_bytes(), Path::new("i")).unwrap().truth;
+        assert_eq!(truth(&text), None);
+        for said in [Truth::File, Truth::Index] {
+            assert_eq!(truth(&marked(&text, said)), Some(said));
+        }
+        assert_eq!(truth(r#"{"maptensors.model":7,"weight_map":{}}"#), None);
     }
 
     #[test]

@@ -146,6 +146,26 @@ impl Dir {
         act(Op::Open(self, name), || Ok(rustix::fs::openat(&self.fd, name, flags, Mode::empty())?.into()))
     }
 
+    /// Reads a regular file of at most so many bytes; links are followed.
+    pub(crate) fn read(&self, name: &OsStr, most: u64) -> io::Result<Vec<u8>> {
+        use std::io::Read as _;
+        let file = self.open_linked(name)?;
+        let metadata = file.metadata()?;
+        if !metadata.is_file() || metadata.len() > most {
+            return Err(io::ErrorKind::InvalidData.into());
+        }
+        let mut bytes = Vec::new();
+        file.take(most).read_to_end(&mut bytes)?;
+        Ok(bytes)
+    }
+
+    /// The same directory, opened once more: with a lock of its own.
+    pub(crate) fn again(&self) -> io::Result<Self> {
+        let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        let fd = rustix::fs::openat(&self.fd, ".", flags, Mode::empty())?;
+        Ok(Self { fd, path: self.path.clone() })
+    }
+
     /// What `name` is; links are followed.
     pub(crate) fn stat(&self, name: &OsStr) -> Result<Stat, Errno> {
         rustix::fs::statat(&self.fd, name, AtFlags::empty())

@@ -80,6 +80,7 @@ fn assemble_now<M: Send + Sync>(
     let (memories, guards): (_, Vec<_>) = memories.into_iter().unzip();
     let mut catalog = Catalog::new(shards)?;
     if let Some(index) = &place.index {
+        catalog.index = Some(place.path.clone());
         catalog.stated_size = index.total_size;
         check_index(index, &catalog, &place.path)?;
     }

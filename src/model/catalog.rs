@@ -25,6 +25,8 @@ pub(crate) struct Catalog {
     metadata: BTreeMap<String, String>,
     /// The checksum of every tensor, in file order, as the files hold them: once somebody asked.
     pub(super) sums: OnceLock<Vec<u128>>,
+    /// The index that names the shards, if they were opened by one.
+    pub(crate) index: Option<PathBuf>,
     /// The size of all tensors, as an index states it.
     pub(super) stated_size: Option<u64>,
 }
@@ -39,6 +41,7 @@ impl Catalog {
             hasher: DefaultHashBuilder::default(),
             metadata: BTreeMap::new(),
             sums: OnceLock::new(),
+            index: None,
             stated_size: None,
         };
         if shards.len() != 1 {

@@ -70,35 +70,6 @@ impl<'a> Contents<'a> {
         }
     }
 
-    /// That the file at a path may be replaced by what is saved of this model.
-    ///
-    /// # Errors
-    /// [`Error::Argument`] where it is what the model is edited in, or holds more than the model.
-    pub(crate) fn may_replace(&self, path: &Path) -> Result<()> {
-        use std::os::unix::fs::MetadataExt as _;
-        let identity = |path: &Path| std::fs::metadata(path).ok().map(|there| (there.dev(), there.ino()));
-        let Ok(there) = std::fs::metadata(path) else { return Ok(()) };
-        let target = Some((there.dev(), there.ino()));
-        let refused = |why: &str| {
-            let path = crate::error::printable(&path.to_string_lossy());
-            Err(Error::Argument(format!("{path} {why}")))
-        };
-        for (shard, memory) in self.catalog.shards().iter().zip(&self.memories) {
-            let Some((mapped, part)) = memory.place() else { continue };
-            // One that was read from within a file has no mapping of it.
-            let is_within = part.start != 0 && identity(&shard.path) == target;
-            if mapped == target && memory.backing() == Backing::Shared {
-                return refused(
-                    "is the file that this model is edited in: flush it, or save under another name",
-                );
-            }
-            if is_within || mapped == target && part != (0..there.len()) {
-                return refused("holds more than this model, which would be lost: save under another name");
-            }
-        }
-        Ok(())
-    }
-
     /// Every tensor's shard, place in it, and info, in file order.
     pub(crate) fn infos(&self) -> impl Iterator<Item = (usize, usize, TensorInfo<'a>)> {
         let catalog = self.catalog;

@@ -2,9 +2,10 @@
 
 use super::again;
 use crate::error::{Error, Result};
-use crate::format::index;
+use crate::format::index::{self, Truth};
 use crate::map;
 use std::fs::File;
+use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 
 /// The files of a model.
@@ -37,7 +38,6 @@ impl Place {
 impl Place {
     /// Whether the index is another one by now, or gone.
     pub(super) fn is_replaced(&self) -> bool {
-        use std::os::unix::fs::MetadataExt as _;
         let identity = |found: std::fs::Metadata| (found.dev(), found.ino());
         let Some(Ok(read)) = self.index_file.as_ref().map(File::metadata) else { return false };
         match std::fs::metadata(&self.path) {
@@ -53,7 +53,8 @@ const INDEX_SUFFIX: &str = ".safetensors.index.json";
 ///
 /// # Errors
 /// [`Error::Io`]; those of [`index::parse`]; [`Error::NotRegular`] for a directory without a model, or
-/// with several.
+/// with several; [`Error::Argument`] for one with a whole file and an index of the same name, of which nothing says
+/// which is the model.
 pub(crate) fn locate(path: &Path) -> Result<Place> {
     again::find(path, look)
 }
@@ -66,31 +67,39 @@ fn look(path: &Path) -> Result<Place> {
     if !name.ends_with(".index.json") {
         return Ok(Place::files(&[path]));
     }
-    let (file, len) = map::open_regular(path)?;
-    let limit = index::MAX_INDEX_LEN;
-    let too_long =
-        || Error::Limit { path: path.into(), what: "the index length", found: len, limit, hint: None };
-    let len = usize::try_from(len).ok().filter(|&n| n as u64 <= limit).ok_or_else(too_long)?;
-    let index = index::parse(&map::read_exact_at(&file, path, 0, len)?, path)?;
+    let (file, index) = read_index(path)?;
     // Beside the index as it was named: a hub cache's index is a link, and so are the shards beside it.
     let dir = path.parent().unwrap_or(Path::new(""));
     let files = index.shards.iter().map(|shard| dir.join(shard)).collect();
     Ok(Place { path: path.into(), files, index: Some(index), found_by: None, index_file: Some(file) })
 }
 
+fn read_index(path: &Path) -> Result<(File, index::Index)> {
+    let (file, len) = map::open_regular(path)?;
+    let limit = index::MAX_INDEX_LEN;
+    let too_long =
+        || Error::Limit { path: path.into(), what: "the index length", found: len, limit, hint: None };
+    let len = usize::try_from(len).ok().filter(|&n| n as u64 <= limit).ok_or_else(too_long)?;
+    let index = index::parse(&map::read_exact_at(&file, path, 0, len)?, path)?;
+    Ok((file, index))
+}
+
 /// The model in a directory: its index, or its only safetensors file.
 fn pick(dir: &Path) -> Result<PathBuf> {
-    // The whole file first, as transformers does: an index beside it is what a sharded save left before.
-    for name in ["model.safetensors", "model.safetensors.index.json"] {
-        if dir.join(name).exists() {
-            return Ok(dir.join(name));
-        }
+    let usual = dir.join("model.safetensors.index.json");
+    if usual.exists() {
+        return beside_its_file(usual);
+    }
+    if dir.join("model.safetensors").exists() {
+        return Ok(dir.join("model.safetensors"));
     }
     let (mut indices, mut files) = (Vec::new(), Vec::new());
     for entry in std::fs::read_dir(dir).map_err(Error::io(dir, "listing the directory"))? {
         let name = entry.map_err(Error::io(dir, "listing the directory"))?.file_name();
         let text = name.to_string_lossy();
-        if text.ends_with(INDEX_SUFFIX) {
+        if text.starts_with("._") {
+            // What macOS keeps of a file beside it (AppleDouble), on file systems without room for that.
+        } else if text.ends_with(INDEX_SUFFIX) {
             indices.push(dir.join(&name));
         } else if text.ends_with(".safetensors") {
             files.push(dir.join(&name));
@@ -105,12 +114,45 @@ fn pick(dir: &Path) -> Result<PathBuf> {
             path: dir.into(),
             found: "a directory with one shard of several, and no index",
         }),
-        ([only], _) | ([], [only]) => Ok(only.clone()),
+        ([only], _) => beside_its_file(only.clone()),
+        ([], [only]) => Ok(only.clone()),
         ([], []) => {
             Err(Error::NotRegular { path: dir.into(), found: "a directory without a safetensors model" })
         }
         _ => Err(Error::NotRegular { path: dir.into(), found: "a directory with several models: name one" }),
     }
+}
+
+/// An index, or the whole file of its name beside it. Where both are there, other loaders disagree (transformers
+/// takes the file, vLLM the index): it must be known that they are one model, or which of them is.
+///
+/// # Errors
+/// [`Error::Argument`] where it is not; those of [`read_index`].
+fn beside_its_file(index: PathBuf) -> Result<PathBuf> {
+    let file = index.with_extension("").with_extension("");
+    let identity = |path: &Path| {
+        let there = std::fs::metadata(path).ok().filter(std::fs::Metadata::is_file)?;
+        Some((there.dev(), there.ino()))
+    };
+    let Some(whole) = identity(&file) else { return Ok(index) };
+    let dir = index.parent().unwrap_or(Path::new(""));
+    let (_, said) = read_index(&index)?;
+    match said.truth {
+        Some(Truth::File) => return Ok(file),
+        Some(Truth::Index) => return Ok(index),
+        None => {}
+    }
+    if !said.shards.is_empty() && said.shards.iter().all(|shard| identity(&dir.join(shard)) == Some(whole)) {
+        return Ok(file);
+    }
+    let name = |path: &Path| crate::error::printable(&path.file_name().unwrap_or_default().to_string_lossy());
+    Err(Error::Argument(format!(
+        "{}: there are {} and {}, and nothing says which of them is the model (of other loaders, some take the file, \
+         some the index): open one of them by its own path, or remove the other",
+        crate::error::printable(&dir.to_string_lossy()),
+        name(&file),
+        name(&index),
+    )))
 }
 
 /// Whether a file's name says that it is one of several: `…-00001-of-00002.safetensors`.

@@ -7,7 +7,7 @@ use super::open::{self, Files};
 use super::parts::Parts;
 use crate::error::Error;
 use crate::model::{Contents, ModelMut, OpenOptions, Place, compare_contents};
-use crate::save::{SaveOptions, apply_delta as apply, write_delta, write_diff};
+use crate::save::{SaveOptions, apply_delta as apply, materialize_deltas, write_delta, write_diff};
 use crate::{map::Backing, model::Model as Opened};
 use pyo3::exceptions::PyUserWarning;
 use pyo3::prelude::*;
@@ -58,7 +58,7 @@ impl Given {
 /// Writes what changed in `model` since it was opened (or `mark()`) to a delta file at `path`.
 ///
 /// The file the model was opened from is not read, if it carries checksums; nobody may write to the model's
-/// arrays meanwhile.
+/// arrays meanwhile. `path` may not lead to a file of the model, nor to another model.
 #[pyfunction]
 #[pyo3(signature = (model, path, *, metadata = None, durable = true, checksums = false))]
 pub(super) fn save_delta(
@@ -75,6 +75,8 @@ pub(super) fn save_delta(
 }
 
 /// Writes what turns `a` into `b` (models or paths) to a delta file at `path`. Compares all of both.
+///
+/// `path` may not lead to a file of either, nor to another model.
 #[pyfunction]
 #[pyo3(signature = (a, b, path, *, metadata = None, durable = true, checksums = false))]
 pub(super) fn save_diff(
@@ -168,7 +170,8 @@ pub(super) fn apply_delta(
 /// Writes the model that `base` and `deltas` (a path or a list, in order) make to one file at `out`.
 ///
 /// Starts from a copy of the base that shares its blocks where the file system can, so that only what changed
-/// takes space and time. Returns whether blocks are shared.
+/// takes space and time. Returns whether blocks are shared. `out` may not lead to the base or to a delta, which would
+/// be lost.
 #[pyfunction]
 #[pyo3(signature = (base, deltas, out, *, durable = true))]
 pub(super) fn materialize(
@@ -181,8 +184,7 @@ pub(super) fn materialize(
     let (base, deltas) = (Files::of(base)?, self::deltas(deltas)?);
     Ok(abandonable(py, move || -> Result<_, Error> {
         let base = ModelMut::new(map(&base.place()?, Backing::CopyOnWrite)?, false);
-        let model = apply(base, &opened(&deltas)?)?;
-        SaveOptions::new().durable(durable).materialize(&model, &out)
+        materialize_deltas(base, &opened(&deltas)?, &out, &SaveOptions::new().durable(durable))
     })??)
 }
 

@@ -85,7 +85,7 @@ impl Draft {
                     .map_err(io("writing tensor data"))?;
             }
             save::checksum::seal(&layout, pending.file(), &path)?;
-            pending.publish(durable)
+            pending.publish_model(durable)
         })
     }
 }

@@ -3,6 +3,8 @@
 //! Free-threaded Python: not claimed. The module asks for the GIL (`gil_used = true`), which such an
 //! interpreter then turns on when it imports it. Classes are immutable or lock inside; memory that Python
 //! can write is reached by raw copies only.
+//!
+//! Subinterpreters: refused when the module is imported ([`interpreter`]).
 #![allow(unsafe_code)]
 // pyo3's extraction and protocols dictate these signatures.
 #![allow(clippy::needless_pass_by_value, clippy::unnecessary_wraps)]
@@ -18,6 +20,7 @@ mod dlpack;
 mod draft;
 mod error;
 mod given;
+mod interpreter;
 mod interrupt;
 mod lazy;
 mod model;
@@ -29,41 +32,48 @@ mod tensor;
 
 use pyo3::prelude::*;
 
+// A function, so that the interpreter is asked for before any class is made for it.
 #[pymodule(gil_used = true)]
 #[pyo3(name = "_native")]
-mod native {
-    #[pymodule_export]
-    use crate::python::changes::Changes;
-    #[pymodule_export]
-    use crate::python::checkpoint::{Checkpoints, Saving};
-    #[pymodule_export]
-    use crate::python::delta::{apply_delta, diff, materialize, save_delta, save_diff, verify};
-    #[pymodule_export]
-    use crate::python::draft::{Draft, create};
-    #[pymodule_export]
-    use crate::python::lazy::{Prefetch, Stream, prefetch, shard, stream};
-    #[pymodule_export]
-    use crate::python::model::Model;
-    #[pymodule_export]
-    use crate::python::open::{load_bytes, open};
-    #[pymodule_export]
-    use crate::python::save::{edit, planned_size, save, save_bytes};
-    #[pymodule_export]
-    use crate::python::share::{Publisher, Subscriber, publications, remove_publication};
-    #[pymodule_export]
-    use crate::python::tensor::Tensor;
-
+fn native(module: &Bound<'_, PyModule>) -> PyResult<()> {
+    interpreter::only_main(module.py())?;
+    module.add("__version__", env!("CARGO_PKG_VERSION"))?;
+    module.add_class::<changes::Changes>()?;
+    module.add_class::<checkpoint::Checkpoints>()?;
+    module.add_class::<checkpoint::Saving>()?;
+    module.add_class::<draft::Draft>()?;
+    module.add_class::<lazy::Prefetch>()?;
+    module.add_class::<lazy::Stream>()?;
+    module.add_class::<model::Model>()?;
+    module.add_class::<share::Publisher>()?;
+    module.add_class::<share::Subscriber>()?;
+    module.add_class::<tensor::Tensor>()?;
+    module.add_function(wrap_pyfunction!(delta::apply_delta, module)?)?;
+    module.add_function(wrap_pyfunction!(delta::diff, module)?)?;
+    module.add_function(wrap_pyfunction!(delta::materialize, module)?)?;
+    module.add_function(wrap_pyfunction!(delta::save_delta, module)?)?;
+    module.add_function(wrap_pyfunction!(delta::save_diff, module)?)?;
+    module.add_function(wrap_pyfunction!(delta::verify, module)?)?;
+    module.add_function(wrap_pyfunction!(draft::create, module)?)?;
+    module.add_function(wrap_pyfunction!(lazy::prefetch, module)?)?;
+    module.add_function(wrap_pyfunction!(lazy::shard, module)?)?;
+    module.add_function(wrap_pyfunction!(lazy::stream, module)?)?;
+    module.add_function(wrap_pyfunction!(open::load_bytes, module)?)?;
+    module.add_function(wrap_pyfunction!(open::open, module)?)?;
+    module.add_function(wrap_pyfunction!(save::edit, module)?)?;
+    module.add_function(wrap_pyfunction!(save::planned_size, module)?)?;
+    module.add_function(wrap_pyfunction!(save::save, module)?)?;
+    module.add_function(wrap_pyfunction!(save::save_bytes, module)?)?;
+    module.add_function(wrap_pyfunction!(share::publications, module)?)?;
+    module.add_function(wrap_pyfunction!(share::remove_publication, module)?)?;
     #[cfg(feature = "cli")]
-    use pyo3::prelude::*;
+    module.add_function(wrap_pyfunction!(cli, module)?)?;
+    Ok(())
+}
 
-    #[pymodule_export]
-    #[allow(non_upper_case_globals)]
-    const __version__: &str = env!("CARGO_PKG_VERSION");
-
-    /// Runs the command line with these arguments (the program's name first); returns the exit code.
-    #[cfg(feature = "cli")]
-    #[pyfunction]
-    fn cli(py: Python<'_>, args: Vec<std::ffi::OsString>) -> u8 {
-        py.detach(|| crate::cli::run(args))
-    }
+/// Runs the command line with these arguments (the program's name first); returns the exit code.
+#[cfg(feature = "cli")]
+#[pyfunction]
+fn cli(py: Python<'_>, args: Vec<std::ffi::OsString>) -> u8 {
+    py.detach(|| crate::cli::run(args))
 }

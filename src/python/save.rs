@@ -11,7 +11,9 @@ use crate::format::safetensors;
 use crate::layout::Layout;
 use crate::map::Source;
 use crate::map::disk::Dir;
-use crate::save::{Commit, Create, DraftOptions, Edited, HeaderEdit, Target, checksum, fill, place, sharded};
+use crate::save::{
+    Commit, Create, DraftOptions, Edited, HeaderEdit, Target, checksum, fill, model_may_be_at, place, sharded,
+};
 use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyString};
 use std::collections::BTreeMap;
@@ -79,7 +81,7 @@ pub(super) fn save(
 ) -> PyResult<bool> {
     if let Ok(model) = tensors.cast::<Model>() {
         let parts = model.get().parts()?;
-        py.detach(|| parts.with_contents(|contents| contents.may_replace(&path)))?;
+        py.detach(|| parts.with_contents(|contents| model_may_be_at(&path, contents)))?;
     }
     let tensors = collect(tensors)?;
     if distinct && !are_distinct(&tensors) {
@@ -200,6 +202,23 @@ pub(super) fn stage_one(
     Ok(Box::new(move || finish().map(|()| None)))
 }
 
+/// A copy of a tensor that does not lie in one piece in this process's memory, which does.
+pub(super) fn gathered(py: Python<'_>, name: &str, given: &Given, object: &Py<PyAny>) -> PyResult<Given> {
+    let object = object.bind(py);
+    let whole = if object.hasattr("detach")? {
+        let whole = object.call_method0("detach")?.call_method1("to", ("cpu",))?;
+        whole.call_method0("resolve_conj")?.call_method0("resolve_neg")?.call_method0("contiguous")?
+    } else {
+        let numpy = py.import("numpy")?;
+        let native = arrays::numpy_dtype(py, given.dtype)?;
+        numpy.call_method1("ascontiguousarray", (object, native))?
+    };
+    let mut gathered = given::look_at(name, &whole)?;
+    // numpy makes a scalar one-dimensional.
+    gathered.shape.clone_from(&given.shape);
+    Ok(gathered)
+}
+
 /// The length of the file that tensors, or a spec of them as for `create`, would make.
 #[pyfunction]
 #[pyo3(signature = (spec, *, metadata = None))]
@@ -221,19 +240,7 @@ pub(super) fn save_bytes<'py>(
     for (name, array) in &mut tensors {
         // Bytes have no pages for a framework to write to: one tensor is gathered first.
         if let Data::Strided(object) = &array.data {
-            let object = object.bind(py);
-            let whole = if object.hasattr("detach")? {
-                let whole = object.call_method0("detach")?.call_method1("to", ("cpu",))?;
-                whole.call_method0("resolve_conj")?.call_method0("resolve_neg")?.call_method0("contiguous")?
-            } else {
-                let numpy = py.import("numpy")?;
-                let native = arrays::numpy_dtype(py, array.dtype)?;
-                numpy.call_method1("ascontiguousarray", (object, native))?
-            };
-            let shape = array.shape.clone();
-            *array = given::look_at(name, &whole)?;
-            // numpy makes a scalar one-dimensional.
-            array.shape = shape;
+            *array = gathered(py, name, array, object)?;
         }
     }
     let (header, layout) = py.detach(|| {

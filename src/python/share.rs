@@ -1,8 +1,8 @@
 //! `maptensors._native.Publisher` and `Subscriber`: what `maptensors.publish` and `attach` stand on.
 
-use super::given::Given;
+use super::given::{Data, Given};
 use super::model::Model;
-use super::save::{collect, stage_one};
+use super::save::{collect, gathered, stage_one};
 use crate::error::Error;
 use crate::map::Backing;
 use crate::model::Contents;
@@ -64,7 +64,7 @@ impl Publisher {
         let model = tensors.cast::<Model>().ok().filter(|_| changed.is_none() && !compare);
         let parts = model.map(|model| model.get().parts()).transpose()?;
         let mut edits = None;
-        let chosen = py.detach(|| match (&parts, changed) {
+        let mut chosen = py.detach(|| match (&parts, changed) {
             (Some(parts), _) => {
                 let (chosen, edited) = parts.with_contents(|contents| {
                     publisher.edited_since(parts.token, contents, &candidates(&given))
@@ -76,6 +76,17 @@ impl Publisher {
             (None, None) if compare => publisher.differing(&candidates(&given)),
             (None, None) => Ok(vec![true; given.len()]),
         })?;
+        if compare {
+            // Those that do not lie in one piece, one by one: no two such copies exist together.
+            for ((name, given), differs) in given.iter().zip(&mut chosen) {
+                if let Data::Strided(object) = &given.data
+                    && publisher.has(name, given.dtype, &given.shape)
+                {
+                    let whole = [(name.clone(), gathered(py, name, given, object)?)];
+                    *differs = py.detach(|| publisher.differing(&candidates(&whole)))? != [false];
+                }
+            }
+        }
         let names: HashSet<String> = given.iter().map(|(name, _)| name.clone()).collect();
         let copied: Vec<_> = given.into_iter().zip(chosen).filter(|(_, chosen)| *chosen).collect();
         let copied: Vec<_> = copied.into_iter().map(|(given, _)| given).collect();

@@ -1,5 +1,6 @@
 //! A file being made in place.
 
+use super::over::Kind;
 use super::{Pending, Target, checksum, fill};
 use crate::error::{Error, Result};
 use crate::format::safetensors;
@@ -165,12 +166,14 @@ impl Draft {
     ///
     /// # Errors
     /// [`Error::Io`]: no space, no permission, no such directory; [`Error::NotRegular`] if `path` is a
-    /// directory or device; [`Error::Limit`] if the header is longer than readers accept.
+    /// directory or device; [`Error::Limit`] if the header is longer than readers accept; [`Error::Argument`] for a
+    /// name that says another kind of file (`model.safetensors.index.json`, `model.gguf`).
     pub fn create(path: impl AsRef<Path>, layout: &Layout) -> Result<Self> {
         DraftOptions::new().create(path, layout)
     }
 
     fn with(path: &Path, layout: &Layout, options: &DraftOptions) -> Result<Self> {
+        Kind::Weights.check_name(path)?;
         let declared = checksum::declare(layout, options.checksums);
         let (header, layout) = safetensors::encode(declared.as_ref().unwrap_or(layout), path)?;
         let pending = match &options.dir {
@@ -305,7 +308,8 @@ impl Draft {
     }
 
     /// Makes the file visible under its path, replacing what is there; durable when this returns, unless
-    /// [`DraftOptions::durable`] says otherwise.
+    /// [`DraftOptions::durable`] says otherwise. A sharded set of that name goes as well (`model.safetensors.index.json`
+    /// and its shards, for `model.safetensors`): one directory has one model.
     ///
     /// The file goes into the directory that was opened when it was begun, wherever that is now.
     ///
@@ -317,13 +321,13 @@ impl Draft {
         // Unmapped before the sync: nothing can dirty a page after it.
         self.write_out()?;
         drop(self.memory.take());
-        self.pending.publish(self.durable)
+        self.pending.publish_model(self.durable)
     }
 
     /// As [`Draft::commit`]; unmapping, which takes its time, is left to the caller.
     pub(crate) fn commit_mapped(mut self) -> Result<Option<Mapping>> {
         self.write_out()?;
-        self.pending.publish(self.durable)?;
+        self.pending.publish_model(self.durable)?;
         Ok(self.memory)
     }
 

@@ -114,6 +114,11 @@ impl HeaderEdit {
     /// no reader would accept. [`Error::Io`]: the file is as it was. [`Error::NotDurable`].
     pub fn apply(&self, path: impl AsRef<Path>) -> Result<Edited> {
         let path = path.as_ref();
+        if path.as_os_str().as_encoded_bytes().ends_with(b".index.json") {
+            let why = "is an index, and has no header: edit the files that it names";
+            let path = crate::error::printable(&path.to_string_lossy());
+            return Err(Error::Argument(format!("{path} {why}")));
+        }
         // No descriptor stays open: it would stand in the lease's way.
         let plan = { Plan::of(&map::open_regular(path)?, &self.changes, path)? };
         if plan.header == plan.old {
@@ -211,7 +216,9 @@ impl Plan {
         // then the data's blocks can be shared.
         let anew = |len| if len <= old.len() { old.len() } else { safetensors::padded(len, data_len) };
         let mut header = kept.unwrap_or_else(|| whole(pieces.compact(anew)));
-        safetensors::finish(&mut header, path)?;
+        let set = changes.metadata.iter().filter_map(|(key, value)| Some((key, value.as_ref()?)));
+        let metadata = safetensors::metadata_len(layout.metadata()) + safetensors::metadata_len(set);
+        safetensors::finish(&mut header, metadata, path)?;
         let new = safetensors::parse(header[PREFIX_LEN..].to_vec(), header.len() as u64 + data_len, path)?;
         verify(&layout, &new, changes, path)?;
         Ok(Self { old, header, data_len })

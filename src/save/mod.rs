@@ -14,12 +14,25 @@
 //! `durable(false)` skips the two fsyncs and nothing else: readers still see the old file or the new one,
 //! whole; a power loss may lose it.
 //!
+//! A whole file takes the place of a sharded set of its name as well, and a set that of a file: once the new model is
+//! durable, the index and shards of the old one go, or its file. At every instant between, the old model is found or the
+//! new one.
+//!
+//! # What may be written over what
+//!
+//! A name that says another kind of file is refused ([`Error::Argument`]): that of an index
+//! (`model.safetensors.index.json`: save to `model.safetensors`), and those that end in `.json`, `.gguf`, `.pt`, `.pth`,
+//! `.pkl`, `.npy`, `.npz`, `.h5`, `.onnx`, `.msgpack` or `.svg`. So is a file that is an input, by whatever link or
+//! spelling: a delta is not written over a model that it is made of, nor the result of deltas over the base or a delta.
+//! A model may be saved over the one file that it was opened from, and not over one of several.
+//!
 //! What is not promised: a symbolic link at the destination is itself replaced, its target is not
 //! touched; of a hard-linked file, the other names keep the old content; owner, ACLs and extended
 //! attributes of a replaced file are not carried over. Saving takes the space of both files until the rename.
 
 #![forbid(unsafe_code)]
 
+mod beside;
 mod checkpoint;
 pub(crate) mod checksum;
 mod crash;
@@ -27,12 +40,15 @@ mod delta;
 mod draft;
 mod edit;
 mod fill;
+mod over;
 mod pending;
 pub(crate) mod sharded;
 pub(crate) mod slot;
 
 pub(crate) use checkpoint::Create;
 pub use checkpoint::{CheckpointOptions, Checkpointer, Ready, Saved, Saving};
+#[cfg(any(feature = "cli", feature = "python"))]
+pub(crate) use delta::materialize_deltas;
 pub use delta::{apply_delta, materialize, save_delta, save_diff};
 #[cfg(feature = "python")]
 pub(crate) use delta::{write_delta, write_diff};
@@ -41,6 +57,9 @@ pub(crate) use draft::place;
 pub use draft::{Draft, DraftOptions};
 pub use edit::{Edited, HeaderEdit};
 pub(crate) use fill::{Target, fill};
+#[cfg(feature = "cli")]
+pub(crate) use over::picture_may_be_at;
+pub(crate) use over::{Kind, model_may_be_at};
 pub(crate) use pending::Pending;
 pub(crate) use sharded::Commit;
 
@@ -170,9 +189,9 @@ impl SaveOptions {
     /// Those of planning ([`LayoutBuilder::build`]); [`Error::Shape`] if a tensor's data is not as
     /// long as its shape asks for; [`Error::DType`] for a dtype this crate does not know; [`Error::Io`]
     /// for what the system refuses, with nothing left behind; [`Error::NotRegular`] if `path` is a
-    /// directory or device; [`Error::NotDurable`]. [`Error::Moved`] where the directory is not at that path any
-    /// more: of one file as [`Draft::commit`], of several nothing is saved. [`Error::NotRemoved`] for a file of the
-    /// sharded set that this replaces.
+    /// directory or device; [`Error::Argument`] if its name says another kind of file; [`Error::NotDurable`].
+    /// [`Error::Moved`] where the directory is not at that path any more: of one file as [`Draft::commit`], of several
+    /// nothing is saved. [`Error::NotRemoved`] for a file of the sharded set that this replaces.
     pub fn save<N: Into<String>, V: View>(
         &self,
         tensors: impl IntoIterator<Item = (N, V)>,
@@ -268,10 +287,13 @@ impl<V: View> Pair<V> {
 }
 
 impl Model {
-    /// Writes all tensors and the metadata to one file at `path`; also onto a file this model has mapped.
+    /// Writes all tensors and the metadata to one file at `path`; also onto the file that this model was opened from. A
+    /// sharded model is saved over itself by the name that its shards are named after: `model.safetensors`, for
+    /// `model.safetensors.index.json`, whose place the file then takes.
     ///
     /// # Errors
-    /// As [`SaveOptions::save`]; [`Error::Argument`] for a file of which the model is only a part.
+    /// As [`SaveOptions::save`]; [`Error::Argument`] for a file of which the model is only a part, and for one of several
+    /// that it was opened from.
     ///
     /// ```
     /// let set = maptensors::Model::read("models/digits-sharded")?;
@@ -281,7 +303,7 @@ impl Model {
     /// # Ok::<(), maptensors::Error>(())
     /// ```
     pub fn save(&self, path: impl AsRef<Path>) -> Result<()> {
-        self.contents().may_replace(path.as_ref())?;
+        model_may_be_at(path.as_ref(), &self.contents())?;
         let mut options = SaveOptions::new();
         if self.has_metadata() {
             options = options.all_metadata(self.metadata().clone());

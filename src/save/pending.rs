@@ -1,5 +1,6 @@
 //! A file on its way to its name: the commit protocol's steps, in their only order.
 
+use super::beside;
 use crate::error::{Error, Result};
 use crate::map::cancel::Unfinished;
 use crate::map::disk::{self, Dir};
@@ -116,6 +117,11 @@ impl Pending {
         self.file.is_in(&self.dir)
     }
 
+    /// The directory it is made in.
+    pub(super) fn dir(&self) -> &Arc<Dir> {
+        &self.dir
+    }
+
     /// The path this file is meant for.
     pub(crate) fn path(&self) -> &Path {
         &self.path
@@ -128,6 +134,11 @@ impl Pending {
     /// Step 2: all space, now. `false` where it can only be written, not mapped.
     pub(crate) fn allocate(&self, len: u64) -> Result<bool> {
         self.file.allocate(len).map_err(Error::io(&self.path, "allocating space for it"))
+    }
+
+    /// As [`publish`](Pending::publish), of a whole model: a sharded set of its name goes, whose place it takes.
+    pub(crate) fn publish_model(self, durable: bool) -> Result<()> {
+        beside::publish_model(self, durable)
     }
 
     /// Steps 4 to 6: mode, sync, name, sync of the directory. Nobody holds memory of the file any more.
@@ -255,7 +266,7 @@ fn open_dir(path: &Path) -> Result<Dir> {
 }
 
 /// The mode of the file at `path`, if there is one; refuses what a rename would wrongly replace.
-fn replaced_mode(dir: &Dir, path: &Path, name: &OsStr) -> Result<Option<u32>> {
+pub(super) fn replaced_mode(dir: &Dir, path: &Path, name: &OsStr) -> Result<Option<u32>> {
     // Followed, for a link to a device is as bad as the device; a dangling link counts as nothing.
     let stat = match dir.stat(name) {
         Ok(stat) => stat,

@@ -1,8 +1,10 @@
 //! A model over several files: shards first, index last.
 
-use super::Pending;
+use super::beside::write_index;
+use super::over::Kind;
+use super::pending::replaced_mode;
 use crate::error::{Error, Result};
-use crate::format::index::{self, Index};
+use crate::format::index::{self, Index, Truth};
 use crate::map::disk::Dir;
 use crate::map::fork::Owner;
 use crate::map::{self, Mapping};
@@ -70,8 +72,13 @@ fn stage_at<E: From<Error>>(
     // One set at a time: names are chosen, and old shards removed, by what is there. Released when dropped,
     // or by the process' death. File systems without locks lose only this.
     target.dir.lock().ok();
+    replaced_mode(&target.dir, path, path.file_name().unwrap_or_default())?;
     let mut old = target.old_shards();
     let groups = group(tensors, limit);
+    if groups.len() == 1 {
+        // Whoever commits a whole file sees to the set beside it, under the same lock.
+        target.dir.unlock();
+    }
     let mut set = Set {
         target,
         path: path.into(),
@@ -83,7 +90,7 @@ fn stage_at<E: From<Error>>(
         owner: Owner::me(),
     };
     let paths: Vec<PathBuf> = if groups.len() == 1 {
-        old.retain(|shard| Some(OsStr::new(shard)) != path.file_name());
+        old.clear();
         vec![path.to_owned()]
     } else {
         let names = set.target.free_names(groups.len(), &old);
@@ -168,16 +175,11 @@ impl Set {
             self.written.extend(self.index.as_ref().map(|_| shard.path));
             (shard.commit)()?;
         }
-        let Some(text) = self.index.take() else {
-            // Some readers prefer an index: a stale one would hide the new file. Its shards outlive it.
-            self.remove_superseded(self.target.index_name())?;
-            return self.remove_old();
-        };
-        let pending = Pending::create_in(&self.target.dir, &self.target.index, None)?;
-        pending.allocate(text.len() as u64)?;
-        let written = pending.file().write_all_at(text.as_bytes(), 0);
-        written.map_err(Error::io(&self.target.index, "writing the index"))?;
-        let published = pending.publish(self.durable);
+        let Some(text) = self.index.take() else { return Ok(()) };
+        let file = self.path.file_name().unwrap_or_default();
+        let beside_file = self.target.dir.contains(file);
+        let write = |text: &str| write_index(&self.target.dir, &self.target.index, text, self.durable);
+        let published = if beside_file { write(&index::marked(&text, Truth::Index)) } else { write(&text) };
         if matches!(published, Ok(()) | Err(Error::NotDurable { .. })) {
             // The index is in place: the new set is the model, whatever happens now.
             self.written.clear();
@@ -185,23 +187,18 @@ impl Set {
         // An index that a power loss may undo needs the old set: nothing of that goes before the new one is durable.
         published?;
         // A single file of that name is not the model any more, and readers would take it for one.
-        self.remove_superseded(self.path.file_name().unwrap_or_default())?;
+        self.remove_superseded(file)?;
+        if beside_file {
+            // What the index says of a file that is not there harms nobody.
+            write_index(&self.target.dir, &self.target.index, &text, self.durable).ok();
+        }
         self.remove_old()
     }
 
     /// Removes the files of the old set, which harm nobody but take space.
     fn remove_old(&self) -> Result<()> {
-        let mut done = Ok(());
-        for name in &self.old {
-            match self.target.dir.remove(OsStr::new(name)) {
-                Err(source) if source.kind() != std::io::ErrorKind::NotFound && done.is_ok() => {
-                    let (path, left) = (self.path.clone(), self.target.parent.join(name));
-                    done = Err(Error::NotRemoved { path, left, source });
-                }
-                _ => {}
-            }
-        }
-        done
+        let old = self.old.iter().map(String::as_str);
+        remove_shards(&self.target.dir, old, &self.path, &self.target.parent)
     }
 
     /// Removes the shards of a set that does not come about; says what it could not remove.
@@ -275,6 +272,28 @@ pub(super) fn is_shard_suffix(rest: &str) -> bool {
     rest.split_once("-of-").is_some_and(|(number, count)| digits(number, 5) && digits(count, 5))
 }
 
+/// Removes the shards of a set whose place a model at `path` has taken: they harm nobody, but take space.
+///
+/// # Errors
+/// [`Error::NotRemoved`] for the first that cannot be removed.
+pub(super) fn remove_shards<'a>(
+    dir: &Dir,
+    shards: impl Iterator<Item = &'a str>,
+    path: &Path,
+    parent: &Path,
+) -> Result<()> {
+    let mut done = Ok(());
+    for name in shards {
+        match dir.remove(OsStr::new(name)) {
+            Err(source) if source.kind() != std::io::ErrorKind::NotFound && done.is_ok() => {
+                done = Err(Error::NotRemoved { path: path.into(), left: parent.join(name), source });
+            }
+            _ => {}
+        }
+    }
+    done
+}
+
 /// Where a set called `dir/stem.safetensors` goes.
 struct Target {
     dir: Arc<Dir>,
@@ -286,6 +305,7 @@ struct Target {
 impl Target {
     /// In `dir`, or the directory of `path`.
     fn of(path: &Path, dir: Option<&Arc<Dir>>) -> Result<Self> {
+        Kind::Weights.check_name(path)?;
         let name = path.file_name().and_then(|n| n.to_str()).unwrap_or_default();
         let stem = name.strip_suffix(".safetensors").filter(|stem| !stem.is_empty()).ok_or_else(|| {
             Error::Argument(format!(
@@ -302,7 +322,8 @@ impl Target {
         let parent = path.parent().unwrap_or(Path::new("")).to_owned();
         let index = parent.join(format!("{stem}.safetensors.index.json"));
         let dir = match dir {
-            Some(dir) => dir.clone(),
+            // With a lock of its own: one set at a time, of one process as well.
+            Some(dir) => Arc::new(dir.again().map_err(Error::io(path, "opening its directory"))?),
             None => Arc::new(Dir::open(&parent).map_err(Error::io(path, "opening its directory"))?),
         };
         Ok(Self { dir, parent, stem: stem.into(), index })

@@ -1,12 +1,14 @@
-//! Which tensors differ from what is published.
+//! Which tensors differ: from what is published, and from one generation to another.
 //!
-//! The published bytes are read, not mapped: a publisher that had its segments mapped could never use one again.
+//! A publisher reads the published bytes and does not map them, or it could never use a segment again. A reader has
+//! both generations mapped.
 
 use super::publisher::Publisher;
 use super::segment::{self, Opened};
 use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::map::{self, Source};
+use crate::model::Model;
 use std::collections::HashMap;
 use std::fs::File;
 use std::os::unix::fs::FileExt as _;
@@ -73,6 +75,29 @@ impl Publisher {
             .flat_map(|(old, listed)| listed.tensors().map(move |(place, info)| (info.name(), (old, place))))
             .collect()
     }
+}
+
+/// Which of these tensors of a model are not the same in another: bytewise, and only up to the first difference.
+pub(super) fn differing_from(before: &Model, after: &Model, names: &[&str]) -> Vec<bool> {
+    let found: Vec<AtomicBool> = names.iter().map(|_| AtomicBool::new(false)).collect();
+    let mut jobs = Vec::new();
+    for (name, found) in names.iter().zip(&found) {
+        match (before.get(name), after.get(name)) {
+            (Some(old), Some(new)) if (old.dtype(), old.shape()) == (new.dtype(), new.shape()) => {
+                let pieces = old.as_bytes().chunks(map::CHUNK).zip(new.as_bytes().chunks(map::CHUNK));
+                jobs.extend(pieces.map(|(old, new)| (old, new, found)));
+            }
+            _ => found.store(true, Ordering::Relaxed),
+        }
+    }
+    let compare = |(old, new, found): (&[u8], &[u8], &AtomicBool)| {
+        if !found.load(Ordering::Relaxed) && old != new {
+            found.store(true, Ordering::Relaxed);
+        }
+        Ok::<_, std::convert::Infallible>(())
+    };
+    let Ok(()) = map::each_in_parallel(jobs, compare);
+    found.into_iter().map(AtomicBool::into_inner).collect()
 }
 
 /// A tensor now, and its published bytes at an offset of a file.

@@ -14,7 +14,7 @@ use crate::map::disk::Dir;
 use crate::map::fork::Owner;
 use crate::map::{ExclusiveFile, Source};
 use crate::model::{Contents, ModelMut, Span};
-use crate::save::{DraftOptions, Pair, fill_draft};
+use crate::save::{DraftOptions, Kind, Pair, fill_draft};
 use safetensors::View;
 use std::borrow::Cow;
 use std::collections::{BTreeMap, BTreeSet, HashSet};
@@ -142,6 +142,7 @@ impl Publisher {
     }
 
     fn with(place: &Place, options: &PublishOptions) -> Result<Self> {
+        Kind::Directory.check_name(&place.path)?;
         let made = place.make(options.mode)?;
         let path = place.path.clone();
         let dir = Dir::open(&path).map_err(Error::io(&path, "opening the directory"));

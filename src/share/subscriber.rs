@@ -1,5 +1,6 @@
 //! Who reads.
 
+use super::compare::differing_from;
 use super::place::Place;
 use super::segment::Opened;
 use super::store::{Found, Generation, Store};
@@ -134,7 +135,8 @@ impl AttachOptions {
 pub struct Refreshed {
     /// The generation that is held now.
     pub generation: u64,
-    /// Tensors that were published since the one held before, in file order: changed, or new.
+    /// Tensors that are new, or not the same as in the generation held before, in file order. Those that were
+    /// published since are compared with it, byte by byte, up to the first that differs.
     pub changed: Vec<String>,
     /// Tensors that are no longer there.
     pub removed: Vec<String>,
@@ -286,6 +288,11 @@ impl Subscriber {
     /// mapped where they are. The generation before is let go, unless somebody has kept its
     /// [model](Subscriber::model).
     ///
+    /// What differs is found by comparing what was published since with what was held. A tensor that has changed
+    /// costs what lies before its first difference; one that was published again as it was is read whole, which
+    /// [`Publisher::publish_changed`](crate::Publisher::publish_changed) and
+    /// [`publish_differing`](crate::Publisher::publish_differing) spare every reader.
+    ///
     /// # Errors
     /// As [`Subscriber::latest`]; [`Error::Io`]. What is held stays held.
     pub fn refresh(&mut self) -> Result<Option<Refreshed>> {
@@ -335,15 +342,18 @@ impl Held {
 
     /// What is other than in a generation held before.
     fn since(&self, before: &Self) -> Refreshed {
-        let mut changed = Vec::new();
+        let mut newer_names = Vec::new();
         for (place, part) in &self.parts {
             let segment = &self.generation.segments[*place].segment;
             let newer = |name: &str| segment.version(name) > before.generation.number;
             // A publication that went back, which no publisher does, has everything anew.
             let anew = self.generation.number < before.generation.number;
-            changed
-                .extend(part.iter().map(|i| i.name()).filter(|name| anew || newer(name)).map(str::to_owned));
+            newer_names.extend(part.iter().map(|i| i.name()).filter(|name| anew || newer(name)));
         }
+        // Published since, and perhaps as it was.
+        let differ = differing_from(&before.model, &self.model, &newer_names);
+        let changed = newer_names.iter().zip(differ).filter(|(_, differs)| *differs);
+        let changed = changed.map(|(name, _)| (*name).to_owned()).collect();
         let gone = |name: &&str| !self.model.contains(name);
         let removed = before.model.names().filter(gone).map(str::to_owned).collect();
         Refreshed { generation: self.generation.number, changed, removed }

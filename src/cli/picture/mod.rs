@@ -10,7 +10,7 @@ use crate::Error;
 use crate::error::printable;
 use crate::map::cached::Album;
 use crate::map::open_regular;
-use crate::save::Pending;
+use crate::save::{Pending, picture_may_be_at};
 use grid::{Grid, Total, cell_size};
 use kind::Kind;
 use std::io::{self, IsTerminal as _, Write};
@@ -90,7 +90,7 @@ impl Draw {
         let model = inspect::open(path)?;
         let mut text = Vec::new();
         if let Some(to) = &self.svg {
-            refuse_other_files(to)?;
+            picture_may_be_at(to)?;
             let svg = svg::draw(&Picture::of(path, &model, &mut album, svg::COLUMNS)?);
             write(to, svg.as_bytes())?;
             let (to, size) = (printable(&to.to_string_lossy()), text::size(svg.len() as u64));
@@ -102,18 +102,6 @@ impl Draw {
         }
         Ok(text)
     }
-}
-
-/// A picture takes the place of a picture, and of nothing else: not of the model that it was to be of.
-fn refuse_other_files(path: &Path) -> crate::Result<()> {
-    use std::io::Read as _;
-    let mut start = Vec::new();
-    let there = std::fs::File::open(path).and_then(|file| file.take(4).read_to_end(&mut start));
-    if there.is_ok() && !start.is_empty() && start != b"<svg" && start != b"<?xm" {
-        let path = printable(&path.to_string_lossy());
-        return Err(Error::Argument(format!("{path} is there and no SVG: --svg does not write over it")));
-    }
-    Ok(())
 }
 
 /// A model, about to be drawn.

@@ -26,7 +26,7 @@ mod scan;
 mod write;
 
 pub(crate) use edit::{Changes, Pieces};
-pub(crate) use write::{encode, encode_placed, finish, padded};
+pub(crate) use write::{encode, encode_placed, finish, metadata_len, padded};
 
 use crate::error::{Error, Result};
 use crate::layout::{Layout, Text};

@@ -23,7 +23,7 @@ pub(crate) fn encode(layout: &Layout, path: &Path) -> Result<(Vec<u8>, Layout)> 
     write_json(&mut json, layout).map_err(Error::io(path, "encoding the header"))?;
 
     json.resize(padded(json.len(), layout.data_len()), b' ');
-    finish(&mut json, path)?;
+    finish(&mut json, metadata_len(layout.metadata()), path)?;
     let placed = layout.clone().placed_at(json.len() as u64);
     Ok((json, placed))
 }
@@ -34,14 +34,24 @@ pub(crate) fn padded(unpadded: usize, data_len: u64) -> usize {
     unpadded.next_multiple_of(if small { 64 } else { 4096 })
 }
 
-/// Fills in the length field, which stands before the text.
+/// The bytes of metadata, about.
+pub(crate) fn metadata_len<'a>(entries: impl IntoIterator<Item = (&'a String, &'a String)>) -> u64 {
+    entries.into_iter().map(|(key, value)| (key.len() + value.len()) as u64).sum()
+}
+
+/// Fills in the length field, which stands before the text; so many bytes of that are metadata.
 ///
 /// # Errors
 /// [`Error::Limit`].
-pub(crate) fn finish(header: &mut [u8], path: &Path) -> Result<()> {
+pub(crate) fn finish(header: &mut [u8], metadata: u64, path: &Path) -> Result<()> {
     let len = header.len().saturating_sub(PREFIX_LEN) as u64;
     if len > MAX_HEADER_LEN {
-        let hint = Some("split the tensors over shards with max_shard_size");
+        // Every shard has all of the metadata.
+        let hint = Some(if metadata > MAX_HEADER_LEN / 2 {
+            "most of it is metadata, which the header holds whole: save less of it, or put it into a tensor"
+        } else {
+            "split the tensors over shards with max_shard_size"
+        });
         let limit = MAX_HEADER_LEN;
         return Err(Error::Limit { path: path.into(), what: "the header length", found: len, limit, hint });
     }

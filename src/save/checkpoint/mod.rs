@@ -28,6 +28,7 @@ mod tests;
 
 pub use queue::{Saved, Saving};
 
+use super::over::Kind;
 use super::{Commit, Draft, DraftOptions, Pair, SaveOptions, fill_draft, sharded, sizes, total};
 use crate::error::{Error, Result};
 use crate::layout::Layout;
@@ -133,6 +134,7 @@ impl CheckpointOptions {
     /// # Errors
     /// [`Error::Io`].
     pub fn open(&self, directory: impl AsRef<Path>) -> Result<Checkpointer> {
+        Kind::Directory.check_name(directory.as_ref())?;
         let store = Store::open(directory.as_ref())?;
         Ok(Checkpointer {
             queue: Queue::new(store, self.keep, self.keep_every, self.prepare),

@@ -37,9 +37,9 @@ fn refuse(scenario: &Scenario, kind: Kind, fault: Fault, report: &mut Report) ->
     }
     let after = names_in(dir.path());
     let temporaries = after.iter().filter(|name| name.starts_with(".maptensors-")).count();
-    // What cannot be removed stays; everything else goes.
+    // What cannot be removed stays (a file's, and that of the index beside it); everything else goes.
     let may_stay = refused == "remove" || fault.for_good;
-    if temporaries > usize::from(may_stay) {
+    if temporaries > usize::from(may_stay) + usize::from(fault.for_good) {
         report.violations.push(text(&format!("leaves temporaries: {after:?}")));
     }
     // An index that is in place and perhaps not durable, beside the file that it is to replace, says so.

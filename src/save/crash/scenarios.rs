@@ -81,7 +81,7 @@ pub(super) fn read_dir(dir: &Path) -> Result<u8, String> {
     generation(dir, None)
 }
 
-pub(super) const SCENARIOS: [Scenario; 17] = [
+pub(super) const SCENARIOS: [Scenario; 20] = [
     Scenario {
         name: "a new file",
         old: 0,
@@ -203,6 +203,33 @@ pub(super) const SCENARIOS: [Scenario; 17] = [
         prepare: |dir| sharded(&other(dir), 1).unwrap(),
         saves: 1,
         save: |dir, i, saved| said(merged(&other(dir), i), i, saved),
+        read: read_dir,
+    },
+    Scenario {
+        name: "a plain save over a set",
+        old: 1,
+        prepare: |dir| sharded(&model(dir), 1).unwrap(),
+        saves: 1,
+        save: |dir, i, saved| said(one(&model(dir), i), i, saved),
+        read: read_dir,
+    },
+    Scenario {
+        name: "a draft over a set of another name",
+        old: 1,
+        prepare: |dir| sharded(&other(dir), 1).unwrap(),
+        saves: 1,
+        save: |dir, i, saved| said(draft(&other(dir), i, true), i, saved),
+        read: read_dir,
+    },
+    Scenario {
+        name: "a file over a set, and a set over that",
+        old: 1,
+        prepare: |dir| sharded(&model(dir), 1).unwrap(),
+        saves: 2,
+        save: |dir, i, saved| {
+            said(one(&model(dir), i), i, saved)?;
+            if i == NEWEST { Ok(()) } else { said(sharded(&model(dir), i + 1), i + 1, saved) }
+        },
         read: read_dir,
     },
     Scenario {

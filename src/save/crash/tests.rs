@@ -133,6 +133,29 @@ fn old_shards_removed_before_the_index_is_durable_would_be_reported() {
 }
 
 #[test]
+fn a_file_beside_an_index_that_does_not_say_which_is_the_model_would_be_reported() {
+    for name in ["a plain save over a set", "a set over a file"] {
+        let index = |name: &OsStr| name.to_string_lossy().ends_with(".json");
+        let log = scenario(name).record();
+        let marks = log.changes.iter().filter(|change| change.renames_to(index).is_some()).count();
+        assert!(marks > 0, "{name}");
+        let found = violations(name, |changes| {
+            for change in changes {
+                // The first sector is where the mark is.
+                if let Change::Sector(_, 0, bytes) = change
+                    && let Some(at) = bytes.windows(10).position(|part| part == b"maptensors")
+                {
+                    let mut other = bytes.to_vec();
+                    other[at] = b'M';
+                    *bytes = other.into();
+                }
+            }
+        });
+        assert!(found > 0, "{name}");
+    }
+}
+
+#[test]
 fn an_edit_in_place_is_one_sector_and_no_other_name() {
     let log = scenario("a header edited in place").record(Kind::KEEPS);
     let changes = &log.changes;

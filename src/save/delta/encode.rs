@@ -8,6 +8,7 @@ use crate::layout::{Layout, TensorInfo};
 use crate::map::{self, Source};
 use crate::model::{Contents, Difference, Found, Span, Until, compare_contents, hash_all};
 use crate::save::SaveOptions;
+use crate::save::over::Made;
 use crate::tensor::TensorViewMut;
 use std::collections::HashMap;
 use std::ops::Range;
@@ -15,6 +16,7 @@ use std::path::Path;
 
 /// Writes what changed since the last mark, or the files.
 pub(crate) fn write_delta(contents: &Contents<'_>, path: &Path, options: &SaveOptions) -> Result<()> {
+    Made::Delta.may_be_at(path, &[contents])?;
     let (found, _) = contents.differences(Span::SinceMark, true)?;
     let before = contents.sums(Until::Mark)?;
     let mut after = before.clone();
@@ -32,6 +34,7 @@ pub(crate) fn write_diff<'a>(
     path: &Path,
     options: &SaveOptions,
 ) -> Result<()> {
+    Made::Delta.may_be_at(path, &[a, b])?;
     let compared = compare_contents(a, b, true);
     let reshaped = compared.reshaped.iter().map(|&(shard, index, info, _)| (shard, index, info));
     let wholes: Vec<(TensorInfo<'a>, Source<'a>)> = compared

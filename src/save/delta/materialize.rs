@@ -1,16 +1,33 @@
 //! A whole file of an edited model, from a copy of the one it was opened from.
 
+use super::apply;
 use crate::digest::CHECKSUMS;
 use crate::error::{Error, Result};
 use crate::format::safetensors;
 use crate::map::{self, Backing, Memory as _, Source};
-use crate::model::{ModelMut, Span, Until};
-use crate::save::{Pending, SaveOptions, checksum};
+use crate::model::{Model, ModelMut, Span, Until};
+use crate::save::over::Made;
+use crate::save::{Pending, SaveOptions, checksum, model_may_be_at};
 use std::fs::File;
 use std::path::Path;
 
+/// Applies deltas to a base and writes the model that they make; whether blocks are shared with the base.
+pub(crate) fn materialize_deltas(
+    base: ModelMut,
+    deltas: &[Model],
+    path: &Path,
+    options: &SaveOptions,
+) -> Result<bool> {
+    {
+        let contents: Vec<_> = std::iter::once(&*base).chain(deltas).map(Model::contents).collect();
+        Made::Result.may_be_at(path, &contents.iter().collect::<Vec<_>>())?;
+    }
+    materialize(&apply(base, deltas)?, path, options)
+}
+
 /// As [`ModelMut::materialize`].
 pub(super) fn materialize(model: &ModelMut, path: &Path, options: &SaveOptions) -> Result<bool> {
+    model_may_be_at(path, &model.contents())?;
     if let Some(file) = origin(model).filter(|_| options.max_shard_size.is_none())
         && let Some(header) = header(model, options, path)?
     {
@@ -69,7 +86,7 @@ fn from_copy(
         source.write_to(0..source.len(), pending.file().file(), at as u64)
     })
     .map_err(Error::io(path, "writing what changed"))?;
-    pending.publish(options.draft.is_durable())?;
+    pending.publish_model(options.draft.is_durable())?;
     Ok(shared)
 }
 

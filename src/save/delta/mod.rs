@@ -35,6 +35,7 @@ mod materialize;
 
 use apply::apply;
 pub(crate) use encode::{write_delta, write_diff};
+pub(crate) use materialize::materialize_deltas;
 
 use super::SaveOptions;
 use crate::error::{Error, Result};
@@ -44,7 +45,7 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 /// The metadata entry of a delta.
-const KEY: &str = "maptensors.delta";
+pub(super) const KEY: &str = "maptensors.delta";
 const VERSION: u32 = 1;
 
 /// What that entry says.
@@ -70,7 +71,8 @@ const VALUES: &str = "values:";
 /// ([`SaveOptions::checksums`]); else the file is read once.
 ///
 /// # Errors
-/// As [`ModelMut::changed`] and [`SaveOptions::save`].
+/// As [`ModelMut::changed`] and [`SaveOptions::save`]; [`Error::Argument`] if `path` leads to a file of the model, or to
+/// another model.
 ///
 /// ```
 /// use maptensors::{Model, ModelMut, apply_delta, save_delta};
@@ -95,7 +97,7 @@ pub fn save_delta(model: &ModelMut, path: impl AsRef<Path>) -> Result<()> {
 /// Writes what turns `a` into `b` to a new file at `path`: a delta. Compares all of both.
 ///
 /// # Errors
-/// As [`SaveOptions::save`].
+/// As [`SaveOptions::save`]; [`Error::Argument`] if `path` leads to a file of either, or to another model.
 ///
 /// ```
 /// use maptensors::{Model, ModelMut, apply_delta, save_diff};
@@ -136,10 +138,10 @@ pub fn apply_delta(base: ModelMut, deltas: &[Model]) -> Result<ModelMut> {
 }
 
 /// Applies deltas and writes the whole model to one file at `path`: [`apply_delta`], then
-/// [`ModelMut::materialize`].
+/// [`ModelMut::materialize`]. Not over the base, nor over any delta: what other deltas need would be gone.
 ///
 /// # Errors
-/// As these.
+/// As these; [`Error::Argument`] if `path` leads to the base, one of the deltas, or another delta.
 ///
 /// ```
 /// # use maptensors::{Model, ModelMut, save_delta};
@@ -156,7 +158,7 @@ pub fn apply_delta(base: ModelMut, deltas: &[Model]) -> Result<ModelMut> {
 /// # Ok::<(), maptensors::Error>(())
 /// ```
 pub fn materialize(base: ModelMut, deltas: &[Model], path: impl AsRef<Path>) -> Result<()> {
-    SaveOptions::new().materialize(&apply(base, deltas)?, path).map(|_| ())
+    materialize_deltas(base, deltas, path.as_ref(), &SaveOptions::new()).map(|_| ())
 }
 
 impl SaveOptions {
