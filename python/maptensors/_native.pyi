@@ -37,6 +37,7 @@ __all__ = [
     "save_diff",
     "shard",
     "stream",
+    "torch_memory",
     "verify",
 ]
 
@@ -287,6 +288,7 @@ def materialize(
     *,
     durable: bool = True,
 ) -> bool: ...
+def torch_memory(tensors: list[Any]) -> list[tuple[Any, ...] | None]: ...
 def verify(model: Model | _Path | Iterable[_Path]) -> None: ...
 def planned_size(spec: Mapping[str, Any], *, metadata: dict[str, str] | None = None) -> int: ...
 

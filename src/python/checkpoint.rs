@@ -1,7 +1,8 @@
 //! `maptensors._native.Checkpoints`: what `maptensors.Checkpointer` stands on.
 
+use super::given::collect;
 use super::interrupt::{GRACE, wait_in_turns};
-use super::save::{Metadata, collect, sizes, stage_one};
+use super::save::{Metadata, sizes, stage_one};
 use crate::error::Error;
 use crate::map::cancel::{self, Cancel};
 use crate::save::{self, CheckpointOptions, Checkpointer, Ready};

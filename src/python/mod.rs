@@ -41,6 +41,8 @@ mod native {
     #[pymodule_export]
     use crate::python::draft::{Draft, create};
     #[pymodule_export]
+    use crate::python::given::torch_memory;
+    #[pymodule_export]
     use crate::python::lazy::{Prefetch, Stream, prefetch, shard, stream};
     #[pymodule_export]
     use crate::python::model::Model;

@@ -1,8 +1,7 @@
 //! Saving what Python holds.
 
-use super::arrays;
 use super::draft::Draft;
-use super::given::{self, Data, Given};
+use super::given::{self, Data, Given, collect};
 use super::interrupt::{LONG, abandonable, interruptible};
 use super::model::Model;
 use crate::digest::CHECKSUMS;
@@ -12,37 +11,12 @@ use crate::layout::Layout;
 use crate::map::Source;
 use crate::save::{Commit, Create, DraftOptions, Edited, HeaderEdit, Target, checksum, fill, place, sharded};
 use pyo3::prelude::*;
-use pyo3::types::{PyBytes, PyString};
+use pyo3::types::PyBytes;
 use std::collections::BTreeMap;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 pub(super) type Metadata = Option<BTreeMap<String, String>>;
-
-/// Names and arrays, from a mapping or an iterable of pairs.
-pub(super) fn collect(tensors: &Bound<'_, PyAny>) -> PyResult<Vec<(String, Given)>> {
-    let py = tensors.py();
-    let pairs = if tensors.is_instance_of::<Model>() || tensors.hasattr("items")? {
-        tensors.call_method0("items")?
-    } else {
-        tensors.clone()
-    };
-    let mut collected = Vec::new();
-    for pair in pairs.try_iter()? {
-        let (name, array): (Bound<'_, PyAny>, Bound<'_, PyAny>) = pair?.extract()?;
-        let name = name.cast::<PyString>().map_err(|_| {
-            PyErr::from(Error::Argument(format!("a tensor's name is a str, not a {}", name.get_type())))
-        })?;
-        // A lone surrogate is no text that a file could hold.
-        let name = name.to_str()?.to_owned();
-        let found = given::look_at(&name, &array)?;
-        collected.push((name, found));
-        if collected.len().is_multiple_of(4096) {
-            py.check_signals()?;
-        }
-    }
-    Ok(collected)
-}
 
 fn plan(tensors: &[(String, Given)], metadata: &Metadata) -> Result<Layout, Error> {
     let mut builder = Layout::builder().all_metadata(metadata.clone());
@@ -187,7 +161,7 @@ pub(super) fn stage_one(
     let draft = Draft::new(draft)?;
     for (name, given) in tensors {
         if let Data::Strided(array) = &given.data {
-            given::assign(py, &draft.tensor(name)?.array(), array.bind(py))?;
+            given::copy(py, &draft.tensor(name)?.array(), array.bind(py))?;
             progress.add(given.nbytes());
             py.check_signals()?;
         }
@@ -216,20 +190,8 @@ pub(super) fn save_bytes<'py>(
     let mut tensors = collect(tensors)?;
     for (name, array) in &mut tensors {
         // Bytes have no pages for a framework to write to: one tensor is gathered first.
-        if let Data::Strided(object) = &array.data {
-            let object = object.bind(py);
-            let whole = if object.hasattr("detach")? {
-                let whole = object.call_method0("detach")?.call_method1("to", ("cpu",))?;
-                whole.call_method0("resolve_conj")?.call_method0("resolve_neg")?.call_method0("contiguous")?
-            } else {
-                let numpy = py.import("numpy")?;
-                let native = arrays::numpy_dtype(py, array.dtype)?;
-                numpy.call_method1("ascontiguousarray", (object, native))?
-            };
-            let shape = array.shape.clone();
-            *array = given::look_at(name, &whole)?;
-            // numpy makes a scalar one-dimensional.
-            array.shape = shape;
+        if matches!(array.data, Data::Strided(_)) {
+            array.gather(py, name)?;
         }
     }
     let (header, layout) = py.detach(|| {

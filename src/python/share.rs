@@ -1,8 +1,8 @@
 //! `maptensors._native.Publisher` and `Subscriber`: what `maptensors.publish` and `attach` stand on.
 
-use super::given::Given;
+use super::given::{Given, collect};
 use super::model::Model;
-use super::save::{collect, stage_one};
+use super::save::stage_one;
 use crate::error::Error;
 use crate::map::Backing;
 use crate::model::Contents;

@@ -224,7 +224,7 @@ impl Tensor {
     }
 
     /// The elements as `bytes`, in C order, little endian: a copy.
-    fn tobytes<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyBytes>> {
+    pub(super) fn tobytes<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyBytes>> {
         self.look(py)?;
         let array = self.array();
         PyBytes::new_with(py, array.nbytes(), |to| {
