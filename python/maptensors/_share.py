@@ -7,7 +7,7 @@ from types import TracebackType
 from typing import Any, Literal, Self
 
 from maptensors import _native
-from maptensors._state import check_framework, flatten, unflatten
+from maptensors._state import check_framework, flatten, joined, unflatten
 from maptensors.errors import MapTensorsError
 
 
@@ -52,7 +52,7 @@ class Publisher:
         )
         return self._publisher.publish(
             tensors,
-            metadata=dict(metadata or {}) | structure,
+            metadata=joined(metadata, structure),
             changed=given,
             compare=changed == "compare",
         )

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from maptensors._native import Model, Tensor, torch_memory
-from maptensors.errors import MapTensorsError
+from maptensors.errors import BitPatternError, MapTensorsError
 
 # How deep a state may be nested: reading it takes three calls for each level, and Python's limit is 1000.
 _LEVELS = 200
@@ -65,6 +65,13 @@ def flatten(state: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
     if len(frameworks) == 1 and (known := _FORMATS.get(*frameworks)):
         metadata["format"] = known
     return tensors, metadata
+
+
+def joined(metadata: Mapping[str, str] | None, more: dict[str, str]) -> dict[str, str]:
+    """Return what a caller wants in the metadata, and what is to be there in any case."""
+    if metadata is not None and not isinstance(metadata, Mapping):
+        raise MapTensorsError(f"metadata is text by text, and not a {type(metadata).__name__}")
+    return {**(metadata or {}), **more}
 
 
 def _encode(value: Any, path: str, found: list[tuple[dict[str, str], str, Any]], level: int) -> Any:
@@ -153,6 +160,13 @@ def unflatten(model: Model, framework: str | None) -> Any:
         if name not in taken:
             try:
                 taken[name] = _TAKE[wanted](model[name])
+            except BitPatternError as error:
+                bad = BitPatternError(
+                    f'{error}; framework="maptensors" gives every tensor by itself, and the others can be used'
+                )
+                bad.tensors = error.tensors
+                failed.append(bad)
+                raise bad from None
             except Exception as error:
                 failed.append(error)
                 raise

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 
 from maptensors import _api, _native
+from maptensors._state import joined
 from maptensors.errors import MapTensorsError
 
 __all__ = ["load", "load_file", "load_model", "save", "save_file", "save_model"]
@@ -39,8 +40,7 @@ def save_file(
     writes each by its own.
     """
     _check_kinds(tensors)
-    notes = None if metadata is None else dict(metadata)
-    if not _native.save(tensors, filename, metadata=notes, durable=durable, distinct=True):
+    if not _native.save(tensors, filename, metadata=metadata, durable=durable, distinct=True):
         # Something is shared, strided or on a device: look closely, and say what.
         _check(tensors)
         _api.save(tensors, filename, metadata=metadata, durable=durable)
@@ -78,7 +78,7 @@ def save_model(
             f"{', '.join(map(repr, extra))} in the module's state_dict() is no tensor: save_model holds tensors "
             "only. maptensors.Checkpointer saves a whole state, numbers and strings too."
         )
-    notes = dict(metadata or {})
+    notes = joined(metadata, {})
     for kept, dropped in _duplicates(state).items():
         for name in dropped:
             notes.setdefault(name, kept)

@@ -3,6 +3,7 @@
 use super::draft::Draft;
 use super::given::{self, Data, Given, collect};
 use super::interrupt::{LONG, abandonable, interruptible};
+use super::metadata::{Metadata, entries, metadata as read_metadata};
 use super::model::Model;
 use crate::digest::CHECKSUMS;
 use crate::error::Error;
@@ -15,8 +16,6 @@ use pyo3::types::PyBytes;
 use std::collections::BTreeMap;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
-
-pub(super) type Metadata = Option<BTreeMap<String, String>>;
 
 fn plan(tensors: &[(String, Given)], metadata: &Metadata) -> Result<Layout, Error> {
     let mut builder = Layout::builder().all_metadata(metadata.clone());
@@ -42,7 +41,7 @@ pub(super) fn save(
     py: Python<'_>,
     tensors: &Bound<'_, PyAny>,
     path: PathBuf,
-    metadata: Metadata,
+    #[pyo3(from_py_with = read_metadata)] metadata: Metadata,
     durable: bool,
     mapped: bool,
     max_shard_size: Option<u64>,
@@ -86,7 +85,7 @@ pub(super) fn save(
 pub(super) fn edit(
     py: Python<'_>,
     path: PathBuf,
-    metadata: BTreeMap<String, String>,
+    #[pyo3(from_py_with = entries)] metadata: BTreeMap<String, String>,
     remove: Vec<String>,
     rename: BTreeMap<String, String>,
     durable: bool,
@@ -173,7 +172,10 @@ pub(super) fn stage_one(
 /// The length of the file that tensors, or a spec of them as for `create`, would make.
 #[pyfunction]
 #[pyo3(signature = (spec, *, metadata = None))]
-pub(super) fn planned_size(spec: &Bound<'_, PyAny>, metadata: Metadata) -> PyResult<u64> {
+pub(super) fn planned_size(
+    spec: &Bound<'_, PyAny>,
+    #[pyo3(from_py_with = read_metadata)] metadata: Metadata,
+) -> PyResult<u64> {
     let layout = super::draft::planned(spec, metadata)?;
     Ok(safetensors::encode(&layout, Path::new(""))?.1.file_len())
 }
@@ -184,7 +186,7 @@ pub(super) fn planned_size(spec: &Bound<'_, PyAny>, metadata: Metadata) -> PyRes
 pub(super) fn save_bytes<'py>(
     py: Python<'py>,
     tensors: &Bound<'py, PyAny>,
-    metadata: Metadata,
+    #[pyo3(from_py_with = read_metadata)] metadata: Metadata,
     checksums: bool,
 ) -> PyResult<Bound<'py, PyBytes>> {
     let mut tensors = collect(tensors)?;

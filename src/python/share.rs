@@ -1,6 +1,7 @@
 //! `maptensors._native.Publisher` and `Subscriber`: what `maptensors.publish` and `attach` stand on.
 
 use super::given::{Given, collect};
+use super::metadata::entries;
 use super::model::Model;
 use super::save::stage_one;
 use crate::error::Error;
@@ -144,7 +145,7 @@ impl Publisher {
         &self,
         py: Python<'_>,
         tensors: &Bound<'_, PyAny>,
-        metadata: BTreeMap<String, String>,
+        #[pyo3(from_py_with = entries)] metadata: BTreeMap<String, String>,
         changed: Option<Vec<String>>,
         compare: bool,
     ) -> PyResult<u64> {

@@ -15,6 +15,7 @@ mod tied;
 mod torch;
 
 pub(super) use assign::{assign, copy};
+pub(super) use refusal::bad_bool;
 pub(super) use tied::torch_memory;
 
 use super::arrays::import;
@@ -31,7 +32,7 @@ use pyo3::intern;
 use pyo3::prelude::*;
 use pyo3::sync::PyOnceLock;
 use pyo3::types::{PyString, PyType};
-use refusal::{bad_bool, resized};
+use refusal::resized;
 use std::sync::Arc;
 use storage::Storage;
 
@@ -107,14 +108,14 @@ impl Given {
             }
             ready => match py.detach(|| ready.source().map_or(0, |source| largest(&source))) {
                 0 | 1 => Ok(()),
-                found => Err(bad_bool(name, found)),
+                found => Err(bad_bool(name, found).into()),
             },
         }
     }
 }
 
 /// The largest byte.
-fn largest(source: &Source<'_>) -> u8 {
+pub(super) fn largest(source: &Source<'_>) -> u8 {
     let mut block = [0u8; 4096];
     let mut largest = 0;
     for from in (0..source.len()).step_by(block.len()) {

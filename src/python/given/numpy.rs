@@ -157,6 +157,6 @@ pub(super) fn check_bools(name: &str, array: &Bound<'_, PyAny>) -> PyResult<()> 
     let most = array.call_method1(intern!(py, "view"), ("uint8",))?.call_method("max", (), Some(&options))?;
     match most.extract::<u8>()? {
         0 | 1 => Ok(()),
-        found => Err(bad_bool(name, found)),
+        found => Err(bad_bool(name, found).into()),
     }
 }

@@ -22,9 +22,9 @@ pub(super) fn refused(name: &str, why: &str) -> PyErr {
     Error::Argument(format!("tensor {} {why}", quote(name))).into()
 }
 
-pub(super) fn bad_bool(name: &str, found: u8) -> PyErr {
+pub(in crate::python) fn bad_bool(name: &str, found: u8) -> Error {
     let what = format!("a bool is 0 or 1, not {found}; seen as uint8 its bytes can be saved");
-    Error::Value { tensor: name.into(), what }.into()
+    Error::Value { tensor: name.into(), what }
 }
 
 /// An error of a framework's or of an array's own code, with the name of the tensor. What is no fault of the array

@@ -156,6 +156,13 @@ fn see_any<'py>(name: &str, object: &Bound<'py, PyAny>) -> PyResult<Seen<'py>> {
             outside(name, &storage, &shape, dtype)
         });
     };
+    // A wrapper of empty tensors needs no memory, and yet has none.
+    if bytes.is_empty()
+        && !is_exact(object)?
+        && object.get_type().hasattr(intern!(py, "__tensor_flatten__"))?
+    {
+        return Err(no_memory(name, object, None));
+    }
     // Being asked for its numbers, a class of Python's may have run code.
     if !storage.is_as_it_was(py)? {
         return Err(resized(name));
@@ -260,7 +267,7 @@ pub(super) fn check_bools(name: &str, tensor: &Bound<'_, PyAny>) -> PyResult<()>
     let most = class.getattr("item")?.call1((class.getattr("max")?.call1((bytes,))?,))?;
     match most.extract::<u8>()? {
         0 | 1 => Ok(()),
-        found => Err(bad_bool(name, found)),
+        found => Err(bad_bool(name, found).into()),
     }
 }
 
