@@ -93,7 +93,7 @@ def edit(
         raise TypeError("remove takes several keys: a list, not a str")
     return _native.edit(
         path,
-        metadata=dict(metadata or {}),
+        metadata={} if metadata is None else metadata,
         remove=list(remove),
         rename=dict(rename or {}),
         durable=durable,
@@ -110,8 +110,8 @@ def save_bytes(
     return _native.save_bytes(tensors, metadata=_metadata(tensors, metadata), checksums=checksums)
 
 
-def _metadata(tensors: object, metadata: Mapping[str, str] | None) -> dict[str, str] | None:
+def _metadata(tensors: object, metadata: Mapping[str, str] | None) -> Mapping[str, str] | None:
     """Return the metadata to write: a model's own where none is given."""
     if metadata is None and isinstance(tensors, _native.Model) and tensors.has_metadata:
-        metadata = tensors.metadata
-    return None if metadata is None else dict(metadata)
+        return tensors.metadata
+    return metadata

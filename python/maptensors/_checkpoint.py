@@ -3,6 +3,7 @@
 import asyncio
 import atexit
 import contextlib
+import operator
 import os
 import sys
 import warnings
@@ -15,7 +16,7 @@ from typing import Any, Self
 from maptensors import _native
 from maptensors._api import parse_size
 from maptensors._progress import Bar
-from maptensors._state import check_framework, flatten, unflatten
+from maptensors._state import check_framework, flatten, joined, unflatten
 from maptensors.errors import StepWarning
 
 
@@ -210,13 +211,12 @@ class Checkpointer:
     def _prepared(
         self, state: Mapping[str, Any], step: int, metadata: Mapping[str, str] | None
     ) -> tuple[dict[str, Any], int, dict[str, str]]:
-        if step < 0:
-            raise ValueError(f"a step is not negative: {step}")
+        step = _step(step)
         if self._bar is not None:
             self._bar.close()
         tensors, structure = flatten(state)
         # Metadata may be another checkpoint's: what says how this state is made up comes last.
-        return tensors, step, dict(metadata or {}) | structure | {"maptensors.step": str(step)}
+        return tensors, step, joined(metadata, structure | {"maptensors.step": str(step)})
 
     def steps(self) -> list[int]:
         """Return the steps there are, in order. An unfinished checkpoint is never among them."""
@@ -235,7 +235,7 @@ class Checkpointer:
 
     def path(self, step: int | None = None) -> str:
         """Return what to open for a step, or for the latest: a file, or the index of a sharded set."""
-        return self._checkpoints.find(step)
+        return self._checkpoints.find(None if step is None else _step(step))
 
     def open(self, step: int | None = None, mode: str = "c", **options: Any) -> _native.Model:
         """Map a checkpoint, or the latest: its tensors by name. ``options`` are those of ``open``.
@@ -263,7 +263,7 @@ class Checkpointer:
         After going back, say, those behind it. OSError (PermissionError, a read-only file system): it, or a part of
         it, is still there.
         """
-        return self._checkpoints.remove(step)
+        return self._checkpoints.remove(_step(step))
 
     def wait(self) -> None:
         """Wait for saves under way, and for the next output. An error nobody was told of is raised here."""
@@ -289,6 +289,17 @@ class Checkpointer:
 
     def __repr__(self) -> str:
         return f"Checkpointer({self.directory!r})"
+
+
+def _step(step: int) -> int:
+    """Return a step as what it is: a number that is not negative, and fits 64 bits."""
+    try:
+        number = operator.index(step)
+    except TypeError:
+        raise TypeError(f"a step is an integer, not {step!r}") from None
+    if not 0 <= number < 2**64:
+        raise ValueError(f"a step is from 0 to 2**64 - 1, not {number}")
+    return number
 
 
 def _planned_size(example: Mapping[str, Any]) -> int:

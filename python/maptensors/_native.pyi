@@ -1,7 +1,7 @@
 import os
 from collections.abc import Callable, ItemsView, Iterable, Iterator, KeysView, Mapping, Sequence, ValuesView
 from types import TracebackType
-from typing import Any, Literal, Self, final
+from typing import Any, ClassVar, Literal, Self, final
 
 import numpy as np
 
@@ -37,6 +37,7 @@ __all__ = [
     "save_diff",
     "shard",
     "stream",
+    "torch_memory",
     "verify",
 ]
 
@@ -72,6 +73,21 @@ class Tensor:
     def __getitem__(self, key: Any, /) -> Tensor: ...
     def __setitem__(self, key: Any, value: Any, /) -> None: ...
     def __len__(self) -> int: ...
+    def __iter__(self) -> Iterator[Tensor]: ...
+    def __contains__(self, value: Any, /) -> bool: ...
+    def __int__(self) -> int: ...
+    def __float__(self) -> float: ...
+    def __complex__(self) -> complex: ...
+    def __index__(self) -> int: ...
+    def __bool__(self) -> bool: ...
+    def __format__(self, spec: str, /) -> str: ...
+    def __eq__(self, other: object, /) -> Any: ...
+    def __ne__(self, other: object, /) -> Any: ...
+    def __lt__(self, other: Any, /) -> Any: ...
+    def __le__(self, other: Any, /) -> Any: ...
+    def __gt__(self, other: Any, /) -> Any: ...
+    def __ge__(self, other: Any, /) -> Any: ...
+    __hash__: ClassVar[None]  # type: ignore[assignment]
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray[Any, Any]: ...
     def __buffer__(self, flags: int, /) -> memoryview: ...
     def __release_buffer__(self, buffer: memoryview, /) -> None: ...
@@ -224,7 +240,7 @@ def create(
     path: str | os.PathLike[str],
     spec: Mapping[str, Any],
     *,
-    metadata: dict[str, str] | None = None,
+    metadata: Mapping[str, str] | None = None,
     durable: bool = True,
     mapped: bool = True,
     checksums: bool = False,
@@ -234,7 +250,7 @@ def save(
     tensors: Mapping[str, Any] | Iterable[tuple[str, Any]],
     path: str | os.PathLike[str],
     *,
-    metadata: dict[str, str] | None = None,
+    metadata: Mapping[str, str] | None = None,
     durable: bool = True,
     mapped: bool = True,
     max_shard_size: int | None = None,
@@ -244,7 +260,7 @@ def save(
 def edit(
     path: str | os.PathLike[str],
     *,
-    metadata: dict[str, str] = ...,
+    metadata: Mapping[str, str] = ...,
     remove: list[str] = ...,
     rename: dict[str, str] = ...,
     durable: bool = True,
@@ -252,14 +268,14 @@ def edit(
 def save_bytes(
     tensors: Mapping[str, Any] | Iterable[tuple[str, Any]],
     *,
-    metadata: dict[str, str] | None = None,
+    metadata: Mapping[str, str] | None = None,
     checksums: bool = False,
 ) -> bytes: ...
 def save_delta(
     model: Model,
     path: str | os.PathLike[str],
     *,
-    metadata: dict[str, str] | None = None,
+    metadata: Mapping[str, str] | None = None,
     durable: bool = True,
     checksums: bool = False,
 ) -> None: ...
@@ -268,7 +284,7 @@ def save_diff(
     b: Model | _Path | Iterable[_Path],
     path: str | os.PathLike[str],
     *,
-    metadata: dict[str, str] | None = None,
+    metadata: Mapping[str, str] | None = None,
     durable: bool = True,
     checksums: bool = False,
 ) -> None: ...
@@ -287,8 +303,9 @@ def materialize(
     *,
     durable: bool = True,
 ) -> bool: ...
+def torch_memory(tensors: list[Any]) -> list[tuple[Any, ...] | None]: ...
 def verify(model: Model | _Path | Iterable[_Path]) -> None: ...
-def planned_size(spec: Mapping[str, Any], *, metadata: dict[str, str] | None = None) -> int: ...
+def planned_size(spec: Mapping[str, Any], *, metadata: Mapping[str, str] | None = None) -> int: ...
 
 @final
 class Checkpoints:
@@ -305,10 +322,10 @@ class Checkpoints:
         progress: Callable[[int, int], object] | None = None,
     ) -> Self: ...
     def save(
-        self, tensors: Mapping[str, Any], step: int, metadata: dict[str, str] | None
+        self, tensors: Mapping[str, Any], step: int, metadata: Mapping[str, str] | None
     ) -> dict[str, Any]: ...
     def save_async(
-        self, tensors: Mapping[str, Any], step: int, metadata: dict[str, str] | None
+        self, tensors: Mapping[str, Any], step: int, metadata: Mapping[str, str] | None
     ) -> Saving: ...
     def prepare(self, bytes: int) -> None: ...
     def remove(self, step: int) -> bool: ...
@@ -360,7 +377,7 @@ class Publisher:
         self,
         tensors: Model | Mapping[str, Any],
         *,
-        metadata: dict[str, str],
+        metadata: Mapping[str, str],
         changed: list[str] | None = None,
         compare: bool = False,
     ) -> int: ...

@@ -7,7 +7,7 @@ from types import TracebackType
 from typing import Any, Literal, Self
 
 from maptensors import _native
-from maptensors._state import STATE, check_framework, flatten, named_in, unflatten
+from maptensors._state import STATE, check_framework, flatten, joined, named_in, unflatten
 from maptensors.errors import MapTensorsError
 
 
@@ -56,7 +56,7 @@ class Publisher:
             given = named_in(structure[STATE], tensors, given)
         return self._publisher.publish(
             tensors,
-            metadata=dict(metadata or {}) | structure,
+            metadata=joined(metadata, structure),
             changed=given,
             compare=changed == "compare",
         )

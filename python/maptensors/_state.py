@@ -8,8 +8,11 @@ from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from maptensors._native import Model, Tensor
-from maptensors.errors import MapTensorsError
+from maptensors._native import Model, Tensor, torch_memory
+from maptensors.errors import BitPatternError, MapTensorsError
+
+# How deep a state may be nested: reading it takes three calls for each level, and Python's limit is 1000.
+_LEVELS = 200
 
 _FRAMEWORKS = (None, "maptensors", "numpy", "torch", "jax")
 
@@ -54,11 +57,9 @@ def flatten(state: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
         raise TypeError(
             f"a state is a dict of tensors, numbers and nested dicts, not a {type(state).__name__}"
         )
-    tensors: dict[str, Any] = {}
-    try:
-        node = _encode(state, "", tensors, {})
-    except RecursionError:
-        raise ValueError("the state is nested too deeply, or contains itself") from None
+    found: list[tuple[dict[str, str], str, Any]] = []
+    node = _encode(state, "", found, 0)
+    tensors = _named(found)
     metadata = {STATE: json.dumps(node, allow_nan=False, separators=(",", ":"))}
     frameworks = {framework_of(tensor) or "" for tensor in tensors.values()}
     if len(frameworks) == 1 and (known := _FORMATS.get(*frameworks)):
@@ -66,10 +67,24 @@ def flatten(state: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
     return tensors, metadata
 
 
-def _encode(value: Any, path: str, tensors: dict[str, Any], known: dict[object, str]) -> Any:
+def joined(metadata: Mapping[str, str] | None, more: dict[str, str]) -> dict[str, str]:
+    """Return what a caller wants in the metadata, and what is to be there in any case."""
+    if metadata is not None and not isinstance(metadata, Mapping):
+        raise MapTensorsError(f"metadata is text by text, and not a {type(metadata).__name__}")
+    return {**(metadata or {}), **more}
+
+
+def _encode(value: Any, path: str, found: list[tuple[dict[str, str], str, Any]], level: int) -> Any:
+    """Return how a value is written. Its tensors are added to ``found``, to be named when all are known."""
     framework = framework_of(value)
     if framework is not None:
-        return {"tensor": _name(value, framework, path, tensors, known), "as": framework}
+        node = {"tensor": "", "as": framework}
+        found.append((node, path, value))
+        return node
+    if level > _LEVELS:
+        raise MapTensorsError(
+            f"the state is nested more than {_LEVELS} deep, or contains itself, at {path[:100]}"
+        )
     kind = type(value)
     if value is None or kind in (str, bool, int):
         return value
@@ -81,7 +96,7 @@ def _encode(value: Any, path: str, tensors: dict[str, Any], known: dict[object, 
         return {"bytes": b64encode(value).decode()}
     is_size = kind.__module__ == "torch" and kind.__name__ == "Size"
     if kind in (list, tuple) or is_size:
-        parts = [_encode(part, _join(path, i), tensors, known) for i, part in enumerate(value)]
+        parts = [_encode(part, _join(path, i), found, level + 1) for i, part in enumerate(value)]
         return {"size" if is_size else kind.__name__: parts}
     if kind in (dict, OrderedDict, Counter) or (not path and isinstance(value, Mapping)):
         pairs = []
@@ -91,7 +106,7 @@ def _encode(value: Any, path: str, tensors: dict[str, Any], known: dict[object, 
                 raise TypeError(
                     f"{where} has a key of type {type(key).__name__}: only str and int can be saved"
                 )
-            pairs.append([key, _encode(part, _join(path, key), tensors, known)])
+            pairs.append([key, _encode(part, _join(path, key), found, level + 1)])
         if kind in (OrderedDict, Counter):
             return {"ordered" if kind is OrderedDict else "counter": pairs}
         if all(type(key) is str for key, _ in pairs):
@@ -107,22 +122,25 @@ def _join(path: str, key: object) -> str:
     return f"{path}.{key}" if path else str(key)
 
 
-def _name(value: Any, framework: str, path: str, tensors: dict[str, Any], known: dict[object, str]) -> str:
-    """Return the name of a tensor in the file: one that is there twice (tied weights) is saved once."""
-    identity: object = id(value)
-    if framework == "torch" and value.device.type == "cpu" and value.layout is sys.modules["torch"].strided:
-        place = (value.data_ptr(), value.dtype, tuple(value.shape), tuple(value.stride()))
-        # The same memory, but not the same values, where a conjugation or negation is pending.
-        identity = (*place, value.is_conj(), value.is_neg()) if value.numel() else identity
-    if identity in known:
-        return known[identity]
-    name, n = path, 1
-    while name in tensors:
-        n += 1
-        name = f"{path}~{n}"
-    tensors[name] = value
-    known[identity] = name
-    return name
+def _named(found: list[tuple[dict[str, str], str, Any]]) -> dict[str, Any]:
+    """Return tensors by the names they get in the file: one that is there twice (tied weights) is saved once.
+
+    Tied are those of the same storage, in the same place of it, that are read in the same way; and the same object.
+    """
+    tensors: dict[str, Any] = {}
+    known: dict[object, str] = {}
+    memories = torch_memory([value if node["as"] == "torch" else None for node, _, value in found])
+    for (node, path, value), memory in zip(found, memories, strict=True):
+        identity: object = id(value) if memory is None else memory
+        if identity not in known:
+            name, n = path, 1
+            while name in tensors:
+                n += 1
+                name = f"{path}~{n}"
+            tensors[name] = value
+            known[identity] = name
+        node["tensor"] = known[identity]
+    return tensors
 
 
 def named_in(structure: str, tensors: Mapping[str, Any], places: Iterable[str]) -> list[str]:
@@ -177,6 +195,13 @@ def unflatten(model: Model, framework: str | None) -> Any:
         if name not in taken:
             try:
                 taken[name] = _TAKE[wanted](model[name])
+            except BitPatternError as error:
+                bad = BitPatternError(
+                    f'{error}; framework="maptensors" gives every tensor by itself, and the others can be used'
+                )
+                bad.tensors = error.tensors
+                failed.append(bad)
+                raise bad from None
             except Exception as error:
                 failed.append(error)
                 raise

@@ -79,9 +79,10 @@ class AlignError(MapTensorsError):
 
 
 class BitPatternError(MapTensorsError):
-    """A bit pattern is no value of its type: a bool that is neither 0 nor 1."""
+    """A bit pattern is no value of its type: a bool that is neither 0 nor 1. ``tensors`` names whose it is."""
 
     kind = "Value"
+    tensors: list[str]
 
 
 class ShardPathError(MapTensorsError):

@@ -5,12 +5,14 @@ changes. Each has a storage of its own.
 """
 
 import os
-from collections import defaultdict
 from collections.abc import Iterable, Mapping
+from typing import NamedTuple
 
 import torch
 
 from maptensors import _api, _native
+from maptensors._state import joined
+from maptensors.errors import MapTensorsError
 
 __all__ = ["load", "load_file", "load_model", "save", "save_file", "save_model"]
 
@@ -38,8 +40,7 @@ def save_file(
     writes each by its own.
     """
     _check_kinds(tensors)
-    notes = None if metadata is None else dict(metadata)
-    if not _native.save(tensors, filename, metadata=notes, durable=durable, distinct=True):
+    if not _native.save(tensors, filename, metadata=metadata, durable=durable, distinct=True):
         # Something is shared, strided or on a device: look closely, and say what.
         _check(tensors)
         _api.save(tensors, filename, metadata=metadata, durable=durable)
@@ -71,7 +72,13 @@ def save_model(
     non-contiguous tensor is refused instead of being written in C order.
     """
     state = model.state_dict()
-    notes = dict(metadata or {})
+    extra = [name for name, value in state.items() if not isinstance(value, torch.Tensor)]
+    if extra:
+        raise MapTensorsError(
+            f"{', '.join(map(repr, extra))} in the module's state_dict() is no tensor: save_model holds tensors "
+            "only. maptensors.Checkpointer saves a whole state, numbers and strings too."
+        )
+    notes = joined(metadata, {})
     for kept, dropped in _duplicates(state).items():
         for name in dropped:
             notes.setdefault(name, kept)
@@ -99,10 +106,14 @@ def load_model(
     """Load a file written by :func:`save_model` into a module.
 
     Returns the names missing from the file and those in it that the module does not have; with ``strict``,
-    raises ``RuntimeError`` if there are any.
+    raises ``RuntimeError`` if there are any. A module on the meta device has no memory to load into, and is
+    refused: ``model.to_empty(device="cpu")`` gives it some, ``model.load_state_dict(load_file(filename),
+    assign=True)`` that of the file.
     """
     state = load_file(filename, device=device, backend=backend)
-    shared = _duplicates(model.state_dict(), preferred=state.keys())
+    target = model.state_dict()
+    _check_target({name: tensor for name, tensor in target.items() if name in state})
+    shared = _duplicates(target, preferred=state.keys())
     found, unexpected = model.load_state_dict(state, strict=False)
     missing = set(found)
     for dropped in shared.values():
@@ -125,17 +136,37 @@ def _listed(names: Iterable[str]) -> str:
     return ", ".join(f'"{name}"' for name in sorted(names))
 
 
+def _check_target(tensors: dict[str, torch.Tensor]) -> None:
+    """Refuse to load where copying would do nothing."""
+    if type(torch.empty(0)) is not torch.Tensor:
+        raise MapTensorsError(
+            "nothing can be loaded under FakeTensorMode, or another mode that makes tensors without values"
+        )
+    void = [name for name, tensor in tensors.items() if isinstance(tensor, torch.Tensor) and _has_no_values(tensor)]
+    if void:
+        more = f" and {len(void) - 1} more" if len(void) > 1 else ""
+        raise MapTensorsError(
+            f"{void[0]!r}{more} of the module cannot be loaded into: on the meta device, or fake, it has no memory. "
+            'Call model.to_empty(device="cpu") first, or model.load_state_dict(load_file(filename), assign=True).'
+        )
+
+
+def _has_no_values(tensor: torch.Tensor) -> bool:
+    return tensor.is_meta or any(cls.__name__ == "FakeTensor" for cls in type(tensor).__mro__)
+
+
 def _check(tensors: dict[str, torch.Tensor]) -> None:
     """Raise what safetensors raises for what it does not save."""
     _check_kinds(tensors)
-    sharing = [sorted(names) for names in _sharing(tensors) if len(names) > 1]
+    memories = _memories(tensors)
+    sharing = [sorted(names) for names in _sharing(memories) if len(names) > 1]
     if sharing:
         raise RuntimeError(
             f"Some tensors share memory: {sharing}. Saving each would duplicate it on disk and untie them "
             "when loaded. save_model keeps one of each; maptensors.save writes them all."
         )
-    for name, tensor in tensors.items():
-        if not tensor.is_contiguous():
+    for name, memory in memories.items():
+        if not memory.contiguous:
             raise ValueError(
                 f"You are trying to save a non contiguous tensor: `{name}`. Call `.contiguous()` on it, or "
                 "save with maptensors.save, which writes it in C order."
@@ -148,59 +179,59 @@ def _check_kinds(tensors: dict[str, torch.Tensor]) -> None:
     for name, tensor in tensors.items():
         if not isinstance(tensor, torch.Tensor):
             raise ValueError(f"Key `{name}` is invalid, expected torch.Tensor but received {type(tensor)}")
-    sparse = [name for name, tensor in tensors.items() if tensor.layout != torch.strided]
-    if sparse:
-        raise ValueError(
-            f"You are trying to save a sparse tensors: `{sparse}` which this library does not support. "
-            "`.to_dense()` makes a tensor dense; the file may be much larger."
-        )
 
 
-def _span(tensor: torch.Tensor) -> tuple[int, int]:
-    """First and one-past-last byte of a tensor's elements."""
-    start = tensor.data_ptr()
-    if tensor.numel() == 0:
-        return start, start
-    last = sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    return start, start + (last + 1) * tensor.element_size()
+class _Memory(NamedTuple):
+    """What ``_native.torch_memory`` says."""
+
+    #: Device, first byte and one past the last.
+    storage: tuple[str, int, int]
+    #: First byte of the elements, and one past the last.
+    span: tuple[int, int]
+    #: Bytes that the elements take.
+    filled: int
+    #: How they are to be read.
+    reading: tuple[object, ...]
+    contiguous: bool
 
 
-def _sharing(tensors: dict[str, torch.Tensor]) -> list[set[str]]:
+def _memories(tensors: Mapping[str, torch.Tensor]) -> dict[str, _Memory]:
+    """Where each tensor lies that has memory of its own, and elements."""
+    found = _native.torch_memory(list(tensors.values()))
+    return {
+        name: _Memory(*memory) for name, memory in zip(tensors, found, strict=True) if memory is not None
+    }
+
+
+def _sharing(memories: Mapping[str, _Memory]) -> list[set[str]]:
     """Groups of names whose tensors overlap in memory; a tensor on its own is a group of one."""
-    by_storage: dict[tuple[torch.device, int, int], list[str]] = defaultdict(list)
-    for name, tensor in tensors.items():
-        if tensor.device.type == "meta":
-            continue
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() != 0 and storage.nbytes() != 0:
-            by_storage[tensor.device, storage.data_ptr(), storage.nbytes()].append(name)
     groups: list[set[str]] = []
-    for names in by_storage.values():
-        if len(names) == 1:
-            groups.append(set(names))
-            continue
-        end = -1
-        for start, stop, name in sorted((*_span(tensors[name]), name) for name in names):
-            if start < end:
-                groups[-1].add(name)
-            else:
-                groups.append({name})
-            end = max(end, stop)
+    before: tuple[str, int, int] | None = None
+    end = -1
+    for memory, name in sorted((memory, name) for name, memory in memories.items()):
+        start, stop = memory.span
+        if memory.storage == before and start < end:
+            groups[-1].add(name)
+        else:
+            groups.append({name})
+            end = -1
+        before, end = memory.storage, max(end, stop)
     return groups
 
 
-def _duplicates(state: dict[str, torch.Tensor], preferred: Iterable[str] = ()) -> dict[str, list[str]]:
+def _duplicates(state: Mapping[str, torch.Tensor], preferred: Iterable[str] = ()) -> dict[str, list[str]]:
     """For each group of names that share memory: the one to keep, and the others.
 
     Only a tensor that covers its whole storage can stand for the others. Of several, one that is in
     ``preferred`` (the names in the file being loaded) wins, else the first by name.
     """
     wanted = set(preferred)
+    memories = _memories(state)
     kept: dict[str, list[str]] = {}
-    for group in _sharing(state):
+    for group in _sharing(memories):
         if len(group) == 1:
             continue
-        whole = {name for name in group if _covers_storage(state[name])}
+        whole = {name for name in group if _covers_storage(memories[name])}
         if not whole:
             raise RuntimeError(
                 f"Tensors {sorted(group)} share memory, and none covers all of it: none can stand for the "
@@ -211,7 +242,6 @@ def _duplicates(state: dict[str, torch.Tensor], preferred: Iterable[str] = ()) -
     return kept
 
 
-def _covers_storage(tensor: torch.Tensor) -> bool:
-    storage = tensor.untyped_storage()
-    nbytes = tensor.numel() * tensor.element_size()
-    return bool(tensor.data_ptr() == storage.data_ptr() and nbytes == storage.nbytes())
+def _covers_storage(memory: _Memory) -> bool:
+    _, start, stop = memory.storage
+    return memory.span[0] == start and memory.filled == stop - start

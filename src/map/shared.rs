@@ -241,11 +241,15 @@ impl std::fmt::Debug for SharedMemory {
 
 #[cfg(feature = "python")]
 impl SharedMemory {
-    /// A copy on the heap, 64-byte aligned: for what is misaligned where it lies.
+    /// On the heap, 64-byte aligned.
+    pub(crate) fn zeroed(len: usize) -> Self {
+        let mut lines = vec![Line([0; 64]); len.div_ceil(64)];
+        Self { ptr: lines.as_mut_ptr().cast(), len, owner: Owner::Heap { _lines: lines } }
+    }
+
+    /// A copy on the heap: for what is misaligned where it lies.
     pub(crate) fn copy_of(source: Source<'_>) -> Self {
-        let mut lines = vec![Line([0; 64]); source.len().div_ceil(64)];
-        let memory =
-            Self { ptr: lines.as_mut_ptr().cast(), len: source.len(), owner: Owner::Heap { _lines: lines } };
+        let memory = Self::zeroed(source.len());
         memory.write(&(0..source.len()), source);
         memory
     }

@@ -361,7 +361,7 @@ pub(super) fn numpy_dtype(py: Python<'_>, dtype: DType) -> PyResult<Bound<'_, Py
 
 /// A dtype as people write it: `"F32"`, `"float32"`, `np.float32`, `np.dtype("float32")`,
 /// `torch.float32`, `ml_dtypes.bfloat16`.
-pub(super) fn parse_dtype(dtype: &Bound<'_, PyAny>) -> PyResult<DType> {
+pub(super) fn parse_dtype(tensor: &str, dtype: &Bound<'_, PyAny>) -> PyResult<DType> {
     let text = if let Ok(text) = dtype.cast::<PyString>() {
         text.to_string()
     } else if let Ok(name) = dtype.getattr("name").and_then(|name| name.extract::<String>()) {
@@ -375,7 +375,7 @@ pub(super) fn parse_dtype(dtype: &Bound<'_, PyAny>) -> PyResult<DType> {
     name.parse().ok().or_else(|| DType::from_framework_name(name)).ok_or_else(|| {
         Error::DType {
             path: PathBuf::new(),
-            tensor: String::new(),
+            tensor: tensor.into(),
             found: format!("of dtype {text}"),
             expected: "one of BOOL, U8, …, F64, or a framework's name for it".into(),
         }

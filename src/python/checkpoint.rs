@@ -1,7 +1,9 @@
 //! `maptensors._native.Checkpoints`: what `maptensors.Checkpointer` stands on.
 
+use super::given::collect;
 use super::interrupt::{GRACE, wait_in_turns};
-use super::save::{Metadata, collect, sizes, stage_one};
+use super::metadata::{Metadata, metadata as read_metadata};
+use super::save::{sizes, stage_one};
 use crate::error::Error;
 use crate::map::cancel::{self, Cancel};
 use crate::save::{self, CheckpointOptions, Checkpointer, Ready};
@@ -98,7 +100,7 @@ impl Checkpoints {
         py: Python<'py>,
         tensors: &Bound<'py, PyAny>,
         step: u64,
-        metadata: Metadata,
+        #[pyo3(from_py_with = read_metadata)] metadata: Metadata,
     ) -> PyResult<Bound<'py, PyDict>> {
         let cancel = Cancel::default();
         let saving = self.start(py, tensors, step, metadata, true, &cancel)?;
@@ -121,7 +123,7 @@ impl Checkpoints {
         py: Python<'_>,
         tensors: &Bound<'_, PyAny>,
         step: u64,
-        metadata: Metadata,
+        #[pyo3(from_py_with = read_metadata)] metadata: Metadata,
     ) -> PyResult<Saving> {
         Ok(Saving { saving: self.start(py, tensors, step, metadata, false, &Cancel::default())? })
     }

@@ -2,6 +2,7 @@
 
 use super::changes::numbers;
 use super::interrupt::{abandonable, interruptible};
+use super::metadata::{Metadata, metadata as read_metadata};
 use super::model::Model;
 use super::open::{self, Files};
 use super::parts::Parts;
@@ -12,11 +13,8 @@ use crate::{map::Backing, model::Model as Opened};
 use pyo3::exceptions::PyUserWarning;
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
-use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::Arc;
-
-type Metadata = Option<BTreeMap<String, String>>;
 
 fn options(metadata: Metadata, durable: bool, checksums: bool) -> SaveOptions {
     let options = SaveOptions::new().durable(durable).checksums(checksums);
@@ -65,7 +63,7 @@ pub(super) fn save_delta(
     py: Python<'_>,
     model: &Bound<'_, Model>,
     path: PathBuf,
-    metadata: Metadata,
+    #[pyo3(from_py_with = read_metadata)] metadata: Metadata,
     durable: bool,
     checksums: bool,
 ) -> PyResult<()> {
@@ -84,7 +82,7 @@ pub(super) fn save_diff(
     a: &Bound<'_, PyAny>,
     b: &Bound<'_, PyAny>,
     path: PathBuf,
-    metadata: Metadata,
+    #[pyo3(from_py_with = read_metadata)] metadata: Metadata,
     durable: bool,
     checksums: bool,
 ) -> PyResult<()> {

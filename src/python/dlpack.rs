@@ -280,25 +280,43 @@ impl Exchange {
             return Err(PyErr::fetch(tensor.py()));
         }
         std::ptr::NonNull::new(managed)
-            .map(Taken)
+            .map(|managed| Taken(Claim::Managed(managed)))
             .ok_or_else(|| PyBufferError::new_err("no tensor was handed over"))
     }
 
-    /// The framework's tensor over our memory.
-    pub(super) fn make<'py>(self, py: Python<'py>, export: &Export<'_>) -> PyResult<Bound<'py, PyAny>> {
-        let managed = export.versioned()?;
+    /// A plain tensor of the framework over memory that was taken, which it keeps.
+    fn give<'py>(
+        self,
+        py: Python<'py>,
+        managed: std::ptr::NonNull<Versioned>,
+    ) -> PyResult<Bound<'py, PyAny>> {
         let mut object = std::ptr::null_mut();
         // SAFETY: a live structure, which the function owns from now on; room for the result.
-        if unsafe { (self.make)(managed, &raw mut object) } != 0 {
+        if unsafe { (self.make)(managed.as_ptr(), &raw mut object) } != 0 {
             return Err(PyErr::fetch(py));
         }
         // SAFETY: dlpack.h: a new reference on success.
         unsafe { Bound::from_owned_ptr_or_err(py, object.cast()) }
     }
+
+    /// The framework's tensor over our memory.
+    pub(super) fn make<'py>(self, py: Python<'py>, export: &Export<'_>) -> PyResult<Bound<'py, PyAny>> {
+        let managed = std::ptr::NonNull::new(export.versioned()?);
+        self.give(py, managed.ok_or_else(|| PyBufferError::new_err("no tensor was made"))?)
+    }
 }
 
 /// A tensor taken over from a framework, and given back when dropped.
-pub(super) struct Taken(std::ptr::NonNull<Versioned>);
+pub(super) struct Taken(Claim);
+
+enum Claim {
+    Managed(std::ptr::NonNull<Versioned>),
+    /// Of a torch without the exchange interface: the capsule that nobody consumes, and what it holds.
+    Capsule {
+        capsule: Py<PyAny>,
+        managed: std::ptr::NonNull<Unversioned>,
+    },
+}
 
 // SAFETY: only read, and its deleter may be called from any thread (dlpack.h).
 unsafe impl Send for Taken {}
@@ -306,9 +324,23 @@ unsafe impl Send for Taken {}
 unsafe impl Sync for Taken {}
 
 impl Taken {
+    /// A tensor in a capsule that is not consumed.
+    pub(super) fn of_capsule(capsule: &Bound<'_, PyAny>) -> PyResult<Self> {
+        // SAFETY: any object may be asked; null is an exception.
+        let managed = unsafe { ffi::PyCapsule_GetPointer(capsule.as_ptr(), UNVERSIONED.as_ptr()) };
+        match std::ptr::NonNull::new(managed.cast::<Unversioned>()) {
+            Some(managed) => Ok(Self(Claim::Capsule { capsule: capsule.clone().unbind(), managed })),
+            None => Err(PyErr::fetch(capsule.py())),
+        }
+    }
+
     fn tensor(&self) -> &DLTensor {
-        // SAFETY: alive until the deleter is called, which `drop` does.
-        unsafe { &self.0.as_ref().tensor }
+        match &self.0 {
+            // SAFETY: alive until the deleter is called, which `drop` does.
+            Claim::Managed(managed) => unsafe { &managed.as_ref().tensor },
+            // SAFETY: alive as long as the capsule, which nobody else has.
+            Claim::Capsule { managed, .. } => unsafe { &managed.as_ref().tensor },
+        }
     }
 
     pub(super) fn is_on_cpu(&self) -> bool {
@@ -321,10 +353,9 @@ impl Taken {
         tensor.data.cast_const().cast::<u8>().wrapping_add(offset)
     }
 
-    /// `None` for a dtype that safetensors does not have.
-    pub(super) fn dtype(&self) -> Option<DType> {
-        let found = self.tensor().dtype;
-        DType::ALL.iter().copied().find(|&dtype| data_type(dtype) == Some(found))
+    /// Whether the elements are of this dtype, as DLPack calls it.
+    pub(super) fn is(&self, dtype: DType) -> bool {
+        data_type(dtype) == Some(self.tensor().dtype)
     }
 
     fn ints(&self, ptr: *const i64) -> &[i64] {
@@ -336,32 +367,43 @@ impl Taken {
         unsafe { std::slice::from_raw_parts(ptr, rank) }
     }
 
-    pub(super) fn shape(&self) -> Vec<usize> {
-        let dims = self.ints(self.tensor().shape);
-        dims.iter().map(|&dim| usize::try_from(dim).unwrap_or_default()).collect()
+    /// `None` for a shape that cannot be.
+    pub(super) fn shape(&self) -> Option<Vec<usize>> {
+        self.ints(self.tensor().shape).iter().map(|&dim| usize::try_from(dim).ok()).collect()
     }
 
-    /// Whether the elements lie in C order, in one piece.
-    pub(super) fn is_contiguous(&self) -> bool {
-        let (shape, strides) = (self.ints(self.tensor().shape), self.ints(self.tensor().strides));
-        let mut expected = 1i64;
-        shape.contains(&0)
-            || strides.is_empty()
-            || shape.iter().zip(strides).rev().all(|(&dim, &stride)| {
-                let fits = dim == 1 || stride == expected;
-                expected = expected.wrapping_mul(dim);
-                fits
-            })
+    /// In elements; empty where they are those of C order.
+    pub(super) fn strides(&self) -> &[i64] {
+        self.ints(self.tensor().strides)
+    }
+
+    /// The framework's plain tensor over this memory: of none of its subclasses.
+    pub(super) fn give<'py>(
+        self,
+        py: Python<'py>,
+        exchange: Option<Exchange>,
+        from_dlpack: &Bound<'py, PyAny>,
+    ) -> PyResult<Bound<'py, PyAny>> {
+        match (&self.0, exchange) {
+            (Claim::Managed(managed), Some(exchange)) => {
+                let managed = *managed;
+                std::mem::forget(self);
+                exchange.give(py, managed)
+            }
+            (Claim::Managed(_), None) => Err(PyBufferError::new_err("no way to hand a tensor back")),
+            (Claim::Capsule { capsule, .. }, _) => from_dlpack.call1((capsule.bind(py),)),
+        }
     }
 }
 
 impl Drop for Taken {
     fn drop(&mut self) {
+        let Claim::Managed(managed) = &self.0 else { return };
         // SAFETY: alive until now.
-        let deleter = unsafe { self.0.as_ref() }.deleter;
+        let deleter = unsafe { managed.as_ref() }.deleter;
         if let Some(deleter) = deleter {
             // SAFETY: dlpack.h: called once, by the owner.
-            unsafe { deleter(self.0.as_ptr()) };
+            unsafe { deleter(managed.as_ptr()) };
         }
     }
 }

@@ -1,8 +1,10 @@
 //! `maptensors.Draft`: a file being made in place.
 
 use super::interrupt::{LONG, abandonable};
+use super::metadata::{Metadata, metadata as read_metadata};
 use super::tensor::Tensor;
 use super::{arrays, given};
+use crate::dtype::DType;
 use crate::error::{Error, quote};
 use crate::layout::Layout;
 use crate::map::fork::Owner;
@@ -11,7 +13,6 @@ use crate::save::{self, DraftOptions, Pending, Target};
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 use pyo3::types::{PyDict, PyList, PyTuple};
-use std::collections::BTreeMap;
 use std::ffi::OsStr;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -64,10 +65,22 @@ impl Draft {
         Ok(Tensor::whole(self.memory.clone(), info.bytes().start, info.dtype(), info.shape(), name, false))
     }
 
+    /// A file with bools that are not all 0 or 1 is one that no framework loads.
+    fn check_bools(&self) -> Result<(), Error> {
+        for info in self.layout.iter().filter(|info| info.dtype() == DType::Bool) {
+            match given::largest(&self.memory.source(&info.bytes())) {
+                0 | 1 => {}
+                found => return Err(given::bad_bool(info.name(), found)),
+            }
+        }
+        Ok(())
+    }
+
     /// What commits it, on any thread. The draft is closed from here on.
     pub(super) fn finishing(&self) -> Result<impl FnOnce() -> Result<(), Error> + Send + 'static, Error> {
         // First: in a fork's child the lock may be held by a thread that is not there.
         self.owner.check("this draft")?;
+        self.check_bools()?;
         let Some(pending) = self.pending.lock().unwrap_or_else(PoisonError::into_inner).take() else {
             return Err(Error::Argument("the draft is committed or closed already".into()));
         };
@@ -196,7 +209,9 @@ impl Draft {
         if !exc_type.is_none() {
             self.close();
         } else if !self.closed() {
-            self.commit(py)?;
+            let done = self.commit(py);
+            self.close();
+            return done;
         }
         Ok(())
     }
@@ -216,7 +231,7 @@ pub(super) fn create(
     py: Python<'_>,
     path: PathBuf,
     spec: &Bound<'_, PyAny>,
-    metadata: Option<BTreeMap<String, String>>,
+    #[pyo3(from_py_with = read_metadata)] metadata: Metadata,
     durable: bool,
     mapped: bool,
     checksums: bool,
@@ -230,10 +245,7 @@ pub(super) fn create(
 }
 
 /// The layout of a spec: names, and what each tensor is.
-pub(super) fn planned(
-    spec: &Bound<'_, PyAny>,
-    metadata: Option<BTreeMap<String, String>>,
-) -> PyResult<Layout> {
+pub(super) fn planned(spec: &Bound<'_, PyAny>, metadata: Metadata) -> PyResult<Layout> {
     let mut builder = Layout::builder().all_metadata(metadata);
     for item in spec.call_method0("items")?.try_iter()? {
         let (name, what): (String, Bound<'_, PyAny>) = item?.extract()?;
@@ -244,10 +256,12 @@ pub(super) fn planned(
 }
 
 /// `("F32", (2, 3))`, `{"dtype": …, "shape": …}`, or an array to be like.
-fn declared(name: &str, what: &Bound<'_, PyAny>) -> PyResult<(crate::dtype::DType, Vec<usize>)> {
+fn declared(name: &str, what: &Bound<'_, PyAny>) -> PyResult<(DType, Vec<usize>)> {
     if let Ok(pair) = what.cast::<PyTuple>() {
-        let (dtype, shape): (Bound<'_, PyAny>, Vec<usize>) = pair.extract()?;
-        return Ok((arrays::parse_dtype(&dtype)?, shape));
+        let (dtype, shape): (Bound<'_, PyAny>, Bound<'_, PyAny>) =
+            pair.extract().map_err(|_| no_spec(name, what))?;
+        let shape = shape_of(name, &shape)?;
+        return Ok((arrays::parse_dtype(name, &dtype)?, shape));
     }
     if let Ok(dict) = what.cast::<PyDict>() {
         let part = |key: &str| {
@@ -255,8 +269,20 @@ fn declared(name: &str, what: &Bound<'_, PyAny>) -> PyResult<(crate::dtype::DTyp
                 PyValueError::new_err(format!("the spec of tensor {} has no {key:?}", quote(name)))
             })
         };
-        return Ok((arrays::parse_dtype(&part("dtype")?)?, part("shape")?.extract()?));
+        return Ok((arrays::parse_dtype(name, &part("dtype")?)?, shape_of(name, &part("shape")?)?));
     }
     let array = given::look_at(name, what)?;
     Ok((array.dtype, array.shape))
+}
+
+fn shape_of(name: &str, shape: &Bound<'_, PyAny>) -> PyResult<Vec<usize>> {
+    shape.extract().map_err(|error| {
+        let text = format!("tensor {} has the shape {shape}, which is none: {error}", quote(name));
+        PyValueError::new_err(text)
+    })
+}
+
+fn no_spec(name: &str, what: &Bound<'_, PyAny>) -> PyErr {
+    let text = format!("tensor {} is declared as {what}, expected (dtype, shape)", quote(name));
+    PyValueError::new_err(text)
 }

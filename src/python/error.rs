@@ -40,6 +40,9 @@ fn convert(py: Python<'_>, error: &Error) -> PyResult<PyErr> {
         let tensors: Vec<&String> = std::iter::once(tensor).chain(others).collect();
         exception.setattr("tensors", tensors)?;
     }
+    if let Error::Value { tensor, .. } = error {
+        exception.setattr("tensors", [tensor])?;
+    }
     Ok(PyErr::from_value(exception))
 }
 

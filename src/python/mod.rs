@@ -23,7 +23,9 @@ mod given;
 mod interpreter;
 mod interrupt;
 mod lazy;
+mod metadata;
 mod model;
+mod number;
 mod open;
 mod parts;
 mod save;
@@ -55,6 +57,7 @@ fn native(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_function(wrap_pyfunction!(delta::save_diff, module)?)?;
     module.add_function(wrap_pyfunction!(delta::verify, module)?)?;
     module.add_function(wrap_pyfunction!(draft::create, module)?)?;
+    module.add_function(wrap_pyfunction!(given::torch_memory, module)?)?;
     module.add_function(wrap_pyfunction!(lazy::prefetch, module)?)?;
     module.add_function(wrap_pyfunction!(lazy::shard, module)?)?;
     module.add_function(wrap_pyfunction!(lazy::stream, module)?)?;

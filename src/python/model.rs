@@ -68,6 +68,7 @@ impl Model {
         }
         let _paused = PausedCollector::new(py);
         let dict = PyDict::new(py);
+        let mut bad = Vec::new();
         for (shard, index, info) in parts.infos() {
             let (memory, offset) = py.detach(|| parts.place(shard, index, &info))?;
             let array = Array {
@@ -79,14 +80,37 @@ impl Model {
                 read_only: parts.read_only,
                 name: info.name(),
             };
-            dict.set_item(info.name(), make(&array)?)?;
+            match make(&array) {
+                Ok(made) => dict.set_item(info.name(), made)?,
+                Err(error) if is_bad_value(py, &error) => bad.push((info.name().to_owned(), error)),
+                Err(error) => return Err(error),
+            }
         }
-        Ok(dict)
+        if bad.is_empty() { Ok(dict) } else { Err(bad_values(py, bad)?) }
     }
 
     fn view<'py>(slf: &Bound<'py, Self>, class: &str) -> PyResult<Bound<'py, PyAny>> {
         slf.py().import("collections.abc")?.getattr(class)?.call1((slf,))
     }
+}
+
+/// Whether a tensor alone is at fault: its bytes are no values.
+fn is_bad_value(py: Python<'_>, error: &PyErr) -> bool {
+    let kind = error.value(py).getattr("kind").and_then(|kind| kind.extract::<String>());
+    kind.is_ok_and(|kind| kind == "Value")
+}
+
+/// One error for all tensors that cannot be had, and how to get the others.
+fn bad_values(py: Python<'_>, bad: Vec<(String, PyErr)>) -> PyResult<PyErr> {
+    let (names, errors): (Vec<String>, Vec<PyErr>) = bad.into_iter().unzip();
+    let first = errors.first().map_or_else(|| Ok(String::new()), |error| error.value(py).str()?.extract())?;
+    let more =
+        if names.len() > 1 { format!(" (and {} more tensors)", names.len() - 1) } else { String::new() };
+    let text = format!("{first}{more}; the others can be had by name, of what maptensors.open gives");
+    let class = py.import("maptensors.errors")?.getattr("BitPatternError")?;
+    let error = class.call1((text,))?;
+    error.setattr("tensors", names)?;
+    Ok(PyErr::from_value(error))
 }
 
 /// Python's cycle collector, off until this is dropped. It would go through all objects again and again while many

@@ -1,9 +1,9 @@
 //! Saving what Python holds.
 
-use super::arrays;
 use super::draft::Draft;
-use super::given::{self, Data, Given};
+use super::given::{self, Data, Given, collect};
 use super::interrupt::{LONG, abandonable, interruptible};
+use super::metadata::{Metadata, entries, metadata as read_metadata};
 use super::model::Model;
 use crate::digest::CHECKSUMS;
 use crate::error::Error;
@@ -15,38 +15,11 @@ use crate::save::{
     Commit, Create, DraftOptions, Edited, HeaderEdit, Target, checksum, fill, model_may_be_at, place, sharded,
 };
 use pyo3::prelude::*;
-use pyo3::types::{PyBytes, PyString};
+use pyo3::types::PyBytes;
 use std::collections::BTreeMap;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-
-pub(super) type Metadata = Option<BTreeMap<String, String>>;
-
-/// Names and arrays, from a mapping or an iterable of pairs.
-pub(super) fn collect(tensors: &Bound<'_, PyAny>) -> PyResult<Vec<(String, Given)>> {
-    let py = tensors.py();
-    let pairs = if tensors.is_instance_of::<Model>() || tensors.hasattr("items")? {
-        tensors.call_method0("items")?
-    } else {
-        tensors.clone()
-    };
-    let mut collected = Vec::new();
-    for pair in pairs.try_iter()? {
-        let (name, array): (Bound<'_, PyAny>, Bound<'_, PyAny>) = pair?.extract()?;
-        let name = name.cast::<PyString>().map_err(|_| {
-            PyErr::from(Error::Argument(format!("a tensor's name is a str, not a {}", name.get_type())))
-        })?;
-        // A lone surrogate is no text that a file could hold.
-        let name = name.to_str()?.to_owned();
-        let found = given::look_at(&name, &array)?;
-        collected.push((name, found));
-        if collected.len().is_multiple_of(4096) {
-            py.check_signals()?;
-        }
-    }
-    Ok(collected)
-}
 
 fn plan(tensors: &[(String, Given)], metadata: &Metadata) -> Result<Layout, Error> {
     let mut builder = Layout::builder().all_metadata(metadata.clone());
@@ -72,7 +45,7 @@ pub(super) fn save(
     py: Python<'_>,
     tensors: &Bound<'_, PyAny>,
     path: PathBuf,
-    metadata: Metadata,
+    #[pyo3(from_py_with = read_metadata)] metadata: Metadata,
     durable: bool,
     mapped: bool,
     max_shard_size: Option<u64>,
@@ -118,7 +91,7 @@ pub(super) fn save(
 pub(super) fn edit(
     py: Python<'_>,
     path: PathBuf,
-    metadata: BTreeMap<String, String>,
+    #[pyo3(from_py_with = entries)] metadata: BTreeMap<String, String>,
     remove: Vec<String>,
     rename: BTreeMap<String, String>,
     durable: bool,
@@ -193,7 +166,7 @@ pub(super) fn stage_one(
     let draft = Draft::new(draft)?;
     for (name, given) in tensors {
         if let Data::Strided(array) = &given.data {
-            given::assign(py, &draft.tensor(name)?.array(), array.bind(py))?;
+            given::copy(py, &draft.tensor(name)?.array(), array.bind(py))?;
             progress.add(given.nbytes());
             py.check_signals()?;
         }
@@ -202,27 +175,13 @@ pub(super) fn stage_one(
     Ok(Box::new(move || finish().map(|()| None)))
 }
 
-/// A copy of a tensor that does not lie in one piece in this process's memory, which does.
-pub(super) fn gathered(py: Python<'_>, name: &str, given: &Given, object: &Py<PyAny>) -> PyResult<Given> {
-    let object = object.bind(py);
-    let whole = if object.hasattr("detach")? {
-        let whole = object.call_method0("detach")?.call_method1("to", ("cpu",))?;
-        whole.call_method0("resolve_conj")?.call_method0("resolve_neg")?.call_method0("contiguous")?
-    } else {
-        let numpy = py.import("numpy")?;
-        let native = arrays::numpy_dtype(py, given.dtype)?;
-        numpy.call_method1("ascontiguousarray", (object, native))?
-    };
-    let mut gathered = given::look_at(name, &whole)?;
-    // numpy makes a scalar one-dimensional.
-    gathered.shape.clone_from(&given.shape);
-    Ok(gathered)
-}
-
 /// The length of the file that tensors, or a spec of them as for `create`, would make.
 #[pyfunction]
 #[pyo3(signature = (spec, *, metadata = None))]
-pub(super) fn planned_size(spec: &Bound<'_, PyAny>, metadata: Metadata) -> PyResult<u64> {
+pub(super) fn planned_size(
+    spec: &Bound<'_, PyAny>,
+    #[pyo3(from_py_with = read_metadata)] metadata: Metadata,
+) -> PyResult<u64> {
     let layout = super::draft::planned(spec, metadata)?;
     Ok(safetensors::encode(&layout, Path::new(""))?.1.file_len())
 }
@@ -233,14 +192,14 @@ pub(super) fn planned_size(spec: &Bound<'_, PyAny>, metadata: Metadata) -> PyRes
 pub(super) fn save_bytes<'py>(
     py: Python<'py>,
     tensors: &Bound<'py, PyAny>,
-    metadata: Metadata,
+    #[pyo3(from_py_with = read_metadata)] metadata: Metadata,
     checksums: bool,
 ) -> PyResult<Bound<'py, PyBytes>> {
     let mut tensors = collect(tensors)?;
     for (name, array) in &mut tensors {
         // Bytes have no pages for a framework to write to: one tensor is gathered first.
         if let Data::Strided(object) = &array.data {
-            *array = gathered(py, name, array, object)?;
+            *array = array.gathered(py, name, object)?;
         }
     }
     let (header, layout) = py.detach(|| {

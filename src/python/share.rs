@@ -1,8 +1,9 @@
 //! `maptensors._native.Publisher` and `Subscriber`: what `maptensors.publish` and `attach` stand on.
 
-use super::given::{Data, Given};
+use super::given::{Data, Given, collect};
+use super::metadata::entries;
 use super::model::Model;
-use super::save::{collect, gathered, stage_one};
+use super::save::stage_one;
 use crate::error::Error;
 use crate::map::Backing;
 use crate::model::Contents;
@@ -82,7 +83,7 @@ impl Publisher {
                 if let Data::Strided(object) = &given.data
                     && publisher.has(name, given.dtype, &given.shape)
                 {
-                    let whole = [(name.clone(), gathered(py, name, given, object)?)];
+                    let whole = [(name.clone(), given.gathered(py, name, object)?)];
                     *differs = py.detach(|| publisher.differing(&candidates(&whole)))? != [false];
                 }
             }
@@ -155,7 +156,7 @@ impl Publisher {
         &self,
         py: Python<'_>,
         tensors: &Bound<'_, PyAny>,
-        metadata: BTreeMap<String, String>,
+        #[pyo3(from_py_with = entries)] metadata: BTreeMap<String, String>,
         changed: Option<Vec<String>>,
         compare: bool,
     ) -> PyResult<u64> {

@@ -1,12 +1,13 @@
 //! `maptensors.Tensor`: a place in memory with a dtype and a shape.
 
 use super::arrays::{self, Array};
-use super::given;
+use super::{given, number};
 use crate::dtype::DType;
 use crate::error::{Error, quote};
 use crate::map::SharedMemory;
 use crate::model::Guards;
 use crate::tensor::Selection;
+use pyo3::basic::CompareOp;
 use pyo3::exceptions::{PyIndexError, PyTypeError, PyValueError};
 use pyo3::prelude::*;
 use pyo3::types::{PyBool, PyBytes, PyEllipsis, PyInt, PySlice, PyTuple};
@@ -18,6 +19,9 @@ use std::sync::atomic::AtomicBool;
 ///
 /// Hands its memory to other libraries without copying: `numpy()`, `torch()`, `jax()`, the buffer
 /// protocol, DLPack. Whatever is handed out keeps the memory alive, also after the model is closed.
+///
+/// One of one element is a number: `int(t)`, `float(t)`, `bool(t)`; of more, those are errors. Comparisons (`t == 0`) are
+/// numpy's, element by element, so a tensor is not hashable; iterating goes over the first axis.
 #[pyclass(frozen, module = "maptensors")]
 pub(super) struct Tensor {
     // INVARIANT: every element described by offset, dtype, shape and strides lies inside memory, and an
@@ -241,7 +245,7 @@ impl Tensor {
     }
 
     /// The elements as `bytes`, in C order, little endian: a copy.
-    fn tobytes<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyBytes>> {
+    pub(super) fn tobytes<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyBytes>> {
         self.look(py)?;
         let array = self.array();
         PyBytes::new_with(py, array.nbytes(), |to| {
@@ -258,7 +262,7 @@ impl Tensor {
     /// it reaches the file, and everyone who maps or reads that.
     ///
     /// bfloat16 and 8-bit floats use `ml_dtypes`. 4-bit floats are unpacked, which copies.
-    fn numpy<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyAny>> {
+    pub(super) fn numpy<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyAny>> {
         self.look(py)?;
         self.array().numpy(py)
     }
@@ -282,7 +286,7 @@ impl Tensor {
     /// The same bytes as another dtype: of the same width any shape, of another width the last axis
     /// grows or shrinks. `view("U8")` shows the raw bytes of anything contiguous.
     fn view(&self, dtype: &Bound<'_, PyAny>) -> PyResult<Self> {
-        let dtype = arrays::parse_dtype(dtype)?;
+        let dtype = arrays::parse_dtype(&self.name, dtype)?;
         let (old, new) = (self.dtype.bits(), dtype.bits());
         let mut shape = self.shape.clone();
         let refuse = |why: &str| {
@@ -324,6 +328,48 @@ impl Tensor {
         part.look(py)?;
         part.array().make_writable()?;
         given::assign(py, &part.array(), value)
+    }
+
+    // Numbers, comparisons and iteration: see number.rs.
+
+    fn __int__<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyAny>> {
+        number::int(py, self)
+    }
+
+    fn __float__<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyAny>> {
+        number::float(py, self)
+    }
+
+    fn __complex__<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyAny>> {
+        number::complex(py, self)
+    }
+
+    fn __index__<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyAny>> {
+        number::index(py, self)
+    }
+
+    fn __bool__(&self, py: Python<'_>) -> PyResult<bool> {
+        number::truth(py, self)
+    }
+
+    fn __format__(slf: &Bound<'_, Self>, spec: &str) -> PyResult<String> {
+        number::format(slf, spec)
+    }
+
+    fn __richcmp__<'py>(
+        slf: &Bound<'py, Self>,
+        other: &Bound<'py, PyAny>,
+        how: CompareOp,
+    ) -> PyResult<Bound<'py, PyAny>> {
+        number::compare(slf, other, how)
+    }
+
+    fn __contains__(slf: &Bound<'_, Self>, value: &Bound<'_, PyAny>) -> PyResult<bool> {
+        number::contains(slf, value)
+    }
+
+    fn __iter__<'py>(slf: &Bound<'py, Self>) -> PyResult<Bound<'py, PyAny>> {
+        number::rows(slf)
     }
 
     fn __len__(&self) -> PyResult<usize> {

@@ -326,22 +326,15 @@ class Grudging:
         raise KeyboardInterrupt("stop")
 
 
-class Strided(torch.Tensor):
-    """Looks fine until its values are asked for, while the file is being written."""
-
-    def detach(self) -> torch.Tensor:
-        raise KeyboardInterrupt("stop")
-
-
 @pytest.mark.parametrize(
     "make",
     [
         lambda: Interrupted(),
         lambda: Interrupted().items(),
         lambda: {"a": np.zeros(3), "b": Grudging()},
-        lambda: {"a": np.zeros(3), "b": torch.zeros(3, 4).T.as_subclass(Strided)},
+        lambda: {"a": np.zeros(3), "b": torch.zeros(3, 4).T, "c": Grudging()},
     ],
-    ids=["items", "generator", "array", "copy into the file"],
+    ids=["items", "generator", "array", "after a strided one"],
 )
 @pytest.mark.parametrize("shards", [None, 24])
 @pytest.mark.parametrize("existing", [True, False])
