@@ -136,7 +136,7 @@ fn old_shards_removed_before_the_index_is_durable_would_be_reported() {
 fn a_file_beside_an_index_that_does_not_say_which_is_the_model_would_be_reported() {
     for name in ["a plain save over a set", "a set over a file"] {
         let index = |name: &OsStr| name.to_string_lossy().ends_with(".json");
-        let log = scenario(name).record();
+        let log = scenario(name).record(Kind::KEEPS);
         let marks = log.changes.iter().filter(|change| change.renames_to(index).is_some()).count();
         assert!(marks > 0, "{name}");
         let found = violations(name, |changes| {
