@@ -1,8 +1,8 @@
 //! Work that somebody may call off: by Ctrl-C.
 //!
 //! Work is done under a [`Cancel`], which the threads that it starts inherit. Long loops [`check`] between pieces and
-//! end with `ECANCELED`. What cannot look (`fsync(2)`, `fallocate(2)`) is not waited for: unfinished files are known
-//! by name, and calling off removes them at once. A file is renamed into place before that or not at all.
+//! end with `ECANCELED`. What cannot look (`fsync(2)`, `fallocate(2)`) is not waited for: an unfinished file has no name, or
+//! is known by it, and calling off removes it at once. A file gets its name before that or not at all.
 //!
 //! Who calls work off has no use for its result. So a loop that returns no error may just end early.
 
