@@ -1,4 +1,4 @@
-"""What a child of fork(2) has of what its parent is writing: nothing that it could change, and all of it once it is done.
+"""What a child of fork(2) has of what its parent is writing: nothing that it could change until it is done.
 
 Each test is a process of its own, which forks.
 """
@@ -143,10 +143,16 @@ assert (mt.open(path)["w"].numpy() == 1).all()
     assert names_in(tmp_path) == ["model.safetensors"]
 
 
-def test_a_child_of_a_save_that_brings_its_tensors_has_nothing_of_the_output(tmp_path: Path) -> None:
-    """Strided arrays are written by numpy, straight into the output: there a child is forked, by who is told how far it is."""
+@pytest.mark.parametrize("shards", [None, 1_000_000])
+def test_a_child_of_a_save_that_brings_its_tensors_has_nothing_of_the_output(
+    tmp_path: Path, shards: int | None
+) -> None:
+    """Strided arrays are written by numpy, straight into the output: a child is forked meanwhile."""
     succeed(
         SETUP
+        + f"""
+shards = {shards}
+"""
         + """
 statuses = []
 
@@ -158,7 +164,7 @@ def told(done, total):
         statuses.append(forked(child))
 
 state = {"a": np.ones((300, 1000)).T, "b": np.ones((1000, 300)).T}
-with mt.Checkpointer(directory, keep=1, progress=told) as checkpoints:
+with mt.Checkpointer(directory, keep=1, progress=told, max_shard_size=shards) as checkpoints:
     for step in range(1, 4):
         statuses.clear()
         checkpoints.save(state, step)
@@ -167,7 +173,33 @@ with mt.Checkpointer(directory, keep=1, progress=told) as checkpoints:
 """,
         tmp_path,
     )
-    assert names_in(tmp_path) == ["step-0000000003.safetensors"]
+    assert len(names_in(tmp_path)) == (1 if shards is None else 3)
+
+
+def test_a_save_under_way_is_waited_for_by_the_process_that_began_it(tmp_path: Path) -> None:
+    succeed(
+        SETUP
+        + """
+checkpoints = mt.Checkpointer(directory, keep=1)
+state = {"w": np.ones(1_000_000)}
+saving = checkpoints.save_async(state, 1)
+
+def child():
+    refused(saving.wait)
+    refused(checkpoints.wait)
+    refused(lambda: checkpoints.save(state, 2))
+    refused(lambda: checkpoints.remove(1))
+    assert not saving.done()
+    checkpoints.close()
+
+assert forked(child) == 0
+assert saving.wait().step == 1
+assert forked(child) == 0
+checkpoints.close()
+assert checkpoints is not None and mt.Checkpointer(directory).steps() == [1]
+""",
+        tmp_path,
+    )
 
 
 def test_checkpoints_are_used_again_while_workers_live(recycling: Path) -> None:
