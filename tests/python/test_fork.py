@@ -26,7 +26,8 @@ def opened():
     for fd in os.listdir("/proc/self/fd"):
         with contextlib.suppress(OSError):
             found.append(os.readlink(f"/proc/self/fd/{fd}"))
-    return [name for name in found if name.startswith(directory + "/") and not name.endswith(("/control", "/p"))]
+    inside = [name for name in found if name.startswith(directory + "/")]
+    return [name for name in inside if not name.endswith(("/control", "/p"))]
 
 def forked(work):
     '''The status of a child that does this.'''
