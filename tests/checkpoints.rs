@@ -235,7 +235,7 @@ fn an_output_asked_for_ahead_is_there_for_the_first_save_and_gone_if_unused() {
     let checkpoints = Checkpointer::open(dir.path()).unwrap();
     checkpoints.prepare(layout.data_len() + 4096).unwrap();
     checkpoints.wait().unwrap();
-    assert_eq!(files(dir.path()).len(), 1);
+    assert!(files(dir.path()).is_empty(), "what is made ready has no name");
     assert_eq!(checkpoints.steps().unwrap(), [0u64; 0]);
     assert_eq!(save(&checkpoints, 1).unwrap().ready, Ready::Prepared);
     checkpoints.prepare(layout.data_len()).unwrap();

@@ -1,8 +1,8 @@
 //! Work that somebody may call off: by Ctrl-C.
 //!
 //! Work is done under a [`Cancel`], which the threads that it starts inherit. Long loops [`check`] between pieces and
-//! end with `ECANCELED`. What cannot look (`fsync(2)`, `fallocate(2)`) is not waited for: unfinished files are known
-//! by name, and calling off removes them at once. A file is renamed into place before that or not at all.
+//! end with `ECANCELED`. What cannot look (`fsync(2)`, `fallocate(2)`) is not waited for: an unfinished file has no name, or
+//! is known by it, and calling off removes it at once. A file gets its name before that or not at all.
 //!
 //! Who calls work off has no use for its result. So a loop that returns no error may just end early.
 
@@ -192,8 +192,17 @@ mod tests {
             let (first, mut second) = (begin("a.tmp"), begin("b.tmp"));
             second.take_on(&dir).unwrap();
             first.finish(|| dir.rename("a.tmp".as_ref(), "a".as_ref())).unwrap();
+            let give = |name: &str| {
+                std::fs::write(temporary.path().join(name), b"").unwrap();
+                Ok(name.into())
+            };
+            // One without a name gets one, and another; another gets none before it is called off.
+            let (mut named, mut unnamed) = (Unfinished::new(&dir, None), Unfinished::new(&dir, None));
+            named.named(&dir, || give("d.tmp")).unwrap();
+            named.named(&dir, || dir.remove("d.tmp".as_ref()).and_then(|()| give("e.tmp"))).unwrap();
             check().unwrap();
             cancel.call_off();
+            assert!(unnamed.named(&dir, || give("f.tmp")).is_err());
             assert_eq!(check().unwrap_err().raw_os_error(), Some(libc::ECANCELED));
             assert!(second.finish(|| Ok(())).is_err());
             assert!(second.take_on(&dir).is_err() && unless_called_off(|| Ok(())).is_err());

@@ -71,12 +71,14 @@ impl Owner {
 /// What is not to be inherited.
 #[derive(Default)]
 struct Withheld {
-    /// Addresses of whole pages.
-    memory: Vec<Range<usize>>,
+    /// Addresses of whole pages, each with a number: what is unmapped may at once be another's.
+    memory: Vec<(u64, Range<usize>)>,
+    next: u64,
     descriptors: Vec<RawFd>,
 }
 
-static WITHHELD: Mutex<Withheld> = Mutex::new(Withheld { memory: Vec::new(), descriptors: Vec::new() });
+static WITHHELD: Mutex<Withheld> =
+    Mutex::new(Withheld { memory: Vec::new(), next: 0, descriptors: Vec::new() });
 
 fn withheld() -> MutexGuard<'static, Withheld> {
     WITHHELD.lock().unwrap_or_else(PoisonError::into_inner)
@@ -120,7 +122,7 @@ extern "C" fn in_parent() {
 extern "C" fn in_child() {
     FORKS.fetch_add(1, Ordering::Relaxed);
     let Some(mut withheld) = take_lock() else { return };
-    for range in withheld.memory.drain(..) {
+    for (_, range) in withheld.memory.drain(..) {
         // Where that fails something is there already, or there are no addresses for anything.
         close_gap(range);
     }
@@ -135,6 +137,7 @@ fn exchange(descriptors: &[RawFd]) {
     // SAFETY: opens a file by a name that is a C string.
     let null = unsafe { libc::open(c"/dev/null".as_ptr(), libc::O_RDWR | libc::O_CLOEXEC) };
     if null < 0 {
+        // Then the child has them: what is closed goes later, and is not used again.
         return;
     }
     for &descriptor in descriptors {
@@ -182,28 +185,34 @@ pub(super) struct Raw {
     // Declared first: it is unmapped before it is forgotten. (The other way round a child could be forked in between,
     // and unmap what it has come to have there.)
     map: MmapRaw,
-    _listed: Option<Listed>,
+    listed: Option<Listed>,
 }
 
-/// What stands in `Withheld::memory` as long as this lives.
+/// What stands in `Withheld::memory` as long as this lives, by its number there.
 #[derive(Debug)]
-struct Listed(Range<usize>);
+struct Listed {
+    number: u64,
+    owner: Owner,
+}
 
-impl Drop for Listed {
-    fn drop(&mut self) {
-        forget(&mut withheld(), &self.0);
+impl Listed {
+    fn forget(&self, withheld: &mut Withheld) {
+        withheld.memory.retain(|(number, _)| *number != self.number);
     }
 }
 
-fn forget(withheld: &mut Withheld, range: &Range<usize>) {
-    if let Some(place) = withheld.memory.iter().position(|known| known == range) {
-        withheld.memory.swap_remove(place);
+impl Drop for Listed {
+    fn drop(&mut self) {
+        // In a child there are others by now.
+        if self.owner.is_me() {
+            self.forget(&mut withheld());
+        }
     }
 }
 
 impl From<MmapRaw> for Raw {
     fn from(map: MmapRaw) -> Self {
-        Self { map, _listed: None }
+        Self { map, listed: None }
     }
 }
 
@@ -226,9 +235,10 @@ impl Raw {
         let map = map()?;
         #[cfg(target_os = "linux")]
         map.advise(memmap2::Advice::DontFork)?;
-        let range = pages(&map);
-        withheld.memory.push(range.clone());
-        Ok(Self { map, _listed: Some(Listed(range)) })
+        let number = withheld.next;
+        withheld.next += 1;
+        withheld.memory.push((number, pages(&map)));
+        Ok(Self { map, listed: Some(Listed { number, owner: Owner::me() }) })
     }
 
     /// Does what makes the memory this process's own, in place; from then on children inherit it.
@@ -239,7 +249,9 @@ impl Raw {
     pub(super) fn detached(&self, detach: impl FnOnce() -> io::Result<()>) -> io::Result<()> {
         let mut withheld = withheld();
         detach()?;
-        forget(&mut withheld, &pages(&self.map));
+        if let Some(listed) = &self.listed {
+            listed.forget(&mut withheld);
+        }
         Ok(())
     }
 }
@@ -253,21 +265,23 @@ fn pages(map: &MmapRaw) -> Range<usize> {
 
 /// A descriptor that children are not to have, listed as long as this lives: dropped before it is closed.
 #[derive(Debug)]
-pub(super) struct Private(RawFd);
+pub(super) struct Private {
+    descriptor: RawFd,
+    owner: Owner,
+}
 
 impl Private {
     pub(super) fn new(file: &File) -> Self {
-        handle();
-        withheld().descriptors.push(file.as_raw_fd());
-        Self(file.as_raw_fd())
+        let (descriptor, owner) = (file.as_raw_fd(), Owner::me());
+        withheld().descriptors.push(descriptor);
+        Self { descriptor, owner }
     }
 }
 
 impl Drop for Private {
     fn drop(&mut self) {
-        let mut withheld = withheld();
-        if let Some(place) = withheld.descriptors.iter().position(|known| *known == self.0) {
-            withheld.descriptors.swap_remove(place);
+        if self.owner.is_me() {
+            withheld().descriptors.retain(|known| *known != self.descriptor);
         }
     }
 }
@@ -298,14 +312,13 @@ mod tests {
         let file = tempfile::tempfile().unwrap();
         file.set_len(100).unwrap();
         let raw = Raw::withheld(|| memmap2::MmapOptions::new().len(100).map_raw(&file)).unwrap();
-        let (range, descriptor) = (pages(&raw), file.as_raw_fd());
+        let (number, descriptor) = (raw.listed.as_ref().unwrap().number, file.as_raw_fd());
         let private = Private::new(&file);
-        assert!(withheld().memory.contains(&range) && withheld().descriptors.contains(&descriptor));
+        let is_known = || withheld().memory.iter().any(|(known, _)| *known == number);
+        assert!(is_known() && withheld().descriptors.contains(&descriptor));
         drop(raw);
         drop(private);
-        // Another test may have come to have the same ones.
-        let known = withheld();
-        assert!(known.memory.iter().filter(|known| **known == range).count() <= 1);
-        assert!(known.descriptors.iter().filter(|known| **known == descriptor).count() <= 1);
+        // The file is still open: nobody else's.
+        assert!(!is_known() && !withheld().descriptors.contains(&descriptor));
     }
 }

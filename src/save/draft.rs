@@ -137,6 +137,14 @@ impl DraftOptions {
 ///
 /// Its tensors start as zeros. Dropped without a commit it leaves nothing behind.
 ///
+/// As long as its memory is handed out the file has no name, so that nobody can open it, write to it or cut it
+/// short. Where the file system has no such files (`O_TMPFILE`: NFS, FAT), it has a random one beside the
+/// path, which begins with `.maptensors-`: there nobody else may write to it.
+///
+/// It is this process's. A child that is forked cannot fill or commit it, and leaves it alone; memory of it that was handed
+/// out before the fork is nothing that the child may touch (`SIGSEGV`). After a bare clone(2) system call, which
+/// skips the C library's fork handlers, the child may not even drop it.
+///
 /// ```
 /// use maptensors::{DType, Draft, Layout, Model};
 ///
@@ -162,7 +170,7 @@ pub struct Draft {
 }
 
 impl Draft {
-    /// Allocates and maps a new file for `layout`, beside `path`.
+    /// Allocates and maps a new file for `layout`, in the directory of `path`.
     ///
     /// # Errors
     /// [`Error::Io`]: no space, no permission, no such directory; [`Error::NotRegular`] if `path` is a
@@ -253,7 +261,8 @@ impl Draft {
     /// The tensor called `name`, to fill in place.
     ///
     /// # Errors
-    /// [`Error::Missing`]; [`Error::Io`] where memory for an unmapped draft cannot be had.
+    /// [`Error::Missing`]; [`Error::Io`] where memory for an unmapped draft cannot be had; [`Error::Argument`] in
+    /// a fork's child.
     pub fn tensor_mut(&mut self, name: &str) -> Result<TensorViewMut<'_>> {
         let path = self.pending.path().to_owned();
         let missing = || Error::Missing { path, name: name.into(), hint: " in the planned layout".into() };
@@ -317,6 +326,7 @@ impl Draft {
     /// [`Error::Io`]: nothing is left behind and the old file is as it was. [`Error::NotDurable`].
     /// [`Error::Moved`] where that directory was moved meanwhile, or a link to it points elsewhere: the file is saved
     /// there, whole, and the error says where that is; of a directory that was removed nothing is left.
+    /// [`Error::Argument`] in a fork's child.
     pub fn commit(mut self) -> Result<()> {
         // Unmapped before the sync: nothing can dirty a page after it.
         self.write_out()?;

@@ -2,14 +2,27 @@
 //!
 //! # The commit protocol
 //!
-//! 1. A temporary sibling, created with `O_EXCL` under a random name in the same directory, locked.
+//! 1. A new file in the same directory, without a name (`O_TMPFILE`): nobody can open it, and of a process that is killed
+//!    nothing is left. Where the file system has no such files, one with a random name, created with `O_EXCL`.
 //! 2. `fallocate(2)` to the full size: a full disk is an error now, not a `SIGBUS` later. Where the file
 //!    system cannot, the file is written with `pwrite(2)` instead of through a mapping.
 //! 3. Mapped shared, huge pages advised before the first touch, filled in parallel, unmapped.
 //! 4. Mode: the umask's for a new file, the old file's for a replacement.
-//! 5. One fsync(2). The first error is final; the temporary is removed and the error returned.
-//! 6. `rename(2)`, then fsync of the directory. A failure there is [`Error::NotDurable`]: the new file is
-//!    visible, but perhaps not after a power loss.
+//! 5. One fsync(2). The first error is final; nothing is left and the error is returned.
+//! 6. A name: by `linkat(2)` where nothing has it; otherwise a random one, and `rename(2)`. Then fsync of the directory. A
+//!    failure there is [`Error::NotDurable`]: the new file is visible, but perhaps not after a power loss.
+//!
+//! The random name of step 6 is given before step 5 on file systems that are not known to keep what is synced of a
+//! file without a name (known are ext4, XFS and tmpfs). Where a file that has none may not be linked, it is copied
+//! into one that has.
+//!
+//! A file that is being made is the process's that makes it. A child that is forked has neither its memory, from step 3 to
+//! its end, nor its descriptor, and cannot publish it.
+//!
+//! A file with a random name (`.maptensors-….tmp`) is there for others to open: the same user's processes, and this one.
+//! It is locked, so that no other save takes it for one that was left behind; that nobody writes to it is trust in the
+//! directory. Besides those of step 1 it is files that checkpoints and publications use again; their memory
+//! is handed out to nobody.
 //!
 //! `durable(false)` skips the two fsyncs and nothing else: readers still see the old file or the new one,
 //! whole; a power loss may lose it.

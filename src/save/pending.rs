@@ -279,3 +279,72 @@ pub(super) fn replaced_mode(dir: &Dir, path: &Path, name: &OsStr) -> Result<Opti
         _ => Err(Error::NotRegular { path: path.into(), found: "a device, FIFO or socket" }),
     }
 }
+
+#[cfg(all(test, target_os = "linux"))]
+mod tests {
+    use super::*;
+    use crate::map::disk::{Op, Watch, watched};
+    use std::time::Duration;
+
+    /// In memory, where the kernel tells who has a file open: below a container's overlay it does not.
+    fn leasing() -> tempfile::TempDir {
+        let memory = Path::new("/dev/shm");
+        if memory.is_dir() { tempfile::tempdir_in(memory) } else { tempfile::tempdir() }.unwrap()
+    }
+
+    #[test]
+    fn what_somebody_waits_to_open_is_left_to_them_and_a_copy_published() {
+        for waits in [false, true] {
+            let temporary = leasing();
+            let at = |name: &str| temporary.path().join(name);
+            std::fs::write(at("old"), b"old").unwrap();
+            let dir = Dir::open(temporary.path()).unwrap();
+            let hidden = ExclusiveFile::hide(&dir, "old".as_ref()).unwrap();
+            let path = temporary.path().join(hidden);
+            let mut pending = Pending::adopt(&path).unwrap().unwrap();
+            let inode = pending.file().file().metadata().unwrap().ino();
+            pending.file().write_all_at(b"new", 0).unwrap();
+            pending.aim(&at("new")).unwrap();
+            // As one who had looked the old name up before it was gone.
+            let reader = waits.then(|| std::thread::spawn(move || std::fs::File::open(path).unwrap()));
+            while pending.file().is_undisputed() == waits {
+                std::thread::sleep(Duration::from_millis(1));
+            }
+            pending.publish(true).unwrap();
+            assert_eq!(std::fs::read(at("new")).unwrap(), b"new");
+            assert_eq!(std::fs::metadata(at("new")).unwrap().ino() == inode, !waits);
+            if let Some(reader) = reader {
+                assert_eq!(reader.join().unwrap().metadata().unwrap().ino(), inode);
+            }
+            assert_eq!(dir.names().unwrap(), ["new"]);
+        }
+    }
+
+    /// Refuses all links, as some security policies do.
+    struct NoLinks;
+
+    impl Watch for NoLinks {
+        fn before(&self, op: &Op<'_>) -> io::Result<()> {
+            if matches!(op, Op::Link(..)) { Err(Errno::PERM.into()) } else { Ok(()) }
+        }
+        fn after(&self, _: &Op<'_>, _: bool) {}
+    }
+
+    #[test]
+    fn where_no_link_may_be_made_a_copy_is_published_with_the_same_mode() {
+        let temporary = tempfile::tempdir().unwrap();
+        let path = temporary.path().join("model");
+        let mode = || std::fs::metadata(&path).unwrap().mode() & 0o777;
+        for (bytes, wanted) in [(&b"first"[..], None), (b"second", None), (b"third", Some(0o640))] {
+            let before = if path.exists() { Some(mode()) } else { mode_of_new_files() };
+            watched(Some(Arc::new(NoLinks)), || {
+                let pending = Pending::create_with(&path, wanted).unwrap();
+                pending.file().write_all_at(bytes, 0).unwrap();
+                pending.publish(true).unwrap();
+            });
+            assert_eq!(std::fs::read(&path).unwrap(), bytes);
+            assert_eq!(Some(mode()), wanted.or(before));
+            assert_eq!(std::fs::read_dir(temporary.path()).unwrap().count(), 1);
+        }
+    }
+}

@@ -65,6 +65,31 @@ impl Mount {
     pub fn path(&self) -> PathBuf {
         self.root.path().join("mnt")
     }
+
+    /// What has reached the disk by now, as another file system: what there is after a power loss. `None` as above.
+    pub fn after_power_loss(&self, test: &str) -> Option<Self> {
+        let root = super::disk_dir();
+        let (image, mnt) = (root.path().join("image"), root.path().join("mnt"));
+        std::fs::create_dir(&mnt).unwrap();
+        let copied = Command::new("cp")
+            .arg("--sparse=always")
+            .arg(self.root.path().join("image"))
+            .arg(&image)
+            .status()
+            .unwrap();
+        assert!(copied.success());
+        // XFS and Btrfs mount no file system twice by its identity.
+        let options = ["loop,nouuid", "loop"];
+        let mounted = options.iter().any(|options| {
+            let command = Command::new("mount").args(["-o", options]).arg(&image).arg(&mnt).output();
+            command.is_ok_and(|output| output.status.success())
+        });
+        if mounted {
+            return Some(Self { root });
+        }
+        super::skip(test, "what is on the disk cannot be mounted");
+        None
+    }
 }
 
 impl Drop for Mount {

@@ -81,7 +81,7 @@ def old_file(directory: Path) -> Path:
 
 
 def is_unfinished(directory: Path, process: subprocess.Popen[str]) -> bool:
-    """Whether a process has a file of a directory open that has no name yet, or another than it is to have."""
+    """Whether a process has a file of a directory open that has no name yet, or not its own."""
     names = []
     for fd in os.listdir(f"/proc/{process.pid}/fd"):
         with contextlib.suppress(FileNotFoundError):

@@ -12,7 +12,12 @@
 //! granted: nobody, in any process, has it open or mapped. The directory is synced before the first byte
 //! changes, or a power loss could bring the old name back over new content. Who had looked the old name up
 //! and not yet opened it waits in open(2) for as long as the lease is held, and then finds a whole file. In
-//! any other case the file is removed, and a new one made.
+//! any other case the file is removed, and a new one made. Whether anybody waits is asked again when it is
+//! finished: they may have been let in meanwhile, since the kernel has nobody wait for ever. Then the file is theirs, and
+//! a copy of it becomes the checkpoint.
+//!
+//! A child that is forked (a data loader's worker) has neither mapping nor descriptor of an output, so it does not
+//! stand in the way. A file that is used again keeps its random name: what has none any more cannot be given one.
 //!
 //! Where writing to a file's own blocks may need new ones (reflinked files, copy-on-write file systems) all its
 //! pages are made writable before the copy, so that a full disk is an error and not a `SIGBUS`.
