@@ -140,7 +140,11 @@ class ChangedError(MapTensorsError):
 
 
 class MovedError(MapTensorsError, OSError):
-    """A directory is not where it was opened any more: moved, removed, or a link to it points elsewhere."""
+    """A directory is not where it was opened any more: moved, removed, or a link to it points elsewhere.
+
+    What is saved as one file (``save``, a draft) is then saved in that directory, whole, and the message says where it
+    is; of a sharded set, a checkpoint and a publication nothing is.
+    """
 
     kind = "Moved"
 
