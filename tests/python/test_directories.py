@@ -71,7 +71,7 @@ def test_a_draft_is_saved_where_its_directory_went_and_says_so(
     draft = mt.create(tmp_path / "a" / "m.safetensors", {"w": ("F32", (3,))})
     draft["w"][...] = np.ones(3, np.float32)
     (tmp_path / "a").rename(tmp_path / "b")
-    with pytest.raises(MovedError, match=f"{tmp_path / 'b'} now.*the file was saved in that directory, whole"):
+    with pytest.raises(MovedError, match=f"{tmp_path / 'b'} now.*was saved in that directory, whole"):
         draft.commit()
     assert mt.open(tmp_path / "b" / "m.safetensors")["w"].numpy().tolist() == [1, 1, 1]
     # A process that goes elsewhere has moved nothing.
@@ -104,10 +104,11 @@ def test_what_cannot_be_removed_is_told_and_nothing_is_lost(immutable: Path) -> 
     with mt.Checkpointer(immutable, keep=1) as checkpoints:
         first = Path(checkpoints.save(state_of(1), 1).path)
         chattr("+i", first)
-        with pytest.raises(NotRemovedError, match="saved and visible, but .*step-0000000001") as raised:
+        with pytest.raises(NotRemovedError, match=r"saved and visible, but .*step-0000000001") as raised:
             checkpoints.save(state_of(2), 2)
         error = raised.value
-        assert (error.filename, error.filename2) == (str(immutable / "step-0000000002.safetensors"), str(first))
+        assert error.filename == str(immutable / "step-0000000002.safetensors")
+        assert error.filename2 == str(first)
         assert error.errno == errno.EPERM
         assert checkpoints.steps() == [1, 2]
         assert checkpoints.load()["a"][0] == 2
@@ -129,8 +130,8 @@ def test_on_a_read_only_file_system_nothing_is_removed_and_that_is_told(tmp_path
     view = tmp_path / "view"
     view.mkdir()
     mt.Checkpointer(run).save(state_of(1), 1)
-    mount = [["mount", "--bind", run, view], ["mount", "-o", "remount,bind,ro", view]]
-    for command in mount:
+    bind = ["mount", "--bind", str(run), str(view)]
+    for command in (bind, ["mount", "-o", "remount,bind,ro", str(view)]):
         if os.geteuid() != 0 or subprocess.run(command, capture_output=True).returncode != 0:
             pytest.skip("mounting a directory read-only needs root")
     try:
