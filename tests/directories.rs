@@ -70,7 +70,8 @@ impl Away {
     #[track_caller]
     fn assert_told<T: std::fmt::Debug>(&self, done: Result<T, Error>, run: &Path) -> String {
         let name = self.name;
-        let Err(Error::Moved { path, what }) = &done else { panic!("{name}: {done:?}") };
+        let error = done.unwrap_err();
+        let Error::Moved { path, what } = &error else { panic!("{name}: {error}") };
         assert_eq!(path, run, "{name}");
         let expected = match name {
             "removed" => "was removed",

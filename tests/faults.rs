@@ -216,6 +216,8 @@ fn inject(test: &str, way: &str, name: &str, count: usize, what: &str, place: &s
         // What the new one was to replace may refuse to go, and be beside it.
         "Io" => found == 1 || (name == "unlinkat" && found == 2),
         "NotDurable" => true,
+        // The shards that the new set was to replace.
+        "NotRemoved" => name == "unlinkat" && found == 2,
         _ => false,
     };
     assert!(right, "{place}: {:?}, and generation {found} is there", said(dir.path()));

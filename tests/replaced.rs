@@ -36,10 +36,10 @@ fn beside(saves: impl FnOnce() + Send, read: impl Fn() + Sync) {
                 reads
             })
         });
-        let saved = std::panic::catch_unwind(std::panic::AssertUnwindSafe(saves));
+        let done_saving = std::panic::catch_unwind(std::panic::AssertUnwindSafe(saves));
         done.store(true, Ordering::Relaxed);
         let reads = readers.map(|reader| reader.join().unwrap());
-        saved.unwrap();
+        done_saving.unwrap();
         reads
     });
     println!("{reads:?} reads");
@@ -99,11 +99,11 @@ fn the_latest_of_one_that_is_kept_is_always_found() {
         let dir = tempfile::tempdir().unwrap();
         let options = CheckpointOptions::new().keep(1).durable(false);
         let options = limit.map_or(options.clone(), |limit| options.max_shard_size(limit));
-        let saver = options.open(dir.path()).unwrap();
+        let writer = options.open(dir.path()).unwrap();
         let save = |step: u64| {
             let bytes = [u8::try_from(step).unwrap(); 100];
             let tensors = ["a", "b", "c", "d"].map(|name| (name, bytes_tensor(&bytes)));
-            saver.save(tensors, step).unwrap();
+            writer.save(tensors, step).unwrap();
         };
         save(0);
         let reader = Checkpointer::open(dir.path()).unwrap();

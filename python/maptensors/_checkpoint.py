@@ -131,8 +131,8 @@ class Checkpointer:
 
     One Checkpointer at a time saves into a directory, and a fork's child has to open its own. What falls out
     first is what was there before this run: going back to an earlier step loses nothing of the new run.
-    :meth:`load` resumes from what was saved last, which then is not the highest step: a save whose step is below
-    one that is there is a ``StepWarning``, once for each Checkpointer.
+    :meth:`load` resumes from what was saved last, which then is not the highest step: a save whose step is
+    below one that is there is a ``StepWarning``, once for each Checkpointer.
 
     It stays with the directory that it opened. If that is moved or removed, or a link to it comes to point
     elsewhere, everything is ``MovedError`` from then on, and nothing is saved or removed in it; open the
@@ -201,9 +201,9 @@ class Checkpointer:
             return
         self._has_warned = True
         warnings.warn(
-            f"{self.directory}: step {step} is below step {below}, which is there already. load() takes what was "
-            f"saved last, so this run is resumed all the same; but if another run saved step {below}, give this one "
-            f"a directory to itself, and if that is abandoned, remove({below})",
+            f"{self.directory}: step {step} is below step {below}, which is there already. load() takes what "
+            f"was saved last, so this run is resumed all the same; but if another run saved step {below}, "
+            f"give this one a directory to itself, and if that is abandoned, remove({below})",
             StepWarning,
             stacklevel=3,
         )
@@ -225,8 +225,8 @@ class Checkpointer:
     def latest(self) -> int | None:
         """Return the step that was saved last, which is not always the highest (``steps()[-1]``).
 
-        A run that went back, or a new one in an old directory, saves lower steps, and it is that run that is to
-        be resumed. What tells is a number that each checkpoint carries in its metadata
+        A run that went back, or a new one in an old directory, saves lower steps, and it is that run that is
+        to be resumed. What tells is a number that each checkpoint carries in its metadata
         (``maptensors.sequence``), so that copying a directory, editing a header or setting a clock changes
         nothing about it. Files without one were there before all that have one, in the order of their steps.
         One that is damaged counts as the last: loading says so, instead of going back further without a word.
@@ -260,8 +260,8 @@ class Checkpointer:
     def remove(self, step: int) -> bool:
         """Remove the checkpoint of a step, durably, and return whether there was one.
 
-        After going back, say, those behind it. OSError (PermissionError, a read-only file system): it, or a part of
-        it, is still there.
+        After going back, say, those behind it. OSError (PermissionError, a read-only file system): it, or a
+        part of it, is still there.
         """
         return self._checkpoints.remove(_step(step))
 
@@ -305,7 +305,8 @@ def _step(step: int) -> int:
 def _planned_size(example: Mapping[str, Any]) -> int:
     is_spec = all(isinstance(what, tuple | dict) and _is_declared(what) for what in example.values())
     tensors, structure = (dict(example), {}) if is_spec and example else flatten(example)
-    return _native.planned_size(tensors, metadata=structure | {"maptensors.step": "0", "maptensors.sequence": "0"})
+    ours = {"maptensors.step": "0", "maptensors.sequence": "0"}
+    return _native.planned_size(tensors, metadata=structure | ours)
 
 
 def _is_declared(what: Any) -> bool:

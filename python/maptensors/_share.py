@@ -74,7 +74,8 @@ class Publisher:
     def close(self) -> None:
         """Publish no more. The last generation stays in memory, for who attaches and the next publisher.
 
-        Of a publication that has none yet nothing stays. OSError: a file that is of no use could not be removed.
+        Of a publication that has none yet nothing stays. OSError: a file that is of no use could not be
+        removed.
         """
         self._publisher.close()
 
@@ -253,10 +254,10 @@ def publish(
     One process at a time publishes to a place, until it closes or ends, however it ends; the next one goes
     on counting. If the first generation fails, nothing is left: no file, and no directory that was made.
 
-    Only this user may attach unless ``permissions``, of the files, say more; those of a directory that is made
-    follow from them. One that is there is opened as far as that, or it is an error that says why it cannot be; it is
-    never closed to anybody, for it may hold more. Files that were published there before get them too. In another
-    user's place, root publishes files of that user.
+    Only this user may attach unless ``permissions``, of the files, say more; those of a directory that is
+    made follow from them. One that is there is opened as far as that, or it is an error that says why it
+    cannot be; it is never closed to anybody, for it may hold more. Files that were published there before get
+    them too. In another user's place, root publishes files of that user.
     """
     publisher = Publisher(place, permissions=permissions, recycle=recycle)
     if state is not None:

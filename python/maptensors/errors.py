@@ -141,7 +141,11 @@ class ChangedError(MapTensorsError):
 
 
 class MovedError(MapTensorsError, OSError):
-    """A directory is not where it was opened any more: moved, removed, or a link to it points elsewhere."""
+    """A directory is not where it was opened any more: moved, removed, or a link to it points elsewhere.
+
+    What is saved as one file (``save``, a draft) is then saved in that directory, whole, and the message says
+    where it is; of a sharded set, a checkpoint and a publication nothing is.
+    """
 
     kind = "Moved"
 
@@ -164,8 +168,8 @@ class NotDurableError(MapTensorsError, OSError):
 class StepWarning(UserWarning):
     """A checkpoint was saved whose step is below one that is there.
 
-    It is what ``load()`` resumes from, being saved last. Where the higher one is another run's, a directory for each
-    run keeps them apart; where it is abandoned, ``Checkpointer.remove`` takes it away.
+    It is what ``load()`` resumes from, being saved last. Where the higher one is another run's, a directory
+    for each run keeps them apart; where it is abandoned, ``Checkpointer.remove`` takes it away.
     """
 
 

@@ -182,7 +182,8 @@ impl Draft {
         Err(PyValueError::new_err(format!("tensor {name} of the draft was not given{more}")))
     }
 
-    /// Syncs the file and renames it into place.
+    /// Syncs the file and renames it into place. `MovedError`: the directory was moved since the draft was begun, or
+    /// a link to it points elsewhere; the file is saved in that directory, whole, and the error says where it is now.
     fn commit(&self, py: Python<'_>) -> PyResult<()> {
         let finish = self.finishing()?;
         let commit = self.layout.data_len() >= LONG;

@@ -205,8 +205,10 @@ impl Set {
     fn take_back(&mut self) -> Option<(PathBuf, std::io::Error)> {
         let mut left = None;
         for path in std::mem::take(&mut self.written) {
-            match self.target.dir.remove(path.file_name().unwrap_or_default()) {
-                Err(error) if error.kind() != std::io::ErrorKind::NotFound => left = Some((path, error)),
+            let name = path.file_name().unwrap_or_default();
+            match self.target.dir.remove(name) {
+                // It may never have had its name.
+                Err(error) if self.target.dir.contains(name) => left = Some((path, error)),
                 _ => {}
             }
         }

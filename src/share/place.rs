@@ -109,11 +109,11 @@ impl Place {
         Ok(made)
     }
 
-    fn make_itself(&self, file_mode: u32, made: &mut Made) -> Result<()> {
+    fn make_itself(&self, file_mode: u32, new: &mut Made) -> Result<()> {
         let io = |action| Error::io(&self.path, action);
         let mode = 0o700 | (file_mode & 0o444) | (file_mode & 0o444) >> 2;
         match std::fs::DirBuilder::new().mode(mode).create(&self.path) {
-            Ok(()) => made.itself = Some(self.path.clone()),
+            Ok(()) => new.itself = Some(self.path.clone()),
             Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists && !self.named => {
                 return self.open_to_others(mode);
             }

@@ -164,9 +164,8 @@ impl Publisher {
             match Slot::recycle(dir, directory, &hidden, len) {
                 // One that cannot be drafted in goes with the slot.
                 Ok(Some(slot)) => Ok(slot.draft(path, layout, &self.draft).unwrap_or_default()),
-                Ok(None) => Ok(None),
                 Err(error) if dir.contains(&hidden) => Err(error),
-                Err(_) => Ok(None),
+                Ok(None) | Err(_) => Ok(None),
             }
         }
         #[cfg(not(target_os = "linux"))]

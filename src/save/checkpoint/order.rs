@@ -37,7 +37,7 @@ pub(super) struct Ranks {
 }
 
 /// Inode, time of writing, length.
-type Stamp = (u64, i64, u64, i64);
+type Stamp = (u64, i64, i128, i64);
 
 impl Ranks {
     /// The rank of a file or an index.
@@ -45,10 +45,10 @@ impl Ranks {
     /// # Errors
     /// [`Error::Io`](crate::Error::Io), [`Error::NotRegular`](crate::Error::NotRegular).
     pub(super) fn of(&self, dir: &Dir, name: &OsStr, path: &Path) -> Result<Rank> {
-        let stamp = dir.stat(name).ok().map(|stat| {
-            let nanoseconds = u64::try_from(stat.st_mtime_nsec).unwrap_or_default();
-            (stat.st_ino, stat.st_mtime, nanoseconds, stat.st_size)
-        });
+        let stamp = dir
+            .stat(name)
+            .ok()
+            .map(|stat| (stat.st_ino, stat.st_mtime, i128::from(stat.st_mtime_nsec), stat.st_size));
         let lock = || self.known.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some((_, rank)) = lock().get(name).filter(|(before, _)| Some(*before) == stamp) {
             return Ok(*rank);

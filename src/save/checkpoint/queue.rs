@@ -395,14 +395,12 @@ impl Shared {
         saved.push(step);
         self.store.is_saved(step);
         let gone = self.let_go(&saved, &path, size, memory);
-        match trouble.or(gone.err()) {
-            Some(error) => self.fail(ticket, error),
-            None => {
-                let finished = begun.elapsed();
-                let saved = Saved { step, path, bytes, ready, staged, finished, durable, below };
-                ticket.tell(Outcome::Saved(saved));
-            }
+        if let Some(error) = trouble.or(gone.err()) {
+            return self.fail(ticket, error);
         }
+        let finished = begun.elapsed();
+        let saved = Saved { step, path, bytes, ready, staged, finished, durable, below };
+        ticket.tell(Outcome::Saved(saved));
     }
 
     fn fail(&self, ticket: &Arc<Ticket>, error: Error) {
@@ -429,7 +427,7 @@ impl Shared {
             Ok(Some(dir)) => {
                 if let (Some(_), Some(last)) = (size, saved.last()) {
                     // Of one file now: a set of the same step is not it any more.
-                    self.store.remove_set(dir, *last).map(drop).unwrap_or_else(&mut note);
+                    self.store.remove_set(dir, *last).map_or_else(&mut note, drop);
                 }
                 let surplus = self.store.surplus(dir, self.keep, self.keep_every, saved);
                 for step in surplus.map_err(&mut note).unwrap_or_default() {

@@ -48,6 +48,10 @@ fn is_first(name: &OsStr) -> bool {
     text(name).starts_with("step-0000000001")
 }
 
+fn is_index(name: &OsStr) -> bool {
+    Path::new(name).extension() == Some(OsStr::new("json"))
+}
+
 fn is_hidden(name: &OsStr) -> bool {
     text(name).starts_with(".maptensors-")
 }
@@ -172,7 +176,7 @@ fn shards_that_cannot_be_removed_are_told() {
     // Of a set that does not come about, the shards that are left are named beside the reason.
     refusing(
         |op| match op {
-            Op::Rename(_, _, to) => text(to).ends_with(".json"),
+            Op::Rename(_, _, to) => is_index(to),
             Op::Remove(_, name) => text(name).contains("-g3-00002-of-"),
             _ => false,
         },
@@ -189,7 +193,7 @@ fn shards_that_cannot_be_removed_are_told() {
     let saved = |step| self::save(&checkpoints, step);
     saved(1).unwrap();
     for what in [
-        (|op| matches!(op, Op::Remove(_, name) if text(name).ends_with(".json"))) as fn(&Op<'_>) -> bool,
+        (|op| matches!(op, Op::Remove(_, name) if is_index(name))) as fn(&Op<'_>) -> bool,
         |op| matches!(op, Op::Remove(_, name) if text(name).contains("-of-")),
     ] {
         let step = checkpoints.latest().unwrap().unwrap() + 1;

@@ -5,7 +5,9 @@ use crate::dtype::DType;
 use crate::layout::Layout;
 use crate::map::disk;
 use crate::model::open_own_file;
-use crate::save::{CheckpointOptions, DraftOptions, Edited, HeaderEdit, SaveOptions, materialize};
+use crate::save::{
+    CheckpointOptions, Checkpointer, DraftOptions, Edited, HeaderEdit, SaveOptions, materialize,
+};
 use safetensors::tensor::TensorView;
 
 /// Several sectors of a page, so that a torn one is a mixture.
@@ -81,7 +83,7 @@ pub(super) fn read_dir(dir: &Path) -> Result<u8, String> {
     generation(dir, None)
 }
 
-pub(super) const SCENARIOS: [Scenario; 20] = [
+pub(super) const SCENARIOS: [Scenario; 22] = [
     Scenario {
         name: "a new file",
         old: 0,
@@ -265,18 +267,73 @@ pub(super) const SCENARIOS: [Scenario; 20] = [
         save: |dir, i, saved| checkpoints(dir, i..=if i == NEWEST { i } else { i + 3 }, saved),
         read: read_checkpoints,
     },
+    Scenario {
+        name: "checkpoints in shards",
+        old: 1,
+        prepare: |dir| sharded_checkpoints(dir, 1..=1, &|_| ()).unwrap(),
+        saves: 2,
+        save: |dir, i, saved| sharded_checkpoints(dir, i..=if i == NEWEST { i } else { i + 1 }, saved),
+        read: read_latest,
+    },
+    Scenario {
+        name: "a checkpoint removed",
+        old: 1,
+        // Saved last, and so the latest, until it is removed.
+        prepare: |dir| kept_checkpoints(dir, &[2, 1], &|_| ()).unwrap(),
+        saves: 1,
+        save: |dir, i, saved| match i {
+            NEWEST => kept_checkpoints(dir, &[i], saved),
+            _ => said(Checkpointer::open(dir)?.remove(1).map(drop), i, saved),
+        },
+        read: read_latest,
+    },
 ];
 
 /// Keeps one checkpoint: the file of each is that of the last but one.
 pub(super) fn checkpoints(dir: &Path, generations: RangeInclusive<u8>, saved: &dyn Fn(u8)) -> Result<()> {
-    let checkpoints = CheckpointOptions::new().keep(1).open(dir)?;
-    for i in generations {
+    save_steps(&CheckpointOptions::new().keep(1).open(dir)?, generations, saved)
+}
+
+/// Keeps one set.
+pub(super) fn sharded_checkpoints(
+    dir: &Path,
+    generations: RangeInclusive<u8>,
+    saved: &dyn Fn(u8),
+) -> Result<()> {
+    save_steps(&CheckpointOptions::new().keep(1).max_shard_size(SHARD).open(dir)?, generations, saved)
+}
+
+/// Keeps all.
+pub(super) fn kept_checkpoints(dir: &Path, steps: &[u8], saved: &dyn Fn(u8)) -> Result<()> {
+    save_steps(&CheckpointOptions::new().prepare(false).open(dir)?, steps.iter().copied(), saved)
+}
+
+fn save_steps(
+    checkpoints: &Checkpointer,
+    steps: impl IntoIterator<Item = u8>,
+    saved: &dyn Fn(u8),
+) -> Result<()> {
+    for i in steps {
         let (a, b) = (vec![i; A], vec![i; B]);
         let metadata = [("generation".to_owned(), i.to_string())].into();
         checkpoints.save_with([("a", tensor(&a)), ("b", tensor(&b))], metadata, i.into())?;
         saved(i);
     }
-    checkpoints.close()
+    checkpoints.wait()
+}
+
+/// The checkpoint that a run resumes from; all there are must be whole.
+pub(super) fn read_latest(dir: &Path) -> Result<u8, String> {
+    let checkpoints = Checkpointer::open(dir).map_err(|error| error.to_string())?;
+    for step in checkpoints.steps().map_err(|error| error.to_string())? {
+        let path = checkpoints.find(Some(step)).map_err(|error| error.to_string())?;
+        let found = generation(&path, None)?;
+        if u64::from(found) != step {
+            return Err(format!("{found} in step {step}"));
+        }
+    }
+    let latest = checkpoints.latest().map_err(|error| error.to_string())?;
+    Ok(latest.map_or(0, |step| u8::try_from(step).unwrap_or(u8::MAX)))
 }
 
 /// The last checkpoint; all there are must be whole.
