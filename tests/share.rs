@@ -59,6 +59,14 @@ fn a_generation_has_what_was_published_and_shares_what_was_not() {
     assert!(reader.model().get("c").is_none());
     publisher.publish_changed([("c", bytes_tensor(&a))]).unwrap();
     assert_eq!(reader.refresh().unwrap().unwrap().changed, ["c"]);
+
+    // What is published again as it was does not differ, whoever says that it changed.
+    let all = [("a", bytes_tensor(&c)), ("b", bytes_tensor(&a[..500])), ("c", bytes_tensor(&a))];
+    publisher.publish(all).unwrap();
+    let refreshed = reader.refresh().unwrap().unwrap();
+    assert_eq!((refreshed.generation, refreshed.changed, refreshed.removed), (5, vec![], vec![]));
+    publisher.publish_changed([("b", bytes_tensor(&a[..500])), ("a", bytes_tensor(&a))]).unwrap();
+    assert_eq!(reader.refresh().unwrap().unwrap().changed, ["a"]);
     assert_eq!(bytes(reader.model(), "c"), a);
 
     publisher.remove().unwrap();
