@@ -123,13 +123,15 @@ impl Publisher {
     ///
     /// # Errors
     /// [`Error::Busy`] while there is another publisher; [`Error::Publication`] for one that is damaged;
-    /// [`Error::Argument`] for a name that could lead elsewhere; [`Error::Io`].
+    /// [`Error::Argument`] for a name that could lead elsewhere or says that it is a file, and for a directory that a
+    /// model is in; [`Error::Io`].
     pub fn open(place: impl AsRef<Path>) -> Result<Self> {
         PublishOptions::new().open(place)
     }
 
     fn with(place: &Place, options: &PublishOptions) -> Result<Self> {
         Kind::Directory.check_name(&place.path)?;
+        refuse_a_models_directory(&place.path)?;
         place.make(options.mode)?;
         let path = place.path.clone();
         let dir = Dir::open(&path).map_err(Error::io(&path, "opening the directory"))?;
@@ -434,6 +436,27 @@ impl Drop for Publisher {
             self.store.control.unlock();
         }
     }
+}
+
+/// That a publication is not begun among the files of a model, which its segments would be taken for.
+fn refuse_a_models_directory(path: &Path) -> Result<()> {
+    let Ok(dir) = Dir::open(path) else { return Ok(()) };
+    if dir.contains(CONTROL.as_ref()) {
+        return Ok(());
+    }
+    let names = dir.names().map_err(Error::io(path, "listing the directory"))?;
+    let is_models = |name: &&std::ffi::OsString| {
+        let text = name.as_encoded_bytes();
+        let is_weights = text.ends_with(b".safetensors") || text.ends_with(b".safetensors.index.json");
+        is_weights && segment::number_of(name).is_none()
+    };
+    names.iter().find(is_models).map_or(Ok(()), |name| {
+        let (path, name) = (path.to_string_lossy(), name.to_string_lossy());
+        let (path, name) = (crate::error::printable(&path), crate::error::printable(&name));
+        Err(Error::Argument(format!(
+            "{path} has a model in it, {name}: a publication takes a directory for itself"
+        )))
+    })
 }
 
 /// The tensors that are not as in a model's file; `None` if it has none.
