@@ -12,7 +12,7 @@ use crate::layout::Layout;
 use crate::map::disk::{self, Dir};
 use crate::map::{ExclusiveFile, Source};
 use crate::model::{Contents, ModelMut, Span};
-use crate::save::{DraftOptions, Kind, Pair, fill_draft};
+use crate::save::{DraftOptions, Pair, fill_draft};
 use safetensors::View;
 use std::borrow::Cow;
 use std::collections::{BTreeMap, BTreeSet, HashSet};
@@ -130,8 +130,7 @@ impl Publisher {
     }
 
     fn with(place: &Place, options: &PublishOptions) -> Result<Self> {
-        Kind::Directory.check_name(&place.path)?;
-        refuse_a_models_directory(&place.path)?;
+        place.may_hold_a_publication()?;
         place.make(options.mode)?;
         let path = place.path.clone();
         let dir = Dir::open(&path).map_err(Error::io(&path, "opening the directory"))?;
@@ -436,27 +435,6 @@ impl Drop for Publisher {
             self.store.control.unlock();
         }
     }
-}
-
-/// That a publication is not begun among the files of a model, which its segments would be taken for.
-fn refuse_a_models_directory(path: &Path) -> Result<()> {
-    let Ok(dir) = Dir::open(path) else { return Ok(()) };
-    if dir.contains(CONTROL.as_ref()) {
-        return Ok(());
-    }
-    let names = dir.names().map_err(Error::io(path, "listing the directory"))?;
-    let is_models = |name: &&std::ffi::OsString| {
-        let text = name.as_encoded_bytes();
-        let is_weights = text.ends_with(b".safetensors") || text.ends_with(b".safetensors.index.json");
-        is_weights && segment::number_of(name).is_none()
-    };
-    names.iter().find(is_models).map_or(Ok(()), |name| {
-        let (path, name) = (path.to_string_lossy(), name.to_string_lossy());
-        let (path, name) = (crate::error::printable(&path), crate::error::printable(&name));
-        Err(Error::Argument(format!(
-            "{path} has a model in it, {name}: a publication takes a directory for itself"
-        )))
-    })
 }
 
 /// The tensors that are not as in a model's file; `None` if it has none.
