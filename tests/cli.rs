@@ -558,3 +558,70 @@ fn an_index_that_misstates_the_size_is_warned_of_and_is_no_failure() {
     assert!(String::from_utf8(answer.stdout).unwrap().contains("warning: the index says total_size 7"));
     assert!(printed(&["verify", "--missing-ok", &bare]).contains("total_size 7"));
 }
+
+#[test]
+fn an_edit_that_contradicts_itself_is_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("m.safetensors");
+    fs::copy("models/digits.safetensors", &path).unwrap();
+    let (path, before) = (path.to_str().unwrap(), fs::read(&path).unwrap());
+    for (args, says) in [
+        (&["--set", "a=b", "--unset", "a"][..], "\"a\" is to be set and removed"),
+        (&["--unset", "a", "--set", "a=b"], "\"a\" is to be set and removed"),
+        (&["--set", "a=b", "--set", "a=c"], "set twice"),
+        (&["--set", "=b"], "no key"),
+        (&["--rename", "fc1.bias="], "no new name"),
+        (&["--rename", "fc1.bias=x", "--rename", "fc1.bias=y"], "two new names"),
+    ] {
+        let error = complaint(&[&["edit", path], args].concat(), 2);
+        assert!(error.contains(says), "{args:?}: {error}");
+        assert!(fs::read(path).unwrap() == before, "{args:?}");
+    }
+    printed(&[
+        "edit",
+        path,
+        "--set",
+        "a=b",
+        "--set",
+        "a=b",
+        "--rename",
+        "fc1.bias=x",
+        "--rename",
+        "fc1.bias=x",
+    ]);
+}
+
+#[test]
+fn a_frozen_tensor_that_is_misspelled_does_not_pass() {
+    let digits = "models/digits.safetensors";
+    for (args, says) in
+        [(&["--frozen", "fc1*", "--frozen", "embed*"][..], "embed*"), (&["--filter", "embed*"], "--filter")]
+    {
+        let error = complaint(&[&["changed", digits, digits], args].concat(), 2);
+        assert!(error.contains(says), "{args:?}: {error}");
+    }
+    printed(&["changed", digits, digits, "--frozen", "fc1*", "--filter", "fc2*"]);
+}
+
+#[test]
+fn what_a_fine_tune_added_removed_or_reshaped_is_not_passed_over() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("m.safetensors");
+    fs::copy("models/digits.safetensors", &path).unwrap();
+    let path = path.to_str().unwrap();
+    printed(&["edit", path, "--rename", "fc1.bias=fc1.offset"]);
+    let text = printed(&["changed", "models/digits.safetensors", path]);
+    assert!(text.contains("added: fc1.offset") && text.contains("removed: fc1.bias"), "{text}");
+    let text = printed(&["changed", "models/digits.safetensors", path, "--filter", "*.bias"]);
+    assert!(!text.contains("fc1.offset") && text.contains("removed: fc1.bias"), "{text}");
+}
+
+#[test]
+fn the_demo_writes_over_nothing_but_its_own() {
+    let dir = tempfile::tempdir().unwrap();
+    let tuned = dir.path().join("digits-tuned.safetensors");
+    fs::write(&tuned, "mine").unwrap();
+    let error = complaint(&["demo", "--dir", dir.path().to_str().unwrap()], 1);
+    assert!(error.contains("digits-tuned.safetensors"), "{error}");
+    assert_eq!(fs::read(&tuned).unwrap(), b"mine");
+}

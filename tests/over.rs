@@ -383,7 +383,7 @@ fn check(writer: Writer, target: &str, spelling: Spelling) -> Result<(), String>
         // What edits a file in place shows by all its names.
         let edited = matches!(writer, Writer::Header | Writer::CommandEdit) && path == Path::new(target);
         let is_output = path.parent() == Some(&place) && (name == file || of_set);
-        assert!(is_output || edited, "done, and changed {path:?}");
+        assert!(is_output || edited, "done, and changed {}", path.display());
     }
     // One directory, one truth.
     if ["set", "more"].iter().any(|dir| place == Path::new(dir)) && stem == "model" {

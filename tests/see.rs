@@ -366,12 +366,14 @@ fn an_svg_is_written_whole_or_not_at_all() {
     reader.read_to_string(&mut old).unwrap();
     assert_eq!(old, "<svg>old", "who had the old file keeps it");
     // Not over the model that is drawn, nor any other file.
-    let own = dir.path().join("own.safetensors");
-    fs::copy("models/digits.safetensors", &own).unwrap();
-    let refused = run(&["inspect", "--map", own.to_str().unwrap(), "--svg", own.to_str().unwrap()]);
-    let said = String::from_utf8(refused.stderr).unwrap();
-    assert!(refused.status.code() == Some(1) && said.contains("no SVG"), "{said}");
-    assert_eq!(fs::read(&own).unwrap(), fs::read("models/digits.safetensors").unwrap());
+    for (name, says) in [("own", "no SVG"), ("own.safetensors", "a picture would be written")] {
+        let own = dir.path().join(name);
+        fs::copy("models/digits.safetensors", &own).unwrap();
+        let refused = run(&["inspect", "--map", own.to_str().unwrap(), "--svg", own.to_str().unwrap()]);
+        let said = String::from_utf8(refused.stderr).unwrap();
+        assert!(refused.status.code() == Some(1) && said.contains(says), "{said}");
+        assert_eq!(fs::read(&own).unwrap(), fs::read("models/digits.safetensors").unwrap());
+    }
 }
 
 /// Sums over the mappings of a file, of a process's smaps: size, and the fields named as there, in bytes.

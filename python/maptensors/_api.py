@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
 from maptensors import _native
+from maptensors.errors import MapTensorsError
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 _BINARY = {"KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
@@ -42,7 +43,10 @@ def save(
     into the file's pages. A :class:`maptensors.Model` is saved with its metadata, edits included, also onto
     its own file.
 
-    The file appears under ``path`` whole or not at all; a failed save leaves what was there. With
+    The file appears under ``path`` whole or not at all; a failed save leaves what was there. The sharded set of
+    that name, if there is one, goes once the file is there: one directory has one model. Refused are a name
+    that says another kind of file (``model.safetensors.index.json``, ``model.gguf``), and for a model of
+    several files the path of one of them: it is saved over itself as ``model.safetensors``. With
     ``durable=False`` nothing is synced, and a power loss may lose it. ``mapped=False`` writes with
     ``pwrite`` instead of through a mapping, as is done anyway where the file system cannot allocate space.
 
@@ -82,7 +86,7 @@ def edit(
     """Change metadata and tensor names in the header of a safetensors file; the data is not touched.
 
     ``metadata`` holds entries to set, ``remove`` keys to take away, ``rename`` new names by their old ones:
-    all at once, so two tensors may exchange theirs.
+    all at once, so two tensors may exchange theirs. A key cannot be in both.
 
     Return how. ``"in place"``: by one write of a 512-byte sector, which a power loss cannot tear, while
     nobody else had the file open or mapped. ``"rewritten"``: as by :func:`save`, a new file took its place;
@@ -91,10 +95,13 @@ def edit(
     """
     if isinstance(remove, str):
         raise TypeError("remove takes several keys: a list, not a str")
+    remove = list(remove)
+    if both := sorted(set(remove) & set(metadata or {})):
+        raise MapTensorsError(f"metadata key {both[0]!r} is to be set and removed")
     return _native.edit(
         path,
         metadata={} if metadata is None else metadata,
-        remove=list(remove),
+        remove=remove,
         rename=dict(rename or {}),
         durable=durable,
     )

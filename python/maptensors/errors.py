@@ -86,7 +86,7 @@ class BitPatternError(MapTensorsError):
 
 
 class ShardPathError(MapTensorsError):
-    """A file name in an index leads out of the index's directory."""
+    """A shard that an index names is not in the index's directory, or below it."""
 
     kind = "Path"
 

@@ -11,8 +11,10 @@ use super::picture::{Color, Draw};
 use super::publications::Publications;
 use super::top::Top;
 use crate::HeaderEdit;
+use crate::error::quote;
 use clap::{Args, Parser, Subcommand};
 use globset::{Glob, GlobSet, GlobSetBuilder};
+use std::collections::BTreeMap;
 use std::error::Error;
 use std::ffi::OsString;
 use std::path::PathBuf;
@@ -186,7 +188,7 @@ struct EditArgs {
 #[group(required = true, multiple = true)]
 struct ChangeArgs {
     /// Set a metadata entry; may be given several times
-    #[arg(long, value_name = "KEY=VALUE", value_parser = pair)]
+    #[arg(long, value_name = "KEY=VALUE", value_parser = entry)]
     set: Vec<(String, String)>,
 
     /// Remove a metadata entry; may be given several times
@@ -325,17 +327,17 @@ impl Typed {
                 paths: typed.paths,
             }),
             Command::Edit(typed) => Job::Edit(Edit {
-                changes: typed.changes.meaning().durable(!typed.no_sync),
+                changes: typed.changes.meaning()?.durable(!typed.no_sync),
                 paths: typed.paths,
             }),
             Command::Diff(DiffArgs { a, b, json }) => {
-                Job::Diff(Compare { a, b, filter: None, frozen: None, json, width })
+                Job::Diff(Compare { a, b, filter: None, frozen: Vec::new(), json, width })
             }
             Command::Changed(typed) => Job::Changed(Compare {
                 a: typed.base,
                 b: typed.tuned,
                 filter: filter(&typed.filters)?,
-                frozen: filter(&typed.frozen)?,
+                frozen: typed.frozen.iter().map(Glob::compile_matcher).collect(),
                 json: typed.json,
                 width,
             }),
@@ -361,19 +363,44 @@ impl ChosenArgs {
 }
 
 impl ChangeArgs {
-    fn meaning(self) -> HeaderEdit {
+    /// # Errors
+    /// For what contradicts itself: no order of options is asked for, so none decides.
+    fn meaning(self) -> Result<HeaderEdit, Box<dyn Error>> {
         let mut edit = HeaderEdit::new();
+        let mut keys = BTreeMap::new();
         for (key, value) in self.set {
+            if keys.insert(key.clone(), Some(value.clone())).is_some_and(|other| other != Some(value.clone()))
+            {
+                return Err(format!("--set {}: it is set twice, to two values", quote(&key)).into());
+            }
             edit = edit.set(key, value);
         }
         for key in self.unset {
+            if keys.contains_key(&key) {
+                return Err(format!("{} is to be set and removed", quote(&key)).into());
+            }
             edit = edit.remove(key);
         }
+        let mut names = BTreeMap::new();
         for (tensor, name) in self.rename {
+            if name.is_empty() {
+                return Err(
+                    format!("--rename {}: there is no new name behind the `=`", quote(&tensor)).into()
+                );
+            }
+            if names.insert(tensor.clone(), name.clone()).is_some_and(|other| other != name) {
+                return Err(format!("--rename {}: it has two new names", quote(&tensor)).into());
+            }
             edit = edit.rename(tensor, name);
         }
-        edit
+        Ok(edit)
     }
+}
+
+/// A metadata entry: who has no key has lost it on the way.
+fn entry(text: &str) -> Result<(String, String), String> {
+    let (key, value) = pair(text)?;
+    if key.is_empty() { Err("there is no key before the `=`".into()) } else { Ok((key, value)) }
 }
 
 fn pair(text: &str) -> Result<(String, String), String> {

@@ -5,7 +5,7 @@ use super::{DIFFERENT, DONE, TROUBLE, complain, text};
 use crate::dtype::DType;
 use crate::error::{Error, printable};
 use crate::{Change, Differences, Model, diff};
-use globset::GlobSet;
+use globset::{GlobMatcher, GlobSet};
 use serde::Serialize;
 use std::io::Write;
 use std::path::{Path, PathBuf};
@@ -25,7 +25,7 @@ pub(super) struct Compare {
     /// `None`: every tensor.
     pub(super) filter: Option<GlobSet>,
     /// Tensors that are not to change.
-    pub(super) frozen: Option<GlobSet>,
+    pub(super) frozen: Vec<GlobMatcher>,
     pub(super) json: bool,
     /// Columns to fit into, where there is a terminal.
     pub(super) width: Option<usize>,
@@ -69,9 +69,18 @@ impl Compare {
 
     /// Which tensors a fine-tune changed, the most changed first; a frozen one that did fails.
     pub(super) fn changed(&self, out: &mut impl Write) -> Answer {
-        let found = self.differences()?;
+        let (a, b) = (open(&self.a)?, open(&self.b)?);
         let is_shown = |name: &str| self.filter.as_ref().is_none_or(|globs| globs.is_match(name));
-        let is_frozen = |name: &str| self.frozen.as_ref().is_some_and(|globs| globs.is_match(name));
+        let is_frozen = |name: &str| self.frozen.iter().any(|glob| glob.is_match(name));
+        // What matches nothing is misspelled: it would let everything pass.
+        let names = || a.names().chain(b.names());
+        if let Some(glob) = self.frozen.iter().find(|glob| !names().any(|name| glob.is_match(name))) {
+            return Err(format!("no tensor is called like --frozen {:?}", glob.glob().glob()).into());
+        }
+        if !names().any(is_shown) {
+            return Err("no tensor is called like --filter says".into());
+        }
+        let found = diff(&a, &b)?;
         let mut changed: Vec<&Change> =
             found.changed.iter().filter(|change| is_shown(&change.name)).collect();
         // By share of the tensor, exactly: a/b > c/d as a*d > c*b.
@@ -84,6 +93,15 @@ impl Compare {
             writeln!(out, "{}", text::json_safe(&json))?;
         } else {
             self.summary(out, &found, &changed)?;
+            let others = [("added", &found.added), ("removed", &found.removed)];
+            for (what, names) in others {
+                for name in names.iter().filter(|name| is_shown(name)) {
+                    writeln!(out, "{what}: {}", text::name(name))?;
+                }
+            }
+            for tensor in found.reshaped.iter().filter(|tensor| is_shown(&tensor.name)) {
+                writeln!(out, "reshaped: {}", text::name(&tensor.name))?;
+            }
         }
         let reshaped = found.reshaped.iter().map(|tensor| &tensor.name);
         let all = found.changed.iter().map(|change| &change.name);

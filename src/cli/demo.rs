@@ -4,6 +4,7 @@
 #[path = "../../examples/digits/walk.rs"]
 mod walk;
 
+use crate::Model;
 use crate::error::quote;
 use std::error::Error;
 use std::fs;
@@ -30,7 +31,13 @@ fn take(out: &mut impl Write, dir: &Path) -> Result<(), Box<dyn Error>> {
     for (name, bytes) in FILES {
         put(&dir.join(name), bytes).map_err(|error| cannot("write", &dir.join(name), &error))?;
     }
-    walk::walk(out, dir, &dir.join("digits-tuned.safetensors"))
+    let tuned = dir.join("digits-tuned.safetensors");
+    // That of a walk before is replaced, and nothing else.
+    let is_tuned = |path: &Path| Model::read(path).is_ok_and(|model| model.contains("fc1.weight"));
+    if fs::symlink_metadata(&tuned).is_ok() && !is_tuned(&tuned) {
+        return Err(cannot("write", &tuned, &"it is there, and is not what the demo makes"));
+    }
+    walk::walk(out, dir, &tuned)
 }
 
 /// Writes a new file; one that is there already must be the same.
@@ -43,6 +50,6 @@ fn put(path: &Path, bytes: &[u8]) -> io::Result<()> {
 }
 
 /// A sentence, not an [`io::Error`]: a broken pipe on the way is not the output's.
-fn cannot(act: &str, path: &Path, error: &io::Error) -> Box<dyn Error> {
+fn cannot(act: &str, path: &Path, error: &dyn std::fmt::Display) -> Box<dyn Error> {
     format!("cannot {act} {}: {error}", quote(&path.to_string_lossy())).into()
 }

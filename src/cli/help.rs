@@ -62,7 +62,8 @@ Examples:
   maptensors changed base/ tuned/ --filter '*.bias'
   maptensors changed base/ tuned/ --frozen 'embed.*' --frozen 'layers.0.*'
 
-Only what changed is listed, the largest share first.
+Only what changed is listed, the largest share first. A --frozen or --filter
+that no tensor is called like is trouble.
 
 Exit codes: 0 done, 1 a frozen tensor changed, 2 trouble.";
 
@@ -86,7 +87,8 @@ Examples:
   maptensors apply model.safetensors tuned.delta.safetensors again.safetensors
 
 A delta holds the elements that differ, bit for bit, and knows which model it
-is for. Where BASE carries checksums, applying it does not read all of BASE.";
+is for. Where BASE carries checksums, applying it does not read all of BASE.
+OUT is neither of both, nor another model: those are not written over.";
 
 pub(super) const APPLY: &str = "\
 Examples:
@@ -96,7 +98,8 @@ Examples:
 Each delta must have been made against what the ones before it make; another
 model is refused. A base that carries checksums is known by them: verify it
 where they may be stale. On xfs and btrfs the result shares unchanged blocks
-with BASE.";
+with BASE. The last path is the file to write: not BASE, and no delta. If it
+has the name of a sharded model, that goes.";
 
 pub(super) const INSPECT: &str = "\
 Examples:
@@ -189,7 +192,7 @@ one write that a power loss cannot tear, if nobody else has the file open;
 otherwise a new file takes its place, whole or not at all. It shares the old
 one's blocks where the file system can do that, and leaves room for later
 edits in place. What stands before the first `=` is the key, or the tensor's
-old name.";
+old name. What contradicts itself is refused, whatever the order.";
 
 pub(super) const DEMO: &str = "\
 Examples:

@@ -89,6 +89,9 @@ impl Model {
     /// Maps a model: a `.safetensors` file, a `*.safetensors.index.json`, or a directory that holds
     /// either. Read-only; [`ModelMut::open`] is the writable twin.
     ///
+    /// A directory that holds a file and an index of one name is refused, unless they are one model: of other loaders,
+    /// some take the file and some the index. No save here leaves both.
+    ///
     /// # Safety
     /// For the life of a mapping and everything derived from it, nobody — this process through another
     /// descriptor included — writes to, truncates or punches holes in that *inode*. Renaming over it and
@@ -100,7 +103,7 @@ impl Model {
     /// [`Error::Io`] and [`Error::NotRegular`] for the files; for their headers [`Error::Truncated`],
     /// [`Error::Limit`], [`Error::Utf8`], [`Error::Json`], [`Error::Duplicate`], [`Error::DType`],
     /// [`Error::Overflow`], [`Error::Layout`], [`Error::Shape`], [`Error::Align`]; for an index also
-    /// [`Error::Path`] and [`Error::Missing`].
+    /// [`Error::Path`] and [`Error::Missing`]; [`Error::Argument`] for a directory with a file and an index of one name.
     #[allow(unsafe_code)]
     pub unsafe fn open(path: impl AsRef<Path>) -> Result<Self> {
         // SAFETY: the caller's promise is passed on.

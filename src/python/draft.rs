@@ -225,7 +225,8 @@ impl Draft {
 }
 
 /// Allocates and maps a new file for the tensors of `spec`. With `checksums` the commit puts one for each
-/// tensor into the file's metadata.
+/// tensor into the file's metadata. A name that says another kind of file is refused; a sharded set of the file's name
+/// goes when it is committed.
 #[pyfunction]
 #[pyo3(signature = (path, spec, *, metadata = None, durable = true, mapped = true, checksums = false))]
 pub(super) fn create(

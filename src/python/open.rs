@@ -86,7 +86,8 @@ pub(super) fn is_mapped(backend: &str) -> PyResult<bool> {
     }
 }
 
-/// Opens a model: a file, a directory, an index, or a list of files.
+/// Opens a model: a file, a directory, an index, or a list of files. A directory with a file and an index of one name
+/// (`model.safetensors`, `model.safetensors.index.json`) is refused, unless they are one model: name one of them.
 ///
 /// `mode` is `"c"`, copy-on-write (arrays may be written, the file never changes), `"r"`, read-only, or `"r+"`:
 /// arrays are the file's pages, shared. What is written to them reaches the file, and everyone who maps or reads it,

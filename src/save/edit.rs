@@ -110,7 +110,7 @@ impl HeaderEdit {
     /// # Errors
     /// Those of reading the header ([`Model::open`](crate::Model::open)); [`Error::Missing`] for a tensor that is
     /// not there; [`Error::Duplicate`] for a name that two tensors would have; [`Error::Argument`] for a metadata
-    /// key to remove that is not there and for the name `__metadata__`; [`Error::Limit`] for a header that
+    /// key to remove that is not there, for the name `__metadata__` and for an index; [`Error::Limit`] for a header that
     /// no reader would accept. [`Error::Io`]: the file is as it was. [`Error::NotDurable`].
     pub fn apply(&self, path: impl AsRef<Path>) -> Result<Edited> {
         let path = path.as_ref();

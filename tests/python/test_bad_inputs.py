@@ -326,8 +326,8 @@ def index_of(text: Any, directory: Path) -> Path:
         "..",
         "x/",
         "a\0b",
-        "./x",
-        "a/b",
+        "./../x",
+        "a/../b",
     ],
     ids=ascii,
 )

@@ -54,6 +54,8 @@ def test_what_cannot_be_is_an_error_and_changes_nothing(path: Path) -> None:
         mt.edit(path, remove=["x"])
     with pytest.raises(ValueError, match="reserves"):
         mt.edit(path, rename={"w": "__metadata__"})
+    with pytest.raises(ValueError, match="set and removed"):
+        mt.edit(path, metadata={"step": "2"}, remove=["step"])
     with pytest.raises(TypeError, match="several keys"):
         mt.edit(path, remove="format")
     with pytest.raises(FileNotFoundError):

@@ -98,6 +98,46 @@ def test_a_frameworks_module_imports_only_its_framework(module: str, not_importe
     assert "safetensors" not in json.loads(out)
 
 
+@pytest.mark.parametrize("first", ["main", "sub"])
+def test_a_subinterpreter_cannot_import_the_package(first: str) -> None:
+    out = succeed(
+        """
+import sys
+try:
+    import _interpreters as interpreters
+except ImportError:
+    import _xxsubinterpreters as interpreters
+if sys.argv[1] == "main":
+    import maptensors
+IMPORT = '''
+import sys
+sys.path[:] = PATH
+try:
+    import MODULE
+    print("imported", flush=True)
+except ImportError as error:
+    print(error, [name for name in sys.modules if name.startswith("maptensors")], flush=True)
+'''
+for module in ("maptensors", "maptensors._native", "maptensors.torch"):
+    sub = interpreters.create()
+    interpreters.run_string(sub, IMPORT.replace("PATH", repr(sys.path)).replace("MODULE", module))
+    interpreters.destroy(sub)
+import maptensors
+for argument in (b"", "no bytes"):
+    try:
+        maptensors.load(argument)
+    except (maptensors.MapTensorsError, TypeError) as error:
+        print("caught")
+""",
+        first,
+    )
+    lines = out.splitlines()
+    for line in lines[:3]:
+        assert line.startswith("maptensors can be used in the main interpreter of a process only"), line
+        assert line.endswith("[]"), "nothing of the package is left behind"
+    assert lines[3:] == ["caught", "caught"]
+
+
 def test_frameworks_that_are_absent_are_named() -> None:
     code = """
 import sys

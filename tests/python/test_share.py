@@ -543,3 +543,100 @@ print("same", flush=True)
     publisher.remove()
     assert other.communicate("\n", timeout=60)[0] == "same\n"
     assert other.returncode == 0
+
+
+def test_what_changed_may_be_named_by_any_place_of_a_tied_tensor(place: str) -> None:
+    tied, alone = torch.ones(4, 4), torch.zeros(3)
+    state = {
+        "model": {"embed": {"weight": tied}, "head": {"weight": tied}, "norm": alone},
+        "parts": [alone, {1: tied}],
+        "a~b": torch.ones(2),
+    }
+    publisher = mt.publish(place, state)
+    with mt.attach(place) as weights:
+        for name in ("model.embed.weight", "model.head.weight", "parts.1.1"):
+            tied.add_(1)
+            publisher.publish(state, changed=[name])
+            assert weights.refresh() == {"model.embed.weight"}, name
+            assert torch.equal(weights.state()["model"]["head"]["weight"], tied)
+        alone.add_(1)
+        publisher.publish(state, changed=["parts.0", "a~b"])
+        assert weights.refresh() == {"model.norm"}
+        with pytest.raises(mt.errors.MissingError, match=r'no tensor "model\.tail"'):
+            publisher.publish(state, changed=["model.tail"])
+    publisher.remove()
+
+
+def test_a_publication_is_not_begun_among_the_files_of_a_model(tmp_path: Path) -> None:
+    mt.save(state_of(1.0), tmp_path / "m.safetensors")
+    for place in (tmp_path, tmp_path / "new.safetensors", tmp_path / "config.json"):
+        with pytest.raises(mt.MapTensorsError):
+            mt.publish(place, state_of(1.0))
+    assert os.listdir(tmp_path) == ["m.safetensors"]
+    # Where one is, it goes on.
+    place = tmp_path / "policy"
+    mt.publish(place, state_of(1.0)).close()
+    mt.save(state_of(1.0), place / "m.safetensors")
+    publisher = mt.publish(place, state_of(2.0))
+    assert publisher.generation == 2
+    publisher.remove()
+
+
+def test_two_places_of_one_name_have_both_tensors_published(place: str) -> None:
+    state: dict[str, Any] = {"a": {"b": np.zeros(3)}, "a.b": np.zeros(3)}
+    publisher = mt.publish(place, state)
+    with mt.attach(place) as weights:
+        state["a.b"][:] = 1
+        publisher.publish(state, changed=["a.b"])
+        weights.refresh()
+        assert weights.state()["a.b"][0] == 1
+    publisher.remove()
+
+
+def test_comparing_looks_at_the_values_of_tensors_that_are_strided(place: str) -> None:
+    state: dict[str, Any] = {
+        "torch": torch.arange(6.0).reshape(2, 3).t(),
+        "numpy": np.arange(20.0)[::2],
+        "swapped": np.arange(4.0).astype(">f8"),
+        "conjugated": torch.tensor([1 + 2j]).conj(),
+        "plain": torch.zeros(3),
+    }
+    publisher = mt.publish(place, state)
+    with mt.attach(place) as weights:
+        inodes = {name: where(weights, name) for name in state}
+        publisher.publish(state, changed="compare")
+        assert weights.refresh() == frozenset()
+        assert {name: where(weights, name) for name in state} == inodes, "nothing is copied"
+        for name in state:
+            state[name][-1] = 9
+            publisher.publish(state, changed="compare")
+            assert weights.refresh() == {name}
+        assert weights.model["torch"].numpy().tolist() == [[0, 3], [1, 4], [9, 9]]
+    publisher.remove()
+
+
+def test_refresh_names_what_differs_whatever_was_said_to_have_changed(place: str) -> None:
+    state = state_of(1.0)
+    publisher = mt.publish(place, state)
+    with mt.attach(place) as weights:
+        publisher.publish(state)
+        assert weights.refresh() == frozenset()
+        state["b"][-1] = np.nan
+        publisher.publish(state)
+        assert weights.refresh() == {"b"}
+        publisher.publish(state, changed=["a"])
+        assert weights.refresh() == frozenset()
+        # There and back, while nobody looked.
+        for value in (5.0, 1.0):
+            state["a"][0] = value
+            publisher.publish(state)
+        assert weights.refresh() == frozenset()
+        # The same bytes in another shape, or of another dtype, are others.
+        state["a"] = state["a"].reshape(50, 100)
+        state["b"] = state["b"].view(np.int32)
+        publisher.publish(state)
+        assert weights.refresh() == {"a", "b"}
+        del state["a"]
+        publisher.publish(state)
+        assert weights.refresh() == {"a"}
+    publisher.remove()

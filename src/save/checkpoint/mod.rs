@@ -137,7 +137,7 @@ impl CheckpointOptions {
     /// Opens the checkpoints of a directory. Where it is not there, the first save makes it.
     ///
     /// # Errors
-    /// [`Error::Io`].
+    /// [`Error::Io`]; [`Error::Argument`] for a new directory with the name of a file (`model.safetensors`).
     pub fn open(&self, directory: impl AsRef<Path>) -> Result<Checkpointer> {
         Kind::Directory.check_name(directory.as_ref())?;
         let store = Store::open(directory.as_ref())?;
