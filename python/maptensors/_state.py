@@ -125,7 +125,7 @@ def _join(path: str, key: object) -> str:
 def _named(found: list[tuple[dict[str, str], str, Any]]) -> dict[str, Any]:
     """Return tensors by the names they get in the file: one that is there twice (tied weights) is saved once.
 
-    Tied are those of the same storage, in the same place of it, that are read in the same way; and the same object.
+    Tied are those in the same place of the same storage that are read in the same way; and the same object.
     """
     tensors: dict[str, Any] = {}
     known: dict[object, str] = {}
@@ -197,7 +197,7 @@ def unflatten(model: Model, framework: str | None) -> Any:
                 taken[name] = _TAKE[wanted](model[name])
             except BitPatternError as error:
                 bad = BitPatternError(
-                    f'{error}; framework="maptensors" gives every tensor by itself, and the others can be used'
+                    f'{error}; framework="maptensors" gives each tensor by itself, and the others can be used'
                 )
                 bad.tensors = error.tensors
                 failed.append(bad)

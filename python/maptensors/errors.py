@@ -79,7 +79,7 @@ class AlignError(MapTensorsError):
 
 
 class BitPatternError(MapTensorsError):
-    """A bit pattern is no value of its type: a bool that is neither 0 nor 1. ``tensors`` names whose it is."""
+    """A bit pattern is no value of its type: a bool that is neither 0 nor 1; ``tensors`` names whose."""
 
     kind = "Value"
     tensors: list[str]

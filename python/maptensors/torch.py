@@ -75,7 +75,7 @@ def save_model(
     extra = [name for name, value in state.items() if not isinstance(value, torch.Tensor)]
     if extra:
         raise MapTensorsError(
-            f"{', '.join(map(repr, extra))} in the module's state_dict() is no tensor: save_model holds tensors "
+            f"{', '.join(map(repr, extra))} in the state_dict() is no tensor: save_model holds tensors "
             "only. maptensors.Checkpointer saves a whole state, numbers and strings too."
         )
     notes = joined(metadata, {})
@@ -142,12 +142,17 @@ def _check_target(tensors: dict[str, torch.Tensor]) -> None:
         raise MapTensorsError(
             "nothing can be loaded under FakeTensorMode, or another mode that makes tensors without values"
         )
-    void = [name for name, tensor in tensors.items() if isinstance(tensor, torch.Tensor) and _has_no_values(tensor)]
+    void = [
+        name
+        for name, tensor in tensors.items()
+        if isinstance(tensor, torch.Tensor) and _has_no_values(tensor)
+    ]
     if void:
         more = f" and {len(void) - 1} more" if len(void) > 1 else ""
         raise MapTensorsError(
-            f"{void[0]!r}{more} of the module cannot be loaded into: on the meta device, or fake, it has no memory. "
-            'Call model.to_empty(device="cpu") first, or model.load_state_dict(load_file(filename), assign=True).'
+            f"{void[0]!r}{more} of the module cannot be loaded into: on the meta device, or fake, it has no "
+            'memory. Call model.to_empty(device="cpu") first, or '
+            "model.load_state_dict(load_file(filename), assign=True)."
         )
 
 
@@ -198,9 +203,7 @@ class _Memory(NamedTuple):
 def _memories(tensors: Mapping[str, torch.Tensor]) -> dict[str, _Memory]:
     """Where each tensor lies that has memory of its own, and elements."""
     found = _native.torch_memory(list(tensors.values()))
-    return {
-        name: _Memory(*memory) for name, memory in zip(tensors, found, strict=True) if memory is not None
-    }
+    return {name: _Memory(*memory) for name, memory in zip(tensors, found, strict=True) if memory is not None}
 
 
 def _sharing(memories: Mapping[str, _Memory]) -> list[set[str]]:

@@ -10,6 +10,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import maptensors as mt
+import maptensors.flax
+import maptensors.numpy
+import maptensors.torch
 import ml_dtypes
 import numpy as np
 import pytest
@@ -24,11 +28,6 @@ from torch.masked import MaskedTensor
 from torch.overrides import TorchFunctionMode
 from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils._python_dispatch import TorchDispatchMode
-
-import maptensors as mt
-import maptensors.flax
-import maptensors.numpy
-import maptensors.torch
 
 NAME = "layer.weight"
 FINE = np.arange(3, dtype="f4")
@@ -169,7 +168,9 @@ def lazy_torch_tensors(draw: st.DrawFn) -> Case:
     base = torch.tensor(draw(st.lists(floats, min_size=12, max_size=12))).view(2, 6)
     made = torch.complex(base, base.flip(0))
     make: Callable[[torch.Tensor], torch.Tensor] = draw(
-        st.sampled_from([lambda t: t.conj(), lambda t: t.mH, lambda t: t.conj().imag, lambda t: t.mH.imag[::2]])
+        st.sampled_from(
+            [lambda t: t.conj(), lambda t: t.mH, lambda t: t.conj().imag, lambda t: t.mH.imag[::2]]
+        )
     )
     value = make(made)
     meant = value.clone(memory_format=torch.contiguous_format).resolve_conj().resolve_neg()
@@ -547,12 +548,19 @@ QUIET = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning
 def is_refused_or_read_back(way: Callable[..., list[Path | bytes]], case: Case, mode: str) -> None:
     tensors = {NAME: case.value, "fine": FINE}
     with tempfile.TemporaryDirectory(dir="/dev/shm" if Path("/dev/shm").is_dir() else None) as directory:
+        error: Exception | None = None
         try:
             with MODES[mode]():
                 written = way(tensors, Path(directory))
-        except (mt.MapTensorsError, TypeError, ValueError) as error:
+        except (mt.MapTensorsError, TypeError, ValueError) as raised:
+            error = raised
+        if error is not None:
             # What safetensors' own functions raise is ValueError; a state says where what is no tensor is.
-            assert isinstance(error, mt.MapTensorsError) or way in (by_save_file, by_checkpoint, by_publishing)
+            assert isinstance(error, mt.MapTensorsError) or way in (
+                by_save_file,
+                by_checkpoint,
+                by_publishing,
+            )
             assert NAME in str(error), error
             strided = way is by_save_file and "contiguous" in str(error)
             # A state is of arrays, not of whatever could give one.

@@ -6,14 +6,16 @@
 use super::base::is_tensor;
 use super::modes::OutOfModes;
 use super::refusal::{named, refused};
-use super::{Held, hold, numpy, torch};
+use super::{Held, hold, is_imported, is_of, numpy, torch};
 use crate::dtype::DType;
 use crate::error::{Error, quote};
 use crate::python::arrays::{Array, numpy_dtype};
 use pyo3::exceptions::{PyOverflowError, PyTypeError, PyValueError};
 use pyo3::intern;
 use pyo3::prelude::*;
-use pyo3::types::{PyComplex, PyDict, PyFloat, PyInt, PyList};
+use pyo3::types::{
+    PyBool, PyByteArray, PyBytes, PyComplex, PyDict, PyFloat, PyInt, PyList, PyMemoryView, PyRange, PyTuple,
+};
 use std::path::PathBuf;
 
 /// Writes `value` into `to`, converting as the value's own framework does.
@@ -23,14 +25,15 @@ use std::path::PathBuf;
 /// `ValueError` for another shape.
 pub(in crate::python) fn assign(py: Python<'_>, to: &Array<'_>, value: &Bound<'_, PyAny>) -> PyResult<()> {
     let name = to.name;
-    if !is_array(value)? {
-        return if to.dtype.itemsize().is_none() {
-            Err(refused(name, "has packed elements: only an array of its dtype and shape can be assigned"))
-        } else {
-            assign_numbers(py, to, value)
-        };
-    }
-    let held = hold(name, value)?;
+    let value = match value_of(to, value)? {
+        Value::Array(array) => array,
+        Value::Numbers(_) if to.dtype.itemsize().is_none() => {
+            let why = "has packed elements: only an array of its dtype and shape can be assigned";
+            return Err(refused(name, why));
+        }
+        Value::Numbers(numbers) => return assign_numbers(py, to, &numbers),
+    };
+    let held = hold(name, &value)?;
     let _out = held.out_of_modes(py)?;
     if let Held::Torch(tensor) = &held {
         return assign_torch(py, to, tensor).map_err(|error| named_here(py, name, error));
@@ -80,16 +83,103 @@ pub(in crate::python) fn copy(py: Python<'_>, to: &Array<'_>, array: &Bound<'_, 
     copied.map_err(|error| named(py, to.name, error))
 }
 
-/// Whether it has a dtype of its own: Python's numbers, and lists of them, have none.
-fn is_array(value: &Bound<'_, PyAny>) -> PyResult<bool> {
-    let plain = value.is_exact_instance_of::<PyFloat>()
-        || value.is_exact_instance_of::<PyInt>()
-        || value.is_exact_instance_of::<PyComplex>()
-        || value.is_exact_instance_of::<PyList>();
-    if plain {
-        return Ok(false);
+/// What is assigned.
+enum Value<'py> {
+    /// With a dtype of its own.
+    Array(Bound<'py, PyAny>),
+    /// Python's numbers, and lists of them: numpy would believe anything that says it is an array.
+    Numbers(Bound<'py, PyAny>),
+}
+
+fn value_of<'py>(to: &Array<'_>, value: &Bound<'py, PyAny>) -> PyResult<Value<'py>> {
+    let py = value.py();
+    if let Some(number) = number(value)? {
+        return Ok(Value::Numbers(number));
     }
-    Ok(is_tensor(value)? || value.hasattr("__array__")? || value.hasattr("__dlpack__")?)
+    if value.is_instance_of::<PyList>()
+        || value.is_instance_of::<PyTuple>()
+        || value.is_instance_of::<PyRange>()
+    {
+        return numbers(to, value, 0).map(|list| Value::Numbers(list.into_any()));
+    }
+    if is_tensor(value)? || value.hasattr("__array__")? || value.hasattr("__dlpack__")? {
+        return Ok(Value::Array(value.clone()));
+    }
+    if value.is_instance_of::<PyBytes>() || value.is_instance_of::<PyByteArray>() {
+        return Err(not_numbers(to));
+    }
+    // A buffer, through Python: its numbers are checked there.
+    let Ok(buffer) = PyMemoryView::from(value) else { return Err(not_numbers(to)) };
+    py.import("numpy")?.call_method1("asarray", (buffer,)).map(Value::Array)
+}
+
+/// A number of exactly Python's or of numpy's class.
+fn number<'py>(value: &Bound<'py, PyAny>) -> PyResult<Option<Bound<'py, PyAny>>> {
+    let py = value.py();
+    let exact = value.is_exact_instance_of::<PyFloat>()
+        || value.is_exact_instance_of::<PyInt>()
+        || value.is_exact_instance_of::<PyBool>()
+        || value.is_exact_instance_of::<PyComplex>();
+    if exact {
+        return Ok(Some(value.clone()));
+    }
+    if is_imported(py, "numpy", "generic")? && is_of(value, &py.import("numpy")?.getattr("generic")?) {
+        return Ok(None);
+    }
+    let class = if value.is_instance_of::<PyInt>() {
+        py.get_type::<PyInt>()
+    } else if value.is_instance_of::<PyFloat>() {
+        py.get_type::<PyFloat>()
+    } else if value.is_instance_of::<PyComplex>() {
+        py.get_type::<PyComplex>()
+    } else {
+        return Ok(None);
+    };
+    class.call1((value,)).map(Some)
+}
+
+/// A list, and those in it, of numbers and of arrays that were looked at.
+fn numbers<'py>(to: &Array<'_>, values: &Bound<'py, PyAny>, level: usize) -> PyResult<Bound<'py, PyList>> {
+    // numpy's arrays have 64 axes at most.
+    if level > 64 {
+        return Err(refused(to.name, "is assigned a list that is nested more than 64 deep"));
+    }
+    let list = PyList::empty(values.py());
+    for value in values.try_iter()? {
+        let value = value?;
+        if let Some(number) = number(&value)? {
+            list.append(number)?;
+        } else if value.is_instance_of::<PyList>() || value.is_instance_of::<PyTuple>() {
+            list.append(numbers(to, &value, level + 1)?)?;
+        } else if is_tensor(&value)? || value.hasattr("__array__")? || value.hasattr("__dlpack__")? {
+            list.append(array_of(to.name, &value)?)?;
+        } else {
+            return Err(not_numbers(to));
+        }
+    }
+    Ok(list)
+}
+
+/// An array of exactly numpy's class.
+fn array_of<'py>(name: &str, value: &Bound<'py, PyAny>) -> PyResult<Bound<'py, PyAny>> {
+    let py = value.py();
+    let held = hold(name, value)?;
+    match held {
+        Held::Numpy(array) => Ok(array),
+        Held::Ours(tensor) => tensor.get().numpy(py),
+        Held::Torch(tensor) => {
+            let _out = OutOfModes::enter(py)?;
+            let plain = torch::see(name, &tensor).and_then(torch::Seen::plain);
+            let array = plain.and_then(|plain| {
+                plain
+                    .call_method0("resolve_conj")?
+                    .call_method0("resolve_neg")?
+                    .call_method0("cpu")?
+                    .call_method0("numpy")
+            });
+            array.map_err(|error| named(py, name, error))
+        }
+    }
 }
 
 fn assign_torch(py: Python<'_>, to: &Array<'_>, value: &Bound<'_, PyAny>) -> PyResult<()> {

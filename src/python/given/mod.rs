@@ -150,6 +150,13 @@ pub(super) fn hold<'py>(name: &str, object: &Bound<'py, PyAny>) -> PyResult<Held
 }
 
 impl<'py> Held<'py> {
+    fn may_run_code(&self, py: Python<'py>) -> PyResult<bool> {
+        match self {
+            Self::Torch(tensor) => Ok(!torch::is_exact(py, tensor)?),
+            Self::Ours(_) | Self::Numpy(_) => Ok(false),
+        }
+    }
+
     /// Where its bytes are, and what they mean. To be called [out of torch's modes](Held::out_of_modes).
     ///
     /// # Errors
@@ -200,22 +207,32 @@ pub(super) fn collect(tensors: &Bound<'_, PyAny>) -> PyResult<Vec<(String, Given
     // Only now: iterating and taking hold run code of others, at which memory that was looked at could go.
     let any_torch = || Ok(held.iter().any(|(_, held)| matches!(held, Held::Torch(_))));
     let out = OutOfModes::enter_if(py, any_torch)?;
+    // Subclasses of torch's may run code even when they are looked at: they come first.
+    let mut early = Vec::new();
+    for (at, (name, held)) in held.iter().enumerate() {
+        if held.may_run_code(py)? {
+            early.push((at, held.look(name)?));
+        }
+    }
+    let mut looked = early.into_iter().peekable();
     let mut collected = Vec::with_capacity(held.len());
-    for (name, held) in held {
-        let given = held.look(&name)?;
-        given.check_values(py, &name)?;
+    for (at, (name, held)) in held.into_iter().enumerate() {
+        let given = match looked.next_if(|(early, _)| *early == at) {
+            Some((_, given)) => given,
+            None => held.look(&name)?,
+        };
         collected.push((name, given));
         if collected.len().is_multiple_of(4096) {
             py.check_signals()?;
         }
     }
-    // Subclasses of torch's run code even when they are looked at.
     for (name, given) in &collected {
         if let Some(storage) = &given.storage
             && !storage.is_as_it_was(py)?
         {
             return Err(resized(name));
         }
+        given.check_values(py, name)?;
     }
     drop(out);
     Ok(collected)

@@ -54,7 +54,7 @@ impl Memory<'_> {
 /// `MapTensorsError` for one without memory of its own, `DTypeError` for a dtype safetensors does not have.
 pub(super) fn look(name: &str, object: &Bound<'_, PyAny>) -> PyResult<Given> {
     let py = object.py();
-    let exact = is_exact(object)?;
+    let exact = is_exact(py, object)?;
     let seen = see(name, object).map_err(|error| named(py, name, error))?;
     // A class of Python's may yet run code, at which the memory of this one goes.
     let (owner, bytes) = (&seen.storage.object, seen.storage.bytes.clone());
@@ -64,7 +64,7 @@ pub(super) fn look(name: &str, object: &Bound<'_, PyAny>) -> PyResult<Given> {
 
 /// What a tensor is, in few calls where it is what nearly every one is: of torch's own class, on the CPU.
 pub(super) fn see<'py>(name: &str, object: &Bound<'py, PyAny>) -> PyResult<Seen<'py>> {
-    if is_exact(object)?
+    if is_exact(object.py(), object)?
         && let Some(seen) = see_plain(object)?
     {
         return Ok(seen);
@@ -72,8 +72,8 @@ pub(super) fn see<'py>(name: &str, object: &Bound<'py, PyAny>) -> PyResult<Seen<
     see_any(name, object)
 }
 
-fn is_exact(object: &Bound<'_, PyAny>) -> PyResult<bool> {
-    let py = object.py();
+/// Whether it is of a class that runs no code of others.
+pub(super) fn is_exact(py: Python<'_>, object: &Bound<'_, PyAny>) -> PyResult<bool> {
     let (torch, class) = (torch(py)?, object.get_type());
     Ok(class.is(&torch.class) || class.is(&torch.parameter))
 }
@@ -150,7 +150,7 @@ fn see_any<'py>(name: &str, object: &Bound<'py, PyAny>) -> PyResult<Seen<'py>> {
         (shape, of("data_ptr")?.call1((&tensor,))?.extract()?, Memory::Device { tensor, strides })
     };
     let Some(bytes) = place(at, &shape, memory.strides(), dtype, &storage) else {
-        return Err(if storage.bytes.is_empty() && at == 0 && !is_exact(object)? {
+        return Err(if storage.bytes.is_empty() && at == 0 && !is_exact(py, object)? {
             no_memory(name, object, None)
         } else {
             outside(name, &storage, &shape, dtype)
@@ -158,7 +158,7 @@ fn see_any<'py>(name: &str, object: &Bound<'py, PyAny>) -> PyResult<Seen<'py>> {
     };
     // A wrapper of empty tensors needs no memory, and yet has none.
     if bytes.is_empty()
-        && !is_exact(object)?
+        && !is_exact(py, object)?
         && object.get_type().hasattr(intern!(py, "__tensor_flatten__"))?
     {
         return Err(no_memory(name, object, None));
