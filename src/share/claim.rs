@@ -1,7 +1,7 @@
 //! One publisher at a time.
 
 use super::store::{CONTROL, damaged, nothing};
-use super::{owner, segment};
+use super::{segment, user};
 use crate::error::{Error, Result};
 use crate::map::ExclusiveFile;
 use crate::map::control::{Control, State};
@@ -40,7 +40,7 @@ pub(super) fn take(dir: &Dir, path: &Path, mode: u32) -> Result<(Control, State)
                 return Err(damaged(path, "its control page is no file"));
             }
             Err(error) => {
-                return Err(owner::told(dir, CONTROL.as_ref(), io("opening the control page")(error)));
+                return Err(user::told(dir, CONTROL.as_ref(), io("opening the control page")(error)));
             }
         };
         let state = control.read().map_err(io("reading the control page"))?;
@@ -103,7 +103,7 @@ pub(super) fn take_to_remove(dir: &Dir, path: &Path, named: bool) -> Result<Cont
                     rustix::fs::FileType::from_raw_mode(stat.st_mode) == rustix::fs::FileType::RegularFile
                 });
                 if is_file {
-                    return Err(owner::told(dir, CONTROL.as_ref(), io("opening the control page")(error)));
+                    return Err(user::told(dir, CONTROL.as_ref(), io("opening the control page")(error)));
                 }
                 if !named || !is_ours(dir, path)? {
                     return Err(foreign(path));

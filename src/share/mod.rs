@@ -46,7 +46,6 @@
 
 mod claim;
 mod compare;
-mod owner;
 mod place;
 mod plan;
 mod publication;
@@ -57,6 +56,7 @@ mod store;
 mod subscriber;
 #[cfg(test)]
 mod tests;
+mod user;
 mod write;
 
 #[cfg(feature = "python")]

@@ -2,12 +2,12 @@
 
 use super::claim::{end, take};
 use super::compare::Candidate;
-use super::owner::{self, Owner as User};
 use super::place::{Made, Place};
 use super::plan::Listed;
 use super::room;
 use super::segment::{self, Opened};
 use super::store::{CONTROL, Store, damaged};
+use super::user::{self, User};
 use crate::error::{Error, Result};
 use crate::layout::Layout;
 use crate::map::disk::Dir;
@@ -181,7 +181,7 @@ impl Publisher {
         if let Some(owner) = self.belongs_to {
             owner.give(control.file(), &page)?;
         }
-        owner::set_mode(control.file(), &page, mode)?;
+        user::set_mode(control.file(), &page, mode)?;
         control.sign().map_err(Error::io(path, "signing the control page"))?;
         ExclusiveFile::sweep(dir);
         if head >= segment::LIMIT {
@@ -208,7 +208,7 @@ impl Publisher {
                 // Nobody else has it: it was opened just now.
                 let opened = Arc::into_inner(opened).ok_or_else(|| damaged(&self.store.path, "a fault"))?;
                 // Published before, perhaps for others to read than now.
-                owner::set_mode(&opened.file, &opened.path, mode)?;
+                user::set_mode(&opened.file, &opened.path, mode)?;
                 self.listed.push(Listed { segment: opened.segment, live });
             }
         }

@@ -1,7 +1,7 @@
 //! A publication as it lies in its directory.
 
-use super::owner;
 use super::segment::{self, Opened};
+use super::user;
 use crate::error::{Error, Result};
 use crate::map::control::{Control, State};
 use crate::map::disk::Dir;
@@ -74,7 +74,7 @@ impl Store {
                 }
                 Err(error) => {
                     let error = Error::io(path, "opening the publication")(error);
-                    return Err(owner::told(&dir, CONTROL.as_ref(), error));
+                    return Err(user::told(&dir, CONTROL.as_ref(), error));
                 }
             }
             let names = dir.names().map_err(Error::io(path, "listing the publication"))?;

@@ -10,12 +10,12 @@ use std::path::Path;
 
 /// A user and a group.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct Owner {
+pub(super) struct User {
     user: u32,
     group: u32,
 }
 
-impl Owner {
+impl User {
     /// Whom root publishes for, in a place that is another user's: made root's, the files would lock that user out.
     pub(super) fn of(dir: &Dir, control: &File) -> Option<Self> {
         if !rustix::process::geteuid().is_root() {
@@ -23,7 +23,7 @@ impl Owner {
         }
         let page = control.metadata().map(|page| Self { user: page.uid(), group: page.gid() }).ok();
         let place = || dir.stat(OsStr::new(".")).map(|dir| Self { user: dir.st_uid, group: dir.st_gid }).ok();
-        page.filter(|page| page.user != 0).or_else(place).filter(|owner| owner.user != 0)
+        page.filter(|page| page.user != 0).or_else(place).filter(|found| found.user != 0)
     }
 
     /// Gives that user a file.
