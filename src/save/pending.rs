@@ -298,10 +298,10 @@ mod tests {
             let temporary = leasing();
             let at = |name: &str| temporary.path().join(name);
             std::fs::write(at("old"), b"old").unwrap();
-            let dir = Dir::open(temporary.path()).unwrap();
+            let dir = Arc::new(Dir::open(temporary.path()).unwrap());
             let hidden = ExclusiveFile::hide(&dir, "old".as_ref()).unwrap();
+            let mut pending = Pending::adopt(&dir, temporary.path(), &hidden).unwrap().unwrap();
             let path = temporary.path().join(hidden);
-            let mut pending = Pending::adopt(&path).unwrap().unwrap();
             let inode = pending.file().file().metadata().unwrap().ino();
             pending.file().write_all_at(b"new", 0).unwrap();
             pending.aim(&at("new")).unwrap();
