@@ -185,6 +185,7 @@ pub(super) struct Raw {
     // Declared first: it is unmapped before it is forgotten. (The other way round a child could be forked in between,
     // and unmap what it has come to have there.)
     map: MmapRaw,
+    #[cfg_attr(not(feature = "python"), allow(dead_code))] // it is there for its end
     listed: Option<Listed>,
 }
 
