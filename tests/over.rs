@@ -195,7 +195,7 @@ impl Writer {
         let said = |done: maptensors::Result<()>| done.map_err(|error| error.to_string());
         let tuned = || {
             let mut model = open(&at("base.safetensors"));
-            for mut tensor in model.tensors_mut() {
+            for mut tensor in model.tensors_mut().unwrap() {
                 tensor.as_bytes_mut().fill(2);
             }
             model
