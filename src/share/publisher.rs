@@ -12,7 +12,7 @@ use crate::layout::Layout;
 use crate::map::disk::{self, Dir};
 use crate::map::{ExclusiveFile, Source};
 use crate::model::{Contents, ModelMut, Span};
-use crate::save::{DraftOptions, Pair, fill_draft};
+use crate::save::{DraftOptions, Kind, Pair, fill_draft};
 use safetensors::View;
 use std::borrow::Cow;
 use std::collections::{BTreeMap, BTreeSet, HashSet};
@@ -123,14 +123,13 @@ impl Publisher {
     ///
     /// # Errors
     /// [`Error::Busy`] while there is another publisher; [`Error::Publication`] for one that is damaged;
-    /// [`Error::Argument`] for a name that could lead elsewhere or says that it is a file, and for a directory that a
-    /// model is in; [`Error::Io`].
+    /// [`Error::Argument`] for a name that could lead elsewhere, or says that it is a file; [`Error::Io`].
     pub fn open(place: impl AsRef<Path>) -> Result<Self> {
         PublishOptions::new().open(place)
     }
 
     fn with(place: &Place, options: &PublishOptions) -> Result<Self> {
-        place.may_hold_a_publication()?;
+        Kind::Directory.check_name(&place.path)?;
         place.make(options.mode)?;
         let path = place.path.clone();
         let dir = Dir::open(&path).map_err(Error::io(&path, "opening the directory"))?;
