@@ -43,10 +43,10 @@ def save(
     into the file's pages. A :class:`maptensors.Model` is saved with its metadata, edits included, also onto
     its own file.
 
-    The file appears under ``path`` whole or not at all; a failed save leaves what was there. The sharded set of
-    that name, if there is one, goes once the file is there: one directory has one model. Refused are a name
-    that says another kind of file (``model.safetensors.index.json``, ``model.gguf``), and for a model of
-    several files the path of one of them: it is saved over itself as ``model.safetensors``. With
+    The file appears under ``path`` whole or not at all; a failed save leaves what was there. The sharded set
+    of that name, if there is one, goes once the file is there: one directory has one model. Refused are a
+    name that says another kind of file (``model.safetensors.index.json``, ``model.gguf``), and for a model
+    of several files the path of one of them: it is saved over itself as ``model.safetensors``. With
     ``durable=False`` nothing is synced, and a power loss may lose it. ``mapped=False`` writes with
     ``pwrite`` instead of through a mapping, as is done anyway where the file system cannot allocate space.
 

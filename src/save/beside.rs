@@ -13,7 +13,7 @@ use super::Pending;
 use super::sharded::{is_shard_suffix, remove_shards};
 use crate::error::{Error, Result};
 use crate::format::index::{self, Index, Truth};
-use crate::map::{self, disk::Dir};
+use crate::map::{self, cancel, disk::Dir};
 use rustix::fs::FileType;
 use std::ffi::{OsStr, OsString};
 use std::io::ErrorKind;
@@ -96,13 +96,13 @@ fn is_shard_of(path: &Path, shard: &str) -> bool {
     stem.and_then(|stem| shard.strip_prefix(stem)).is_some_and(is_shard_suffix)
 }
 
-/// What the index of a set is called whose whole file would have this path.
+/// What the index of a set is called whose whole file would have this path; `None` for a shard, of which there is no
+/// set.
 fn index_name(path: &Path) -> Option<OsString> {
-    let name = path.file_name()?;
-    name.to_str()?.strip_suffix(".safetensors").filter(|stem| !stem.is_empty())?;
-    let mut name = name.to_owned();
-    name.push(".index.json");
-    Some(name)
+    let name = path.file_name()?.to_str()?;
+    name.strip_suffix(".safetensors").filter(|stem| !stem.is_empty())?;
+    let is_shard = name.match_indices('-').any(|(at, _)| is_shard_suffix(&name[at..]));
+    (!is_shard).then(|| format!("{name}.index.json").into())
 }
 
 impl OldSet {
@@ -147,8 +147,8 @@ impl OldSet {
         if let (Some((text, _)), true, false) =
             (&self.found, self.marked, matches!(error, Error::NotDurable { .. }))
         {
-            // What it says of a file that is not there changes nothing.
-            self.write(text, durable).ok();
+            // Also where the save was cancelled. What it says of a file that is not there changes nothing.
+            cancel::under(None, || self.write(text, durable)).ok();
         }
     }
 
@@ -183,4 +183,40 @@ pub(super) fn write_index(dir: &Arc<Dir>, path: &Path, text: &str, durable: bool
     let written = pending.file().write_all_at(text.as_bytes(), 0);
     written.map_err(Error::io(path, "writing the index"))?;
     pending.publish(durable)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_whole_file_has_an_index_beside_it_and_a_shard_has_none() {
+        for (name, index) in [
+            ("d/model.safetensors", Some("model.safetensors.index.json")),
+            ("a-1.safetensors", Some("a-1.safetensors.index.json")),
+            ("d/model-00001-of-00002.safetensors", None),
+            ("model-g2-00001-of-00002.safetensors", None),
+            ("d/model", None),
+            (".safetensors", None),
+            ("..", None),
+        ] {
+            assert_eq!(index_name(Path::new(name)), index.map(OsString::from), "{name}");
+        }
+    }
+
+    #[test]
+    fn a_set_is_saved_beside_the_index_of_one_that_is_named_after_its_shard() {
+        let dir = tempfile::tempdir().unwrap();
+        for name in ["m-00001-of-00002", "m-00002-of-00002"] {
+            let text = format!(r#"{{"weight_map":{{"a":"{name}-00001-of-00001.safetensors"}}}}"#);
+            std::fs::write(dir.path().join(format!("{name}.safetensors.index.json")), text).unwrap();
+        }
+        let (a, b) = ([1; 100], [2; 100]);
+        let view =
+            |data| safetensors::tensor::TensorView::new(safetensors::Dtype::U8, vec![100], data).unwrap();
+        let options = crate::save::SaveOptions::new().max_shard_size(100);
+        // It would wait for itself, did it lock the directory for each shard.
+        options.save([("a", view(&a)), ("b", view(&b))], dir.path().join("m.safetensors")).unwrap();
+        assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 5);
+    }
 }

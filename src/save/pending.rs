@@ -255,7 +255,7 @@ fn is_called_off(error: &io::Error) -> bool {
 }
 
 /// The last component, which names a file. (`Path::file_name` looks past a trailing slash.)
-fn file_name(path: &Path) -> Result<&OsStr> {
+pub(super) fn file_name(path: &Path) -> Result<&OsStr> {
     let whole = path.as_os_str().as_encoded_bytes();
     let name = path.file_name().filter(|name| whole.ends_with(name.as_encoded_bytes()));
     name.ok_or_else(|| Error::Argument(format!("{} names no file", path.display())))

@@ -2,7 +2,7 @@
 
 use super::beside::write_index;
 use super::over::Kind;
-use super::pending::replaced_mode;
+use super::pending::{file_name, replaced_mode};
 use crate::error::{Error, Result};
 use crate::format::index::{self, Index, Truth};
 use crate::map::disk::Dir;
@@ -72,7 +72,7 @@ fn stage_at<E: From<Error>>(
     // One set at a time: names are chosen, and old shards removed, by what is there. Released when dropped,
     // or by the process' death. File systems without locks lose only this.
     target.dir.lock().ok();
-    replaced_mode(&target.dir, path, path.file_name().unwrap_or_default())?;
+    replaced_mode(&target.dir, path, file_name(path)?)?;
     let mut old = target.old_shards();
     let groups = group(tensors, limit);
     if groups.len() == 1 {

@@ -1,10 +1,7 @@
 //! From what a user names to a directory.
 
-use super::segment;
-use super::store::CONTROL;
 use crate::error::{Error, Result, printable, quote};
 use crate::map::disk::Dir;
-use crate::save::Kind;
 use rustix::fs::{Mode, OFlags};
 use std::os::unix::fs::{DirBuilderExt as _, MetadataExt as _, PermissionsExt as _};
 use std::path::{Path, PathBuf};
@@ -64,31 +61,6 @@ impl Place {
         names.sort();
         let names = names.iter().filter(|name| name.to_str().is_some_and(is_name));
         Ok(names.map(|name| Self { path: base.join(name), named: true }).collect())
-    }
-
-    /// That a publication may be begun here, or goes on: not under the name of a file, nor among the files of a model,
-    /// for which its segments would be taken.
-    ///
-    /// # Errors
-    /// [`Error::Argument`]; [`Error::Io`].
-    pub(super) fn may_hold_a_publication(&self) -> Result<()> {
-        Kind::Directory.check_name(&self.path)?;
-        let Ok(dir) = Dir::open(&self.path) else { return Ok(()) };
-        if dir.contains(CONTROL.as_ref()) {
-            return Ok(());
-        }
-        let names = dir.names().map_err(Error::io(&self.path, "listing the directory"))?;
-        let is_models = |name: &&std::ffi::OsString| {
-            let text = name.as_encoded_bytes();
-            let is_weights = text.ends_with(b".safetensors") || text.ends_with(b".safetensors.index.json");
-            is_weights && segment::number_of(name).is_none()
-        };
-        names.iter().find(is_models).map_or(Ok(()), |name| {
-            let (path, name) = (self.path.to_string_lossy(), name.to_string_lossy());
-            let (path, name) = (printable(&path), printable(&name));
-            let why = "a publication takes a directory for itself";
-            Err(Error::Argument(format!("{path} has a model in it, {name}: {why}")))
-        })
     }
 
     /// Its name, if it has one.

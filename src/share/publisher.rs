@@ -14,7 +14,7 @@ use crate::map::disk::Dir;
 use crate::map::fork::Owner;
 use crate::map::{ExclusiveFile, Source};
 use crate::model::{Contents, ModelMut, Span};
-use crate::save::{DraftOptions, Pair, fill_draft};
+use crate::save::{DraftOptions, Kind, Pair, fill_draft};
 use safetensors::View;
 use std::borrow::Cow;
 use std::collections::{BTreeMap, BTreeSet, HashSet};
@@ -135,14 +135,14 @@ impl Publisher {
     ///
     /// # Errors
     /// [`Error::Busy`] while there is another publisher; [`Error::Publication`] for one that is damaged;
-    /// [`Error::Argument`] for a name that could lead elsewhere or says that it is a file, for a directory that a model
-    /// is in, and for a mode that cannot be given to what is another user's; [`Error::Io`].
+    /// [`Error::Argument`] for a name that could lead elsewhere or says that it is a file, and for a mode that cannot be
+    /// given to what is another user's; [`Error::Io`].
     pub fn open(place: impl AsRef<Path>) -> Result<Self> {
         PublishOptions::new().open(place)
     }
 
     fn with(place: &Place, options: &PublishOptions) -> Result<Self> {
-        place.may_hold_a_publication()?;
+        Kind::Directory.check_name(&place.path)?;
         let made = place.make(options.mode)?;
         let path = place.path.clone();
         let dir = Dir::open(&path).map_err(Error::io(&path, "opening the directory"));

@@ -567,21 +567,6 @@ def test_what_changed_may_be_named_by_any_place_of_a_tied_tensor(place: str) -> 
     publisher.remove()
 
 
-def test_a_publication_is_not_begun_among_the_files_of_a_model(tmp_path: Path) -> None:
-    mt.save(state_of(1.0), tmp_path / "m.safetensors")
-    for place in (tmp_path, tmp_path / "new.safetensors", tmp_path / "config.json"):
-        with pytest.raises(mt.MapTensorsError):
-            mt.publish(place, state_of(1.0))
-    assert os.listdir(tmp_path) == ["m.safetensors"]
-    # Where one is, it goes on.
-    place = tmp_path / "policy"
-    mt.publish(place, state_of(1.0)).close()
-    mt.save(state_of(1.0), place / "m.safetensors")
-    publisher = mt.publish(place, state_of(2.0))
-    assert publisher.generation == 2
-    publisher.remove()
-
-
 def test_two_places_of_one_name_have_both_tensors_published(place: str) -> None:
     state: dict[str, Any] = {"a": {"b": np.zeros(3)}, "a.b": np.zeros(3)}
     publisher = mt.publish(place, state)
