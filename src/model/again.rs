@@ -34,7 +34,10 @@ pub(super) fn open<T>(place: &Place, open: impl Fn(&Place) -> Result<T>) -> Resu
         let is_in_doubt = is_replaced || done.as_ref().is_err_and(Error::is_not_found);
         let Some(path) = place.found_by.as_ref().filter(|_| is_in_doubt) else { return done };
         let found = super::locate(path)?;
-        if !is_replaced && found.files == place.files {
+        // A directory had listed it just now: it has come back, or gone again. A link to nothing stays one.
+        let is_back =
+            found.index.is_none() && path.is_dir() && !found.files.iter().any(|file| file.is_symlink());
+        if !is_replaced && !is_back && found.files == place.files {
             return done;
         }
         if !patience.again() {

@@ -27,6 +27,7 @@
 
 mod order;
 mod queue;
+mod removal;
 mod store;
 #[cfg(test)]
 mod tests;

@@ -5,7 +5,7 @@ use super::order::{Rank, Ranks};
 use crate::error::{Error, Result};
 use crate::format::index;
 use crate::map::disk::Dir;
-use crate::map::{ExclusiveFile, Patience, open_regular_in, read_exact_at};
+use crate::map::{Patience, open_regular_in, read_exact_at};
 use std::collections::BTreeMap;
 use std::ffi::{OsStr, OsString};
 use std::io::ErrorKind;
@@ -13,8 +13,8 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 const PREFIX: &str = "step-";
-const FILE: &str = ".safetensors";
-const INDEX: &str = ".safetensors.index.json";
+pub(super) const FILE: &str = ".safetensors";
+pub(super) const INDEX: &str = ".safetensors.index.json";
 
 /// What to do about a directory that is not where it was.
 const ADVICE: &str =
@@ -25,19 +25,19 @@ pub(super) struct Store {
     /// Once it is there: the first save makes it. All that is done is done in this one, and only as long as the path
     /// leads to it.
     dir: OnceLock<Arc<Dir>>,
-    path: PathBuf,
+    pub(super) path: PathBuf,
     ranks: Ranks,
     /// What the saver knows of what is there; `None` until it has looked.
     known: Mutex<Option<Known>>,
 }
 
 /// What a saver goes by.
-struct Known {
+pub(super) struct Known {
     /// The highest number that a checkpoint carries.
     last: u64,
     /// The highest step there is; looked for again where it `may_be_gone`.
-    highest: Option<u64>,
-    may_be_gone: bool,
+    pub(super) highest: Option<u64>,
+    pub(super) may_be_gone: bool,
 }
 
 /// What a save is given.
@@ -54,14 +54,6 @@ enum Seen {
     Incomplete,
     /// Somebody has let it go, or replaced it, meanwhile.
     Gone,
-}
-
-/// What was taken away of a checkpoint.
-pub(super) struct Away {
-    /// Whether there was any of it.
-    pub(super) was_there: bool,
-    /// A single file, by the hidden name that it has now: to be used again or removed.
-    pub(super) hidden: Option<OsString>,
 }
 
 impl Store {
@@ -189,7 +181,7 @@ impl Store {
     }
 
     /// One look: what is complete, and whether something has gone since it was listed.
-    fn list(&self, dir: &Dir) -> Result<(BTreeMap<u64, OsString>, bool)> {
+    pub(super) fn list(&self, dir: &Dir) -> Result<(BTreeMap<u64, OsString>, bool)> {
         let (mut found, mut has_gone) = (BTreeMap::new(), false);
         for name in dir.names().map_err(Error::io(&self.path, "listing the checkpoints"))? {
             let Some(step) = step_of(&name) else { continue };
@@ -232,14 +224,14 @@ impl Store {
     }
 
     /// The files that an index names.
-    fn shards(&self, dir: &Dir, index: &OsStr) -> Result<Vec<String>> {
+    pub(super) fn shards(&self, dir: &Dir, index: &OsStr) -> Result<Vec<String>> {
         let path = self.path.join(index);
         let (file, len) = open_regular_in(dir, index, &path)?;
         let len = usize::try_from(len.min(index::MAX_INDEX_LEN)).unwrap_or_default();
         Ok(index::parse(&read_exact_at(&file, &path, 0, len)?, &path)?.shards)
     }
 
-    fn known(&self) -> MutexGuard<'_, Option<Known>> {
+    pub(super) fn known(&self) -> MutexGuard<'_, Option<Known>> {
         self.known.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -276,132 +268,6 @@ impl Store {
             known.highest = known.highest.max(Some(step));
         }
     }
-
-    /// Takes a checkpoint away.
-    ///
-    /// # Errors
-    /// [`Error::Io`]: some of it is still there.
-    pub(super) fn take_away(&self, dir: &Dir, step: u64) -> Result<Away> {
-        if let Some(known) = &mut *self.known() {
-            known.may_be_gone |= known.highest == Some(step);
-        }
-        let set = self.remove_set(dir, step);
-        let name = OsString::from(file_name(step, FILE));
-        let file = if Self::has(dir, &name) {
-            match ExclusiveFile::hide(dir, &name) {
-                Ok(hidden) => Ok(Some(hidden)),
-                Err(error) if error.kind() == ErrorKind::NotFound => Ok(None),
-                Err(error) => Err(Error::io(&self.path.join(name), "removing the checkpoint")(error)),
-            }
-        } else {
-            Ok(None)
-        };
-        let hidden = match (&set, file) {
-            (Err(_), Ok(Some(hidden))) => {
-                // What went wrong first is told; a file that is left has no step any more, and is swept.
-                self.discard(dir, &hidden).ok();
-                None
-            }
-            (_, file) => file?,
-        };
-        Ok(Away { was_there: set? || hidden.is_some(), hidden })
-    }
-
-    /// Whether there is a file, or a link, of that name. Asked before it is removed: a file system that is read-only
-    /// refuses to remove also what is not there. A directory is nobody's checkpoint.
-    fn has(dir: &Dir, name: &OsStr) -> bool {
-        let is_dir = |stat: rustix::fs::Stat| rustix::fs::FileType::from_raw_mode(stat.st_mode).is_dir();
-        dir.lstat(name).is_ok_and(|stat| !is_dir(stat))
-    }
-
-    /// Removes a file that was taken away, unless a sweep was faster.
-    pub(super) fn discard(&self, dir: &Dir, hidden: &OsStr) -> Result<()> {
-        match dir.remove(hidden) {
-            Err(error) if error.kind() != ErrorKind::NotFound => {
-                Err(Error::io(&self.path.join(hidden), "removing an old checkpoint")(error))
-            }
-            _ => Ok(()),
-        }
-    }
-
-    /// Removes a step's index and shards, if it has any; whether it had.
-    ///
-    /// # Errors
-    /// [`Error::Io`]: some of it is still there.
-    pub(super) fn remove_set(&self, dir: &Dir, step: u64) -> Result<bool> {
-        let index = OsString::from(file_name(step, INDEX));
-        if !Self::has(dir, &index) {
-            return Ok(false);
-        }
-        // Of one that cannot be read the shards are orphans, which go when the next set is saved.
-        let shards = self.shards(dir, &index).unwrap_or_default();
-        match dir.remove(&index) {
-            Err(error) if error.kind() == ErrorKind::NotFound => return Ok(false),
-            done => done.map_err(Error::io(&self.path.join(&index), "removing the checkpoint"))?,
-        }
-        // Once durably without its index it is no checkpoint: now shards may go in any order.
-        dir.sync().map_err(Error::io(&self.path.join(&index), "making its removal durable"))?;
-        let shards = shards.iter().filter(|shard| shard_of(shard) == Some(step));
-        self.remove_all(dir, shards.map(String::as_str))?;
-        Ok(true)
-    }
-
-    /// Removes all of these that are there; the first error is told once the others are gone.
-    fn remove_all<'a>(&self, dir: &Dir, names: impl Iterator<Item = &'a str>) -> Result<()> {
-        let mut done = Ok(());
-        for name in names {
-            match dir.remove(name.as_ref()) {
-                Err(error) if error.kind() != ErrorKind::NotFound && done.is_ok() => {
-                    done = Err(Error::io(&self.path.join(name), "removing a shard")(error));
-                }
-                _ => {}
-            }
-        }
-        done
-    }
-
-    /// Removes shards that no index names: of a save that was killed before its index, or a removal after it.
-    ///
-    /// # Errors
-    /// [`Error::Io`].
-    pub(super) fn remove_orphans(&self, dir: &Dir) -> Result<()> {
-        let mut named: BTreeMap<u64, Vec<String>> = BTreeMap::new();
-        let mut orphans = Vec::new();
-        for name in dir.names().map_err(Error::io(&self.path, "listing the checkpoints"))? {
-            let Some(name) = name.to_str() else { continue };
-            let Some(step) = shard_of(name) else { continue };
-            let known = named.entry(step).or_insert_with(|| {
-                let index = OsString::from(file_name(step, INDEX));
-                // One that cannot be read may name it.
-                self.shards(dir, &index)
-                    .unwrap_or_else(|_| if dir.contains(&index) { vec![String::new()] } else { Vec::new() })
-            });
-            let unknown = known.first().is_some_and(String::is_empty);
-            if !unknown && !known.iter().any(|known| known == name) {
-                orphans.push(name.to_owned());
-            }
-        }
-        self.remove_all(dir, orphans.iter().map(String::as_str))
-    }
-
-    /// Which steps `keep` and `keep_every` let go, now that the last of `saved` is there: those that were
-    /// there before first, by step, then these in the order of their saving.
-    pub(super) fn surplus(
-        &self,
-        dir: &Dir,
-        keep: Option<usize>,
-        keep_every: Option<u64>,
-        saved: &[u64],
-    ) -> Result<Vec<u64>> {
-        let (Some(keep), Some(last)) = (keep, saved.last()) else { return Ok(Vec::new()) };
-        let for_ever = |step: &u64| keep_every.is_some_and(|every| step.is_multiple_of(every));
-        let steps = self.list(dir)?.0.into_keys();
-        let mut others: Vec<u64> = steps.filter(|step| step != last && !for_ever(step)).collect();
-        others.sort_by_key(|step| (saved.iter().rposition(|saved| saved == step), *step));
-        let kept = keep.saturating_sub(usize::from(!for_ever(last)));
-        others.truncate(others.len().saturating_sub(kept));
-        Ok(others)
-    }
 }
 
 fn is_index(name: &OsStr) -> bool {
@@ -409,14 +275,14 @@ fn is_index(name: &OsStr) -> bool {
 }
 
 /// The step whose shard a file is, by its name.
-fn shard_of(name: &str) -> Option<u64> {
+pub(super) fn shard_of(name: &str) -> Option<u64> {
     let rest = name.strip_prefix(PREFIX)?;
     let (digits, suffix) = rest.split_at(rest.find('-')?);
     let step = step_of(format!("{PREFIX}{digits}{FILE}").as_ref())?;
     is_shard_suffix(suffix).then_some(step)
 }
 
-fn file_name(step: u64, suffix: &str) -> String {
+pub(super) fn file_name(step: u64, suffix: &str) -> String {
     format!("{PREFIX}{step:010}{suffix}")
 }
 
@@ -451,51 +317,5 @@ mod tests {
         ] {
             assert_eq!(step_of(name.as_ref()), expected, "{name}");
         }
-    }
-
-    #[test]
-    fn shards_that_no_index_names_are_removed_and_nothing_else() {
-        let dir = tempfile::tempdir().unwrap();
-        let store = Store::open(dir.path()).unwrap();
-        let write = |name: &str, text: &str| std::fs::write(dir.path().join(name), text).unwrap();
-        let there = |name: &str| dir.path().join(name).exists();
-        let index = r#"{"weight_map":{"a":"step-0000000001-g2-00001-of-00001.safetensors"}}"#;
-        write("step-0000000001.safetensors.index.json", index);
-        write("step-0000000003.safetensors.index.json", "not to be read");
-        let named = "step-0000000001-g2-00001-of-00001.safetensors";
-        let orphans =
-            ["step-0000000001-00001-of-00002.safetensors", "step-0000000002-00001-of-00002.safetensors"];
-        let others = [
-            named,
-            "step-0000000003-00001-of-00002.safetensors",
-            "step-0000000004-notes.safetensors",
-            "step-4-00001-of-00002.safetensors",
-            "model-00001-of-00002.safetensors",
-        ];
-        for name in orphans.iter().chain(&others) {
-            write(name, "");
-        }
-        store.remove_orphans(store.make().unwrap()).unwrap();
-        assert!(orphans.iter().all(|name| !there(name)));
-        assert!(others.iter().all(|name| there(name)));
-    }
-
-    #[test]
-    fn the_oldest_fall_out_and_milestones_stay() {
-        let dir = tempfile::tempdir().unwrap();
-        let store = Store::open(dir.path()).unwrap();
-        for step in [100, 150, 200, 250, 300] {
-            std::fs::write(store.target(step), []).unwrap();
-        }
-        let surplus = |keep, every, saved| store.surplus(store.make().unwrap(), keep, every, saved).unwrap();
-        assert_eq!(surplus(None, None, &[300]), [0; 0]);
-        assert_eq!(surplus(Some(2), None, &[300]), [100, 150, 200]);
-        assert_eq!(surplus(Some(1), Some(100), &[300]), [150]);
-        assert_eq!(surplus(Some(1), Some(100), &[250]), [150]);
-        assert_eq!(surplus(Some(1), None, &[100]), [150, 200, 250, 300], "what was just saved stays");
-        assert_eq!(surplus(Some(9), None, &[300]), [0; 0]);
-        // Gone back to 100 and on from there: what this run saved outlives what another did.
-        assert_eq!(surplus(Some(2), None, &[100, 150]), [200, 250, 300]);
-        assert_eq!(surplus(Some(2), None, &[300, 100, 150]), [200, 250, 300]);
     }
 }
