@@ -11,7 +11,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 SOURCES := $(shell find src python/maptensors examples models -name '*.rs' -o -name '*.py' -o -name '*.pyi' \
 	-o -name '*.safetensors') Cargo.toml pyproject.toml README.md
 
-.PHONY: help demo test test-rust test-python lint fmt models bench fuzz crash kill clean
+.PHONY: help demo test test-rust test-python lint fmt models bench fuzz crash kill interleavings sanitize clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -84,6 +84,24 @@ kill: ## Kill saving, publishing and reading processes at random instants, many 
 	MAPTENSORS_KILLS=$(KILLS) $(CARGO) test --release --test saving kill -- --nocapture
 	MAPTENSORS_KILLS=$(KILLS) $(CARGO) test --release --test faults -- --nocapture
 	MAPTENSORS_GENERATIONS=$(GENERATIONS) $(CARGO) test --release --test share_processes -- --nocapture
+
+# A build of its own: what it needs is no dependency of any other. loom tries every order, so it takes no number.
+SCHEDULES ?= 300
+interleavings: ## Try every order of the threads at a control page, and SCHEDULES orders at the checkpoint queue
+	for part in map::control save::checkpoint; do \
+		MAPTENSORS_SCHEDULES=$(SCHEDULES) RUSTFLAGS="$$RUSTFLAGS --cfg interleavings" \
+			$(CARGO) test --target-dir target/interleavings --lib $$part::interleavings || exit 1; \
+	done
+
+# RUSTC_BOOTSTRAP lets a stable compiler take -Z flags. Left out are tests that limit or measure memory, and of
+# locked pages: AddressSanitizer makes munlock(2) do nothing.
+SANITIZED := checkpoints deltas differential round_trip saving share share_astray share_found shared_edit zero_copy
+sanitize: ## Run the Rust tests under AddressSanitizer and LeakSanitizer (half an hour)
+	target=$$(rustc -vV | sed -n 's/^host: //p'); \
+	check() { RUSTC_BOOTSTRAP=1 RUSTFLAGS=-Zsanitizer=address ASAN_OPTIONS=detect_leaks=1 \
+		$(CARGO) test --target $$target --target-dir target/asan "$$@"; }; \
+	check --lib -- --skip locking_copies_no_page --skip locks_and_unlocks_that_race && \
+	check $(addprefix --test ,$(SANITIZED))
 
 clean: ## Remove what the targets made
 	rm -rf $(VENV) dist

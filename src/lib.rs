@@ -147,6 +147,7 @@ mod map;
 mod model;
 mod save;
 mod share;
+mod sync;
 mod tensor;
 
 #[cfg(feature = "cli")]

@@ -19,9 +19,16 @@
 //! A flip is one pwrite(2) of three words that lie in one page on both sides: a process that is killed has
 //! done it or has not. A pread(2) beside it may see a part; the check tells, and the reader looks again.
 
+#[cfg(all(test, interleavings))]
+mod interleavings;
+mod protocol;
+
+pub(crate) use protocol::State;
+
 use super::ExclusiveFile;
 use super::disk::{self, Dir};
 use memmap2::{MmapOptions, MmapRaw};
+use protocol::{CLOSED, END, GENERATION, MAGIC, WRITER, Words, record};
 use rustix::fs::FlockOperation;
 use rustix::io::Errno;
 use std::ffi::OsStr;
@@ -30,28 +37,6 @@ use std::io;
 use std::time::Duration;
 
 const LEN: usize = 4096;
-const MAGIC: [u8; 8] = *b"mtshare1";
-const GENERATION: usize = 8;
-const CLOSED: usize = 32;
-const WRITER: usize = 40;
-const END: usize = 48;
-
-/// Reads that do not fit their check, before the page counts as damaged.
-const TRIES: u32 = 1000;
-
-/// What the control page says.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub(crate) struct State {
-    /// 0: there is none yet.
-    pub(crate) generation: u64,
-    /// The segment that lists the others.
-    pub(crate) head: u64,
-    /// The publication is over: closed, or its control page has been removed.
-    pub(crate) closed: bool,
-    /// Who publishes, or did last.
-    pub(crate) writer: u64,
-}
-
 /// A control page, open.
 pub(crate) struct Control {
     file: File,
@@ -167,42 +152,27 @@ impl Control {
 
     /// What it says; `None` if that makes no sense.
     pub(crate) fn read(&self) -> io::Result<Option<State>> {
-        for _ in 0..TRIES {
-            let mut line = Line([0; 64]);
-            let bytes = &mut line.0[..END];
-            match rustix::io::retry_on_intr(|| rustix::io::pread(&self.file, &mut *bytes, 0))? {
-                END if bytes[..GENERATION] == MAGIC => {}
-                _ => return Ok(None),
-            }
-            let word = |at: usize| bytes[at..].first_chunk().map_or(0, |word| u64::from_ne_bytes(*word));
-            let (generation, head) = (word(GENERATION), word(GENERATION + 8));
-            if bytes[GENERATION..CLOSED] == record(generation, head) {
-                let removed = rustix::fs::fstat(&self.file)?.st_nlink == 0;
-                let closed = removed || word(CLOSED) != 0;
-                return Ok(Some(State { generation, head, closed, writer: word(WRITER) }));
-            }
-            std::thread::yield_now();
-        }
-        Ok(None)
+        protocol::read(self)
     }
 
     /// Makes a generation the current one, and wakes who waits for it.
     pub(crate) fn flip(&self, generation: u64, head: u64) -> io::Result<()> {
-        self.write(GENERATION, &record(generation, head))?;
-        self.wake();
-        Ok(())
+        protocol::flip(self, generation, head)
     }
 
     /// Says that there will be no more generations.
     pub(crate) fn close(&self) -> io::Result<()> {
-        self.write(CLOSED, &1u64.to_ne_bytes())?;
-        self.wake();
-        Ok(())
+        protocol::close(self)
+    }
+
+    /// Sleeps until the generation is another than this, or about so long.
+    pub(crate) fn wait(&self, generation: u64, most: Duration) {
+        protocol::wait(self, generation, most);
     }
 
     /// Says who publishes.
     pub(crate) fn sign(&self) -> io::Result<()> {
-        self.write(WRITER, &u64::from(std::process::id()).to_ne_bytes())
+        self.store(WRITER, &u64::from(std::process::id()).to_ne_bytes())
     }
 
     /// Its file, to ask about it, and to give it another mode or owner.
@@ -210,18 +180,38 @@ impl Control {
         &self.file
     }
 
-    fn write(&self, at: usize, bytes: &[u8]) -> io::Result<()> {
+    /// The address of the generation's low half. Not private to this process: the kernel knows the word by its
+    /// file and offset.
+    #[cfg(all(target_os = "linux", target_pointer_width = "64"))]
+    fn word(&self) -> Option<*const u8> {
+        let low = if cfg!(target_endian = "big") { 4 } else { 0 };
+        self.page.as_ref().map(|page| page.as_ptr().wrapping_add(GENERATION + low))
+    }
+}
+
+impl Words for Control {
+    fn load(&self, page: &mut [u8; END]) -> io::Result<usize> {
+        let mut line = Line([0; 64]);
+        let bytes = &mut line.0[..END];
+        let read = rustix::io::retry_on_intr(|| rustix::io::pread(&self.file, &mut *bytes, 0))?;
+        page.copy_from_slice(bytes);
+        Ok(read)
+    }
+
+    fn store(&self, at: usize, bytes: &[u8]) -> io::Result<()> {
         let mut line = Line([0; 64]);
         let line = &mut line.0[..bytes.len()];
         line.copy_from_slice(bytes);
         disk::write_all_at(&self.file, line, at as u64)
     }
 
-    /// Sleeps until the generation is another than this, or about so long.
-    pub(crate) fn wait(&self, generation: u64, most: Duration) {
+    fn is_removed(&self) -> io::Result<bool> {
+        Ok(rustix::fs::fstat(&self.file)?.st_nlink == 0)
+    }
+
+    fn sleep(&self, low: u32, most: Duration) {
         #[cfg(all(target_os = "linux", target_pointer_width = "64"))]
         if let Some(word) = self.word() {
-            let expected = u32::try_from(generation & u64::from(u32::MAX)).unwrap_or_default();
             let timeout = libc::timespec {
                 tv_sec: i64::try_from(most.as_secs()).unwrap_or(i64::MAX),
                 tv_nsec: most.subsec_nanos().into(),
@@ -230,14 +220,14 @@ impl Control {
             // SAFETY: FUTEX_WAIT reads the word and the timeout, and writes nothing. An address that is not
             // there any more (a truncated file) is EFAULT.
             let woken = unsafe {
-                libc::syscall(libc::SYS_futex, word, libc::FUTEX_WAIT, expected, &raw const timeout, none, 0)
+                libc::syscall(libc::SYS_futex, word, libc::FUTEX_WAIT, low, &raw const timeout, none, 0)
             };
             let error = io::Error::last_os_error().raw_os_error();
             if woken == 0 || matches!(error, Some(libc::EAGAIN | libc::EINTR | libc::ETIMEDOUT)) {
                 return;
             }
         }
-        let _ = generation;
+        let _ = low;
         std::thread::sleep(most.min(Duration::from_millis(2)));
     }
 
@@ -250,12 +240,8 @@ impl Control {
         }
     }
 
-    /// The address of the generation's low half. Not private to this process: the kernel knows the word by its
-    /// file and offset.
-    #[cfg(all(target_os = "linux", target_pointer_width = "64"))]
-    fn word(&self) -> Option<*const u8> {
-        let low = if cfg!(target_endian = "big") { 4 } else { 0 };
-        self.page.as_ref().map(|page| page.as_ptr().wrapping_add(GENERATION + low))
+    fn pause() {
+        std::thread::yield_now();
     }
 }
 
@@ -279,17 +265,6 @@ fn ofd(file: &File, command: libc::c_int, kind: libc::c_int) -> io::Result<libc:
         -1 => Err(io::Error::last_os_error()),
         _ => Ok(lock.l_type.into()),
     }
-}
-
-/// Generation, head, and what tells that they belong together.
-fn record(generation: u64, head: u64) -> [u8; CLOSED - GENERATION] {
-    let check =
-        generation.wrapping_mul(0x9e37_79b9_7f4a_7c15).rotate_left(29) ^ head.wrapping_add(0x6d61_7074);
-    let mut record = [0; CLOSED - GENERATION];
-    for (bytes, word) in record.chunks_exact_mut(8).zip([generation, head, check]) {
-        bytes.copy_from_slice(&word.to_ne_bytes());
-    }
-    record
 }
 
 #[cfg(test)]
@@ -345,7 +320,7 @@ mod tests {
             control.wait(3, Duration::from_millis(1)); // no signal
         }
         control.file.write_all_at(&MAGIC, 0).unwrap();
-        control.write(CLOSED, &[0; 16]).unwrap();
+        control.store(CLOSED, &[0; 16]).unwrap();
         control.flip(3, 9).unwrap();
         std::fs::remove_file(path).unwrap();
         assert!(control.read().unwrap().unwrap().closed);

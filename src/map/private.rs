@@ -233,7 +233,7 @@ mod tests {
         };
         assert!(of(&mapping).is_empty());
         for at in [0, 3 * page, 4 * page + 5, CHUNK - 1, len - 1] {
-            mapping.as_bytes_mut()[at] = 8;
+            mapping.try_as_bytes_mut().unwrap()[at] = 8;
         }
         let last = len / page * page;
         assert_eq!(of(&mapping), [0..page, 3 * page..5 * page, CHUNK - page..CHUNK, last..last + page]);
@@ -241,7 +241,7 @@ mod tests {
         assert_eq!(of(&mapping)[3], 2 * CHUNK..3 * CHUNK);
         // More ranges than one request brings.
         for at in (0..len).step_by(2 * page) {
-            mapping.as_bytes_mut()[at] = 9;
+            mapping.try_as_bytes_mut().unwrap()[at] = 9;
         }
         assert!(of(&mapping).len() > 500);
     }
@@ -255,7 +255,7 @@ mod tests {
         // SAFETY: a file of our own, unlinked, not written any more.
         let mut mapping = unsafe { Mapping::open_copy_on_write(&file, len) }.unwrap();
         for at in [PIECE - 1, PIECE, 2 * PIECE - 1, 2 * PIECE, 2 * PIECE + 4] {
-            mapping.as_bytes_mut()[at] = 1;
+            mapping.try_as_bytes_mut().unwrap()[at] = 1;
         }
         let base = mapping.as_bytes().as_ptr();
         let found = pages(base, len).unwrap();

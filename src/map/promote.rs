@@ -143,7 +143,7 @@ mod tests {
         file.write_all_at(&bytes, 0).unwrap();
         // SAFETY: a file of our own, unlinked, not written any more.
         let mut mapping = unsafe { Mapping::open_copy_on_write(&file, len) }.unwrap();
-        mapping.as_bytes_mut()[CHUNK + 1] = 255;
+        mapping.try_as_bytes_mut().unwrap()[CHUNK + 1] = 255;
         let mut expected = bytes.clone();
         expected[CHUNK + 1] = 255;
         mapping.promote(100..CHUNK + 200).unwrap();
@@ -153,7 +153,7 @@ mod tests {
         assert_eq!(mapping.residency(2 * CHUNK..len).unwrap().private, 0);
         mapping.promote(0..len).unwrap();
         assert!(mapping.as_bytes() == expected);
-        mapping.as_bytes_mut().fill(1);
+        mapping.try_as_bytes_mut().unwrap().fill(1);
         let mut on_disk = vec![0; len];
         file.read_exact_at(&mut on_disk, 0).unwrap();
         assert!(on_disk == bytes);

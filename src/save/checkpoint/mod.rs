@@ -25,6 +25,8 @@
 //! What falls out does so when the checkpoint after it is complete: on disk there are `keep` checkpoints and
 //! one output made ready, and in memory (the page cache) that output's pages.
 
+#[cfg(all(test, interleavings))]
+mod interleavings;
 mod order;
 mod queue;
 mod removal;

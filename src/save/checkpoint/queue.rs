@@ -8,11 +8,11 @@ use crate::error::{Error, Result};
 use crate::layout::Layout;
 use crate::map::fork::Owner;
 use crate::map::{Mapping, disk};
+use crate::sync::{Arc, Condvar, Mutex, MutexGuard, thread};
 use std::collections::VecDeque;
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
-use std::thread::JoinHandle;
+use std::sync::PoisonError;
 use std::time::{Duration, Instant};
 
 /// A checkpoint that has been saved, and how long that took.
@@ -165,7 +165,7 @@ enum Task {
 
 pub(super) struct Queue {
     shared: Arc<Shared>,
-    worker: Mutex<Option<JoinHandle<()>>>,
+    worker: Mutex<Option<thread::JoinHandle<()>>>,
     /// A fork's child has no worker.
     owner: Owner,
 }
@@ -308,7 +308,7 @@ impl Queue {
         if worker.is_none() && !lock(&self.shared.state).tasks.is_empty() {
             let (shared, watching) = (self.shared.clone(), disk::watching());
             let work = move || disk::watched(watching, || shared.work(true));
-            match std::thread::Builder::new().name("maptensors".into()).spawn(work) {
+            match thread::Builder::new().name("maptensors".into()).spawn(work) {
                 Ok(started) => *worker = Some(started),
                 Err(_) => self.shared.work(false),
             }
