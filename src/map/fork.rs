@@ -287,10 +287,11 @@ impl Drop for Private {
     }
 }
 
-#[cfg(all(test, target_os = "linux"))]
+#[cfg(test)]
 mod tests {
     use super::*;
 
+    #[cfg(target_os = "linux")]
     #[test]
     fn a_gap_is_closed_and_what_is_there_stays() {
         let page = rustix::param::page_size();

@@ -280,18 +280,21 @@ pub(super) fn replaced_mode(dir: &Dir, path: &Path, name: &OsStr) -> Result<Opti
     }
 }
 
-#[cfg(all(test, target_os = "linux"))]
+#[cfg(test)]
 mod tests {
     use super::*;
     use crate::map::disk::{Op, Watch, watched};
+    #[cfg(target_os = "linux")]
     use std::time::Duration;
 
     /// In memory, where the kernel tells who has a file open: below a container's overlay it does not.
+    #[cfg(target_os = "linux")]
     fn leasing() -> tempfile::TempDir {
         let memory = Path::new("/dev/shm");
         if memory.is_dir() { tempfile::tempdir_in(memory) } else { tempfile::tempdir() }.unwrap()
     }
 
+    #[cfg(target_os = "linux")]
     #[test]
     fn what_somebody_waits_to_open_is_left_to_them_and_a_copy_published() {
         for waits in [false, true] {

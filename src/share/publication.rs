@@ -57,7 +57,8 @@ pub struct Publication {
     /// Of these, in segments that the current generation does not list: to be used again, about to be published, or
     /// left by a publisher that was killed. 0 of a damaged one, where that is not known.
     pub spare: u64,
-    /// Of these, in files without a name yet: being written, or left by a publisher that was killed.
+    /// Of these, in files of no segment's name: being written, or left by a publisher that was killed. (A new file has
+    /// no name at all until it is published, where the file system has such: it is not seen, and goes with its publisher.)
     pub unfinished: u64,
     /// Whether anybody publishes there now.
     pub publishing: bool,
