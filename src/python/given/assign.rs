@@ -240,14 +240,13 @@ fn assign_numbers<'py>(py: Python<'py>, to: &Array<'_>, value: &Bound<'py, PyAny
         array.map_err(|error| named_here(py, to.name, error))
     };
     let converted = match (kind.as_str(), target) {
-        ("b", _) => natural,
         ("i" | "u", Some(bounds)) => {
             if size > 0 {
                 fits(to, bounds, (end("min")?.extract()?, end("max")?.extract()?))?;
             }
             natural
         }
-        ("i" | "u" | "f", None) => natural,
+        ("b", _) | ("i" | "u" | "f", None) => natural,
         ("f", Some(_)) if size == 0 => natural,
         ("f", Some((low, high))) => {
             let (least, most): (f64, f64) = (end("min")?.extract()?, end("max")?.extract()?);
@@ -351,7 +350,7 @@ fn shape_error(to: &Array<'_>, shape: &[usize]) -> PyErr {
 fn named_here(py: Python<'_>, name: &str, error: PyErr) -> PyErr {
     let says = |text: &str| format!("tensor {}: {text}", quote(name));
     let text = error.value(py).str().map_or_else(|_| String::new(), |text| text.to_string());
-    if text.contains(&quote(name).to_string()) {
+    if text.contains(&*quote(name)) {
         return error;
     }
     if error.is_instance_of::<PyOverflowError>(py) {

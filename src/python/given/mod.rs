@@ -106,10 +106,12 @@ impl Given {
                     numpy::check_bools(name, array)
                 }
             }
-            ready => match py.detach(|| ready.source().map_or(0, |source| largest(&source))) {
-                0 | 1 => Ok(()),
-                found => Err(bad_bool(name, found).into()),
-            },
+            ready @ Data::Ready { .. } => {
+                match py.detach(|| ready.source().map_or(0, |source| largest(&source))) {
+                    0 | 1 => Ok(()),
+                    found => Err(bad_bool(name, found).into()),
+                }
+            }
         }
     }
 }
