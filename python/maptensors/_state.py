@@ -8,7 +8,7 @@ from collections import Counter, OrderedDict
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from maptensors._native import Model, Tensor, torch_memory
+from maptensors._native import Model, Tensor, firsts
 from maptensors.errors import BitPatternError, MapTensorsError
 
 # How deep a state may be nested: reading it takes three calls for each level, and Python's limit is 1000.
@@ -128,18 +128,19 @@ def _named(found: list[tuple[dict[str, str], str, Any]]) -> dict[str, Any]:
     Tied are those in the same place of the same storage that are read in the same way; and the same object.
     """
     tensors: dict[str, Any] = {}
-    known: dict[object, str] = {}
-    memories = torch_memory([value if node["as"] == "torch" else None for node, _, value in found])
-    for (node, path, value), memory in zip(found, memories, strict=True):
-        identity: object = id(value) if memory is None else memory
-        if identity not in known:
+    names: list[str] = []
+    for at, first in enumerate(firsts([value for _, _, value in found])):
+        node, path, value = found[at]
+        if first < at:
+            name = names[first]
+        else:
             name, n = path, 1
             while name in tensors:
                 n += 1
                 name = f"{path}~{n}"
             tensors[name] = value
-            known[identity] = name
-        node["tensor"] = known[identity]
+        names.append(name)
+        node["tensor"] = name
     return tensors
 
 

@@ -43,7 +43,7 @@ mod native {
     #[pymodule_export]
     use crate::python::draft::{Draft, create};
     #[pymodule_export]
-    use crate::python::given::torch_memory;
+    use crate::python::given::{firsts, torch_memory};
     #[pymodule_export]
     use crate::python::lazy::{Prefetch, Stream, prefetch, shard, stream};
     #[pymodule_export]

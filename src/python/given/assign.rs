@@ -6,7 +6,7 @@
 use super::base::is_tensor;
 use super::modes::OutOfModes;
 use super::refusal::{named, refused};
-use super::{Held, hold, is_imported, is_of, numpy, torch};
+use super::{Held, hold, is_imported, is_of, numpy, out_of_modes, torch};
 use crate::dtype::DType;
 use crate::error::{Error, quote};
 use crate::python::arrays::{Array, numpy_dtype};
@@ -34,7 +34,7 @@ pub(in crate::python) fn assign(py: Python<'_>, to: &Array<'_>, value: &Bound<'_
         Value::Numbers(numbers) => return assign_numbers(py, to, &numbers),
     };
     let held = hold(name, &value)?;
-    let _out = held.out_of_modes(py)?;
+    let _out = out_of_modes(py, [&held])?;
     if let Held::Torch(tensor) = &held {
         return assign_torch(py, to, tensor).map_err(|error| named_here(py, name, error));
     }
