@@ -43,6 +43,12 @@ def save(
     into the file's pages. A :class:`maptensors.Model` is saved with its metadata, edits included, also onto
     its own file.
 
+    What has no memory of its own is refused by its name, with what to call instead: sparse, quantized,
+    nested and fake tensors, those on the meta device or inside a transform, and subclasses that wrap others.
+    So is a dtype that the format cannot say, and a bool that is neither 0 nor 1. What an array says of itself
+    is checked against the memory that it has; that nobody frees or resizes that in another thread, until it
+    is copied, cannot be.
+
     The file appears under ``path`` whole or not at all; a failed save leaves what was there. The sharded set
     of that name, if there is one, goes once the file is there: one directory has one model. Refused are a
     name that says another kind of file (``model.safetensors.index.json``, ``model.gguf``), and for a model

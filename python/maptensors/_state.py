@@ -8,7 +8,7 @@ from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from maptensors._native import Model, Tensor, torch_memory
+from maptensors._native import Model, Tensor, firsts
 from maptensors.errors import BitPatternError, MapTensorsError
 
 # How deep a state may be nested: reading it takes three calls for each level, and Python's limit is 1000.
@@ -57,7 +57,7 @@ def flatten(state: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
         raise TypeError(
             f"a state is a dict of tensors, numbers and nested dicts, not a {type(state).__name__}"
         )
-    found: list[tuple[dict[str, str], str, Any]] = []
+    found: _Found = ([], [])
     node = _encode(state, "", found, 0)
     tensors = _named(found)
     metadata = {STATE: json.dumps(node, allow_nan=False, separators=(",", ":"))}
@@ -74,12 +74,17 @@ def joined(metadata: Mapping[str, str] | None, more: dict[str, str]) -> dict[str
     return {**(metadata or {}), **more}
 
 
-def _encode(value: Any, path: str, found: list[tuple[dict[str, str], str, Any]], level: int) -> Any:
+#: How each tensor of a state is written, by its path until it is named, and the tensors, in the same order.
+_Found = tuple[list[dict[str, str]], list[Any]]
+
+
+def _encode(value: Any, path: str, found: _Found, level: int) -> Any:
     """Return how a value is written. Its tensors are added to ``found``, to be named when all are known."""
     framework = framework_of(value)
     if framework is not None:
-        node = {"tensor": "", "as": framework}
-        found.append((node, path, value))
+        node = {"tensor": path, "as": framework}
+        found[0].append(node)
+        found[1].append(value)
         return node
     if level > _LEVELS:
         raise MapTensorsError(
@@ -122,24 +127,24 @@ def _join(path: str, key: object) -> str:
     return f"{path}.{key}" if path else str(key)
 
 
-def _named(found: list[tuple[dict[str, str], str, Any]]) -> dict[str, Any]:
+def _named(found: _Found) -> dict[str, Any]:
     """Return tensors by the names they get in the file: one that is there twice (tied weights) is saved once.
 
     Tied are those in the same place of the same storage that are read in the same way; and the same object.
     """
+    nodes, values = found
     tensors: dict[str, Any] = {}
-    known: dict[object, str] = {}
-    memories = torch_memory([value if node["as"] == "torch" else None for node, _, value in found])
-    for (node, path, value), memory in zip(found, memories, strict=True):
-        identity: object = id(value) if memory is None else memory
-        if identity not in known:
-            name, n = path, 1
-            while name in tensors:
-                n += 1
-                name = f"{path}~{n}"
-            tensors[name] = value
-            known[identity] = name
-        node["tensor"] = known[identity]
+    for at, first in enumerate(firsts(values)):
+        node = nodes[at]
+        if first < at:
+            node["tensor"] = nodes[first]["tensor"]
+            continue
+        name, path, n = node["tensor"], node["tensor"], 1
+        while name in tensors:
+            n += 1
+            name = f"{path}~{n}"
+        tensors[name] = values[at]
+        node["tensor"] = name
     return tensors
 
 

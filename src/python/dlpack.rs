@@ -285,11 +285,7 @@ impl Exchange {
     }
 
     /// A plain tensor of the framework over memory that was taken, which it keeps.
-    fn give<'py>(
-        self,
-        py: Python<'py>,
-        managed: std::ptr::NonNull<Versioned>,
-    ) -> PyResult<Bound<'py, PyAny>> {
+    fn give(self, py: Python<'_>, managed: std::ptr::NonNull<Versioned>) -> PyResult<Bound<'_, PyAny>> {
         let mut object = std::ptr::null_mut();
         // SAFETY: a live structure, which the function owns from now on; room for the result.
         if unsafe { (self.make)(managed.as_ptr(), &raw mut object) } != 0 {

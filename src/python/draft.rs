@@ -249,21 +249,42 @@ pub(super) fn create(
 /// The layout of a spec: names, and what each tensor is.
 pub(super) fn planned(spec: &Bound<'_, PyAny>, metadata: Metadata) -> PyResult<Layout> {
     let mut builder = Layout::builder().all_metadata(metadata);
+    let mut declarations = Vec::new();
     for item in spec.call_method0("items")?.try_iter()? {
         let (name, what): (String, Bound<'_, PyAny>) = item?.extract()?;
-        let (dtype, shape) = declared(&name, &what)?;
-        builder = builder.tensor(name, dtype, &shape);
+        let what = declared(&name, &what)?;
+        declarations.push((name, what));
+    }
+    let held = declarations.iter().filter_map(|(_, what)| match what {
+        Declared::Like(held) => Some(held),
+        Declared::As(..) => None,
+    });
+    let _out = given::out_of_modes(spec.py(), held)?;
+    for (name, what) in &declarations {
+        builder = match what {
+            Declared::As(dtype, shape) => builder.tensor(name, *dtype, shape),
+            Declared::Like(held) => {
+                let given = held.look(name)?;
+                builder.tensor(name, given.dtype, &given.shape)
+            }
+        };
     }
     Ok(builder.build()?)
 }
 
+/// What a spec says of a tensor.
+enum Declared<'py> {
+    As(DType, Vec<usize>),
+    Like(given::Held<'py>),
+}
+
 /// `("F32", (2, 3))`, `{"dtype": …, "shape": …}`, or an array to be like.
-fn declared(name: &str, what: &Bound<'_, PyAny>) -> PyResult<(DType, Vec<usize>)> {
+fn declared<'py>(name: &str, what: &Bound<'py, PyAny>) -> PyResult<Declared<'py>> {
     if let Ok(pair) = what.cast::<PyTuple>() {
         let (dtype, shape): (Bound<'_, PyAny>, Bound<'_, PyAny>) =
             pair.extract().map_err(|_| no_spec(name, what))?;
         let shape = shape_of(name, &shape)?;
-        return Ok((arrays::parse_dtype(name, &dtype)?, shape));
+        return Ok(Declared::As(arrays::parse_dtype(name, &dtype)?, shape));
     }
     if let Ok(dict) = what.cast::<PyDict>() {
         let part = |key: &str| {
@@ -271,10 +292,10 @@ fn declared(name: &str, what: &Bound<'_, PyAny>) -> PyResult<(DType, Vec<usize>)
                 PyValueError::new_err(format!("the spec of tensor {} has no {key:?}", quote(name)))
             })
         };
-        return Ok((arrays::parse_dtype(name, &part("dtype")?)?, shape_of(name, &part("shape")?)?));
+        let dtype = arrays::parse_dtype(name, &part("dtype")?)?;
+        return Ok(Declared::As(dtype, shape_of(name, &part("shape")?)?));
     }
-    let array = given::look_at(name, what)?;
-    Ok((array.dtype, array.shape))
+    given::hold(name, what).map(Declared::Like)
 }
 
 fn shape_of(name: &str, shape: &Bound<'_, PyAny>) -> PyResult<Vec<usize>> {

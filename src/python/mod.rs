@@ -57,6 +57,7 @@ fn native(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_function(wrap_pyfunction!(delta::save_diff, module)?)?;
     module.add_function(wrap_pyfunction!(delta::verify, module)?)?;
     module.add_function(wrap_pyfunction!(draft::create, module)?)?;
+    module.add_function(wrap_pyfunction!(given::firsts, module)?)?;
     module.add_function(wrap_pyfunction!(given::torch_memory, module)?)?;
     module.add_function(wrap_pyfunction!(lazy::prefetch, module)?)?;
     module.add_function(wrap_pyfunction!(lazy::shard, module)?)?;

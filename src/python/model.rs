@@ -81,7 +81,7 @@ impl Model {
                 name: info.name(),
             };
             match make(&array) {
-                Ok(made) => dict.set_item(info.name(), made)?,
+                Ok(one) => dict.set_item(info.name(), one)?,
                 Err(error) if is_bad_value(py, &error) => bad.push((info.name().to_owned(), error)),
                 Err(error) => return Err(error),
             }

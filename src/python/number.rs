@@ -19,38 +19,42 @@ pub(super) fn value<'py>(py: Python<'py>, tensor: &Tensor) -> PyResult<Option<Bo
     let (1, Some(size)) = (array.elements(), array.dtype.itemsize()) else { return Ok(None) };
     let mut bytes = [0u8; 8];
     array.memory.source(&(array.offset..array.offset + size)).copy_to(0..size, &mut bytes[..size]);
-    let [a, b, c, d, ..] = bytes;
     let int = |value: i128| value.into_pyobject(py).map(Bound::into_any).map_err(PyErr::from);
     let float = |value: f64| PyFloat::new(py, value).into_any();
     Ok(Some(match array.dtype {
         DType::Bool => {
             array.check_values()?;
-            PyBool::new(py, a != 0).to_owned().into_any()
+            PyBool::new(py, bytes[0] != 0).to_owned().into_any()
         }
-        DType::U8 => int(a.into())?,
-        DType::I8 => int(i8::from_le_bytes([a]).into())?,
-        DType::U16 => int(u16::from_le_bytes([a, b]).into())?,
-        DType::I16 => int(i16::from_le_bytes([a, b]).into())?,
-        DType::U32 => int(u32::from_le_bytes([a, b, c, d]).into())?,
-        DType::I32 => int(i32::from_le_bytes([a, b, c, d]).into())?,
+        DType::U8 => int(bytes[0].into())?,
+        DType::I8 => int(i8::from_le_bytes(first(bytes)).into())?,
+        DType::U16 => int(u16::from_le_bytes(first(bytes)).into())?,
+        DType::I16 => int(i16::from_le_bytes(first(bytes)).into())?,
+        DType::U32 => int(u32::from_le_bytes(first(bytes)).into())?,
+        DType::I32 => int(i32::from_le_bytes(first(bytes)).into())?,
         DType::U64 => int(u64::from_le_bytes(bytes).into())?,
         DType::I64 => int(i64::from_le_bytes(bytes).into())?,
-        DType::F16 => float(half::f16::from_le_bytes([a, b]).into()),
-        DType::BF16 => float(half::bf16::from_le_bytes([a, b]).into()),
-        DType::F32 => float(f32::from_le_bytes([a, b, c, d]).into()),
+        DType::F16 => float(half::f16::from_le_bytes(first(bytes)).into()),
+        DType::BF16 => float(half::bf16::from_le_bytes(first(bytes)).into()),
+        DType::F32 => float(f32::from_le_bytes(first(bytes)).into()),
         DType::F64 => float(f64::from_le_bytes(bytes)),
-        DType::F8E4M3 => float(F8E4M3(a).to_f32().into()),
-        DType::F8E5M2 => float(F8E5M2(a).to_f32().into()),
-        DType::F8E4M3Fnuz => float(F8E4M3Fnuz(a).to_f32().into()),
-        DType::F8E5M2Fnuz => float(F8E5M2Fnuz(a).to_f32().into()),
-        DType::F8E8M0 => float(F8E8M0(a).to_f32().into()),
+        DType::F8E4M3 => float(F8E4M3(bytes[0]).to_f32().into()),
+        DType::F8E5M2 => float(F8E5M2(bytes[0]).to_f32().into()),
+        DType::F8E4M3Fnuz => float(F8E4M3Fnuz(bytes[0]).to_f32().into()),
+        DType::F8E5M2Fnuz => float(F8E5M2Fnuz(bytes[0]).to_f32().into()),
+        DType::F8E8M0 => float(F8E8M0(bytes[0]).to_f32().into()),
         DType::C64 => {
-            let [.., e, f, g, h] = bytes;
-            let (real, imaginary) = (f32::from_le_bytes([a, b, c, d]), f32::from_le_bytes([e, f, g, h]));
+            let imaginary: [u8; 4] = *bytes.last_chunk().unwrap_or(&[0; 4]);
+            let (real, imaginary) = (f32::from_le_bytes(first(bytes)), f32::from_le_bytes(imaginary));
             PyComplex::from_doubles(py, real.into(), imaginary.into()).into_any()
         }
         DType::F4 | DType::F6E2M3 | DType::F6E3M2 => return Ok(None),
     }))
+}
+
+/// The first of eight bytes.
+fn first<const N: usize>(bytes: [u8; 8]) -> [u8; N] {
+    *bytes.first_chunk().unwrap_or(&[0; N])
 }
 
 fn only<'py>(py: Python<'py>, tensor: &Tensor, what: &str) -> PyResult<Bound<'py, PyAny>> {

@@ -316,7 +316,10 @@ impl Tensor {
         self.index(key)
     }
 
-    /// `tensor[...] = value`: writes in place, from anything numpy takes or a tensor of torch or JAX.
+    /// `tensor[...] = value`: writes in place, from numbers, lists of them, and arrays of numpy, torch or JAX.
+    ///
+    /// Integers must fit (`OverflowError`). Of arrays, floats become no integers and complex numbers no real ones
+    /// (`TypeError`); a Python float becomes an integer where it is a whole one.
     fn __setitem__(&self, py: Python<'_>, key: &Bound<'_, PyAny>, value: &Bound<'_, PyAny>) -> PyResult<()> {
         let part = self.index(key)?;
         if part.read_only {

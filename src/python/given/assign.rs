@@ -6,7 +6,7 @@
 use super::base::is_tensor;
 use super::modes::OutOfModes;
 use super::refusal::{named, refused};
-use super::{Held, hold, is_imported, is_of, numpy, torch};
+use super::{Held, hold, is_imported, is_of, numpy, out_of_modes, torch};
 use crate::dtype::DType;
 use crate::error::{Error, quote};
 use crate::python::arrays::{Array, numpy_dtype};
@@ -34,7 +34,7 @@ pub(in crate::python) fn assign(py: Python<'_>, to: &Array<'_>, value: &Bound<'_
         Value::Numbers(numbers) => return assign_numbers(py, to, &numbers),
     };
     let held = hold(name, &value)?;
-    let _out = held.out_of_modes(py)?;
+    let _out = out_of_modes(py, [&held])?;
     if let Held::Torch(tensor) = &held {
         return assign_torch(py, to, tensor).map_err(|error| named_here(py, name, error));
     }
@@ -240,14 +240,13 @@ fn assign_numbers<'py>(py: Python<'py>, to: &Array<'_>, value: &Bound<'py, PyAny
         array.map_err(|error| named_here(py, to.name, error))
     };
     let converted = match (kind.as_str(), target) {
-        ("b", _) => natural,
         ("i" | "u", Some(bounds)) => {
             if size > 0 {
                 fits(to, bounds, (end("min")?.extract()?, end("max")?.extract()?))?;
             }
             natural
         }
-        ("i" | "u" | "f", None) => natural,
+        ("b", _) | ("i" | "u" | "f", None) => natural,
         ("f", Some(_)) if size == 0 => natural,
         ("f", Some((low, high))) => {
             let (least, most): (f64, f64) = (end("min")?.extract()?, end("max")?.extract()?);
@@ -351,7 +350,7 @@ fn shape_error(to: &Array<'_>, shape: &[usize]) -> PyErr {
 fn named_here(py: Python<'_>, name: &str, error: PyErr) -> PyErr {
     let says = |text: &str| format!("tensor {}: {text}", quote(name));
     let text = error.value(py).str().map_or_else(|_| String::new(), |text| text.to_string());
-    if text.contains(&quote(name).to_string()) {
+    if text.contains(&*quote(name)) {
         return error;
     }
     if error.is_instance_of::<PyOverflowError>(py) {

@@ -16,7 +16,7 @@ mod torch;
 
 pub(super) use assign::{assign, copy};
 pub(super) use refusal::bad_bool;
-pub(super) use tied::torch_memory;
+pub(super) use tied::{firsts, torch_memory};
 
 use super::arrays::import;
 use super::dlpack::Taken;
@@ -104,10 +104,12 @@ impl Given {
                     numpy::check_bools(name, array)
                 }
             }
-            ready => match py.detach(|| ready.source().map_or(0, |source| largest(&source))) {
-                0 | 1 => Ok(()),
-                found => Err(bad_bool(name, found).into()),
-            },
+            ready @ Data::Ready { .. } => {
+                match py.detach(|| ready.source().map_or(0, |source| largest(&source))) {
+                    0 | 1 => Ok(()),
+                    found => Err(bad_bool(name, found).into()),
+                }
+            }
         }
     }
 }
@@ -157,29 +159,25 @@ impl<'py> Held<'py> {
         }
     }
 
-    /// Where its bytes are, and what they mean. To be called [out of torch's modes](Held::out_of_modes).
+    /// Where its bytes are, and what they mean. To be called [out of torch's modes](out_of_modes).
     ///
     /// # Errors
     /// `DTypeError` for a dtype safetensors does not have, `MapTensorsError` for what has no memory.
-    fn look(&self, name: &str) -> PyResult<Given> {
+    pub(super) fn look(&self, name: &str) -> PyResult<Given> {
         match self {
             Self::Ours(tensor) => look_at_ours(tensor),
             Self::Torch(tensor) => torch::look(name, tensor),
             Self::Numpy(array) => numpy::look(name, array),
         }
     }
-
-    /// What a thread that copies or looks at it holds meanwhile.
-    fn out_of_modes(&self, py: Python<'py>) -> PyResult<Option<OutOfModes<'py>>> {
-        OutOfModes::enter_if(py, || Ok(matches!(self, Self::Torch(_))))
-    }
 }
 
-/// Looks at one array: where its bytes are, and what they mean.
-pub(super) fn look_at(name: &str, object: &Bound<'_, PyAny>) -> PyResult<Given> {
-    let held = hold(name, object)?;
-    let _out = held.out_of_modes(object.py())?;
-    held.look(name)
+/// What a thread that looks at these, or copies them, holds meanwhile.
+pub(super) fn out_of_modes<'a, 'py: 'a>(
+    py: Python<'py>,
+    held: impl IntoIterator<Item = &'a Held<'py>>,
+) -> PyResult<Option<OutOfModes<'py>>> {
+    OutOfModes::enter_if(py, || Ok(held.into_iter().any(|held| matches!(held, Held::Torch(_)))))
 }
 
 /// Names and arrays, from a mapping or an iterable of pairs, with values that may be saved.
@@ -205,8 +203,7 @@ pub(super) fn collect(tensors: &Bound<'_, PyAny>) -> PyResult<Vec<(String, Given
         }
     }
     // Only now: iterating and taking hold run code of others, at which memory that was looked at could go.
-    let any_torch = || Ok(held.iter().any(|(_, held)| matches!(held, Held::Torch(_))));
-    let out = OutOfModes::enter_if(py, any_torch)?;
+    let out = out_of_modes(py, held.iter().map(|(_, held)| held))?;
     // Subclasses of torch's may run code even when they are looked at: they come first.
     let mut early = Vec::new();
     for (at, (name, held)) in held.iter().enumerate() {

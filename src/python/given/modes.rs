@@ -6,7 +6,7 @@ use pyo3::prelude::*;
 /// While this lives, torch calls of this thread reach the tensors' own memory: no dispatch mode (fake, functional,
 /// a user's), no function mode (`torch.device("meta")`), no transform (`vmap`, `grad`), no `__torch_function__` and no
 /// `__torch_dispatch__` of a subclass is asked.
-pub(super) struct OutOfModes<'py> {
+pub(in crate::python) struct OutOfModes<'py> {
     entered: Vec<Bound<'py, PyAny>>,
 }
 

@@ -78,8 +78,8 @@ fn extent(shape: &[usize], strides: &[i64], dtype: DType) -> Option<(usize, usiz
     let (mut below, mut above) = (0usize, 1usize);
     for (&dim, &stride) in shape.iter().zip(strides) {
         let reach = usize::try_from(stride.unsigned_abs()).ok()?.checked_mul(dim - 1)?;
-        let side = if stride < 0 { &mut below } else { &mut above };
-        *side = side.checked_add(reach)?;
+        let towards = if stride < 0 { &mut below } else { &mut above };
+        *towards = towards.checked_add(reach)?;
     }
     Some((below.checked_mul(size)?, below.checked_add(above)?.checked_mul(size)?))
 }

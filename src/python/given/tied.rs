@@ -4,9 +4,11 @@ use super::base::{base, is_tensor};
 use super::modes::OutOfModes;
 use super::storage::is_contiguous;
 use super::torch::{Memory, Seen, see};
+use crate::dtype::DType;
 use crate::layout::elements;
 use pyo3::prelude::*;
 use pyo3::types::PyTuple;
+use std::collections::HashMap;
 
 /// What identifies the memory of each of these, for who asks whether two are tied: device, first byte and one past
 /// the last of the storage; the same of the elements, and how many bytes they take; how they are to be read; and whether
@@ -33,16 +35,69 @@ pub(in crate::python) fn torch_memory<'py>(
     Ok(found)
 }
 
+/// For each of these the place among them of the first that is the same: the same object, or a tensor of torch in the same
+/// place of the same storage that is read in the same way.
+#[pyfunction]
+pub(in crate::python) fn firsts(py: Python<'_>, values: Vec<Bound<'_, PyAny>>) -> PyResult<Vec<usize>> {
+    let mut out = None;
+    let mut known: HashMap<Identity, usize> = HashMap::with_capacity(values.len());
+    let mut firsts = Vec::with_capacity(values.len());
+    for (at, value) in values.iter().enumerate() {
+        let seen = if is_tensor(value)? {
+            if out.is_none() {
+                out = Some(OutOfModes::enter(py)?);
+            }
+            // What is wrong with it is said when it is saved.
+            see("", value).ok().filter(|seen| !seen.bytes.is_empty())
+        } else {
+            None
+        };
+        let identity = match seen {
+            Some(seen) => Identity::Memory {
+                device: seen.device_of(value)?,
+                storage: (seen.storage.bytes.start, seen.storage.bytes.end),
+                bytes: (seen.bytes.start, seen.bytes.end),
+                strides: seen.memory.strides().to_vec(),
+                dtype: seen.dtype,
+                lazily: (seen.conjugated, seen.negated),
+                shape: seen.shape,
+            },
+            None => Identity::Object(value.as_ptr().addr()),
+        };
+        firsts.push(*known.entry(identity).or_insert(at));
+    }
+    Ok(firsts)
+}
+
+#[derive(PartialEq, Eq, Hash)]
+enum Identity {
+    Object(usize),
+    Memory {
+        device: Option<String>,
+        storage: (usize, usize),
+        bytes: (usize, usize),
+        dtype: DType,
+        shape: Vec<usize>,
+        strides: Vec<i64>,
+        lazily: (bool, bool),
+    },
+}
+
 impl<'py> Seen<'py> {
+    /// `None` for the CPU.
+    fn device_of(&self, tensor: &Bound<'py, PyAny>) -> PyResult<Option<String>> {
+        match self.memory {
+            Memory::Taken(_) => Ok(None),
+            Memory::Device { .. } => {
+                let device = base(self.py)?.class.bind(self.py).getattr("device")?;
+                Ok(Some(device.call_method1("__get__", (tensor,))?.to_string()))
+            }
+        }
+    }
+
     fn memory_of(&self, tensor: &Bound<'py, PyAny>) -> PyResult<Bound<'py, PyTuple>> {
         let (py, strides) = (self.py, self.memory.strides());
-        let device = match self.memory {
-            Memory::Taken(_) => "cpu".to_owned(),
-            Memory::Device { .. } => {
-                let device = base(py)?.class.bind(py).getattr("device")?;
-                device.call_method1("__get__", (tensor,))?.to_string()
-            }
-        };
+        let device = self.device_of(tensor)?.unwrap_or_else(|| "cpu".into());
         let size = self.dtype.bits().div_ceil(8);
         let filled = elements(&self.shape).and_then(|n| n.checked_mul(size)).unwrap_or_default();
         let storage = (device, self.storage.bytes.start, self.storage.bytes.end);
