@@ -26,6 +26,7 @@ pub(crate) enum Kind {
     /// A safetensors file: a model, or a delta.
     Weights,
     /// An SVG.
+    #[cfg_attr(not(feature = "cli"), allow(dead_code))]
     Picture,
     /// A directory of checkpoints, or a publication.
     Directory,
