@@ -18,12 +18,13 @@ written to them is in the file at once; ``model.flush()`` has it reach the disk.
 punching holes in it are forbidden then.
 
 In mode ``"c"``, the default, the pages of a tensor can be written from when somebody takes it to write
-(``numpy()``, ``torch()``, a buffer, DLPack, an assignment), and no others. Where the kernel promises memory for
-all that may be written (``vm.overcommit_memory=2``), only those are charged.
+(``numpy()``, ``torch()``, a buffer, DLPack, an assignment), and no others. Where the kernel promises memory
+for all that may be written (``vm.overcommit_memory=2``), only those are charged.
 
-In mode ``"r"`` nothing can be written. numpy and JAX know. torch does not look at the read-only flags of DLPack and
-of buffers: a write through ``torch.from_dlpack``, ``asarray`` or ``frombuffer`` goes to a page of this process's own,
-and ``model.changed()`` reports it. ``torch.from_numpy`` warns of a read-only array, and a write to it crashes.
+In mode ``"r"`` nothing can be written. numpy and JAX know. torch does not look at the read-only flags of
+DLPack and of buffers: a write through ``torch.from_dlpack``, ``asarray`` or ``frombuffer`` goes to a page of
+this process's own, and ``model.changed()`` reports it. ``torch.from_numpy`` warns of a read-only array, and a
+write to it crashes.
 
 ``maptensors.numpy``, ``maptensors.torch`` and ``maptensors.flax`` have the functions of the safetensors
 modules of the same names; :class:`safe_open` is safetensors' too. Moving over is a change of import.

@@ -114,8 +114,8 @@ class Publication:
     #: Of these, in files that the current generation does not use: kept to be written again, or left by a
     #: publisher that was killed.
     spare: int
-    #: Of these, in files that are being written, or were when their publisher was killed. (What is written into a
-    #: new file is not seen until it is published, and goes with its publisher.)
+    #: Of these, in files that are being written, or were when their publisher was killed. (What is written
+    #: into a new file is not seen until it is published, and goes with its publisher.)
     unfinished: int
     #: Whether anybody publishes there now.
     publishing: bool
