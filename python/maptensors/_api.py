@@ -102,7 +102,7 @@ def edit(
     if isinstance(remove, str):
         raise TypeError("remove takes several keys: a list, not a str")
     remove = list(remove)
-    if both := sorted(set(remove) & set(metadata or {})):
+    if isinstance(metadata, Mapping) and (both := sorted(set(remove) & set(metadata))):
         raise MapTensorsError(f"metadata key {both[0]!r} is to be set and removed")
     return _native.edit(
         path,

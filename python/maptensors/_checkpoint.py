@@ -242,6 +242,7 @@ class Checkpointer:
 
         The latest may be let go, by another process that saves, before it is opened: then it is the next one.
         """
+        step = None if step is None else _step(step)
         return self._checkpoints.open(step, lambda path: _native.open(path, mode, **options))
 
     def load(self, step: int | None = None, mode: str = "c", *, framework: str | None = None) -> Any:
