@@ -353,6 +353,23 @@ impl MapOptions {
     /// # Safety
     /// As [`MapOptions::bring`].
     pub(super) unsafe fn place(&self, file: &File, window: Window, backing: Backing) -> io::Result<Mapping> {
+        // SAFETY: the caller's promise is passed on.
+        let mut mapping = unsafe { self.place_alone(file, window, backing) }?;
+        mapping.identity = identity(file);
+        mapping.told = may_ask(file).unwrap_or(true);
+        if backing == Backing::CopyOnWrite || self.compared && backing == Backing::ReadOnly {
+            let plain = Self { huge_pages: self.huge_pages, ..Self::new() };
+            // SAFETY: as above. Where there are no addresses for it, nothing is lost but being told changes.
+            mapping.base = unsafe { plain.place_alone(file, window, Backing::ReadOnly) }.ok().map(Box::new);
+        }
+        Ok(mapping)
+    }
+
+    /// As [`MapOptions::place`], of a file that nothing is asked about.
+    ///
+    /// # Safety
+    /// As [`MapOptions::bring`].
+    unsafe fn place_alone(&self, file: &File, window: Window, backing: Backing) -> io::Result<Mapping> {
         let page = rustix::param::page_size() as u64;
         // Less than a page, which fits.
         let start = usize::try_from(window.offset % page).unwrap_or_default();
@@ -379,13 +396,6 @@ impl MapOptions {
         mapping.writable = writable;
         mapping.offset = window.offset;
         self.advise_huge(&mut mapping);
-        mapping.identity = identity(file);
-        mapping.told = may_ask(file).unwrap_or(true);
-        if backing == Backing::CopyOnWrite || self.compared && backing == Backing::ReadOnly {
-            let plain = Self { huge_pages: self.huge_pages, ..Self::new() };
-            // SAFETY: as above. Where there are no addresses for it, nothing is lost but being told changes.
-            mapping.base = unsafe { plain.place(file, window, Backing::ReadOnly) }.ok().map(Box::new);
-        }
         Ok(mapping)
     }
 

@@ -15,6 +15,7 @@ mod arrays;
 mod buffer;
 mod changes;
 mod checkpoint;
+mod collector;
 mod delta;
 mod dlpack;
 mod draft;

@@ -2,6 +2,7 @@
 
 use super::arrays::{Array, is_cpu};
 use super::changes::Changes;
+use super::collector::PausedCollector;
 use super::interrupt::interruptible;
 use super::lazy::{self, Names};
 use super::parts::Parts;
@@ -111,28 +112,6 @@ fn bad_values(py: Python<'_>, bad: Vec<(String, PyErr)>) -> PyResult<PyErr> {
     let error = class.call1((text,))?;
     error.setattr("tensors", names)?;
     Ok(PyErr::from_value(error))
-}
-
-/// Python's cycle collector, off until this is dropped. It would go through all objects again and again while many
-/// are made at once, none of which can be garbage yet: a third of the time that 20,000 tensors take.
-struct PausedCollector {
-    was_on: bool,
-}
-
-impl PausedCollector {
-    fn new(_attached: Python<'_>) -> Self {
-        // SAFETY: the interpreter is attached. Returns whether the collector was on.
-        Self { was_on: unsafe { pyo3::ffi::PyGC_Disable() } == 1 }
-    }
-}
-
-impl Drop for PausedCollector {
-    fn drop(&mut self) {
-        if self.was_on {
-            // SAFETY: dropped by the function that made it, attached as then.
-            unsafe { pyo3::ffi::PyGC_Enable() };
-        }
-    }
 }
 
 #[pymethods]

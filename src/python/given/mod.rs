@@ -19,6 +19,7 @@ pub(super) use refusal::bad_bool;
 pub(super) use tied::{firsts, torch_memory};
 
 use super::arrays::import;
+use super::collector::PausedCollector;
 use super::dlpack::Taken;
 use super::model::Model;
 use super::tensor::Tensor;
@@ -211,6 +212,8 @@ pub(super) fn collect(tensors: &Bound<'_, PyAny>) -> PyResult<Vec<(String, Given
             early.push((at, held.look(name)?));
         }
     }
+    // What is left runs no code of others, and makes an object or two for each tensor, which are gone at once.
+    let _paused = PausedCollector::new(py);
     let mut looked = early.into_iter().peekable();
     let mut collected = Vec::with_capacity(held.len());
     for (at, (name, held)) in held.into_iter().enumerate() {

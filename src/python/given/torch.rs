@@ -3,7 +3,7 @@
 //! A subclass written in Python may answer what it likes to `shape`, `data_ptr()` and all else. So a tensor is asked
 //! through torch's own C functions, once, by DLPack, and what that says is checked against the storage.
 
-use super::base::{base, known};
+use super::base::{Base, base, known};
 use super::refusal::{bad_bool, named, no_memory, outside, refuse_class, refused, resized, unsupported};
 use super::storage::{Storage, is_contiguous, place};
 use super::{Data, Given, Keep};
@@ -87,22 +87,28 @@ fn see_plain<'py>(object: &Bound<'py, PyAny>) -> PyResult<Option<Seen<'py>>> {
     else {
         return Ok(None);
     };
-    // So does a complex one that is conjugated; and two 4-bit floats are one element.
-    let dtype = known(base, &object.getattr(intern!(py, "dtype"))?);
-    let Some(dtype) = dtype.filter(|&dtype| dtype != DType::C64 && dtype != DType::F4) else {
-        return Ok(None);
-    };
     // A storage that is shared until it is written becomes the tensor's own by being asked for its address,
     // and is therefore asked first.
     let Ok(storage) = Storage::of(base, object) else { return Ok(None) };
     let Ok(taken) = exchange.take(object) else { return Ok(None) };
-    let (Some(shape), true) = (taken.shape(), taken.is(dtype) && taken.is_on_cpu()) else {
-        return Ok(None);
-    };
+    let Some(dtype) = plain_dtype(base, object, &taken)? else { return Ok(None) };
+    let (Some(shape), true) = (taken.shape(), taken.is_on_cpu()) else { return Ok(None) };
     let at = taken.ptr().addr();
     let Some(bytes) = place(at, &shape, taken.strides(), dtype, &storage) else { return Ok(None) };
     let (conjugated, negated, memory) = (false, false, Memory::Taken(taken));
     Ok(Some(Seen { py, dtype, shape, storage, bytes, conjugated, negated, memory }))
+}
+
+/// The dtype, if bytes mean the same whatever else the tensor is. DLPack has one name for each kind of float; what is an
+/// integer there may be one of fewer bits to torch.
+fn plain_dtype(base: &Base, object: &Bound<'_, PyAny>, taken: &Taken) -> PyResult<Option<DType>> {
+    const FLOATS: [DType; 4] = [DType::F32, DType::BF16, DType::F16, DType::F64];
+    if let Some(&float) = FLOATS.iter().find(|&&float| taken.is(float)) {
+        return Ok(Some(float));
+    }
+    let dtype = known(base, &object.getattr(intern!(object.py(), "dtype"))?);
+    // A complex one may be lazily conjugated; and two 4-bit floats are one element.
+    Ok(dtype.filter(|&dtype| dtype != DType::C64 && dtype != DType::F4 && taken.is(dtype)))
 }
 
 fn see_any<'py>(name: &str, object: &Bound<'py, PyAny>) -> PyResult<Seen<'py>> {
