@@ -12,7 +12,7 @@ use std::path::{Path, PathBuf};
 
 const PAGE: usize = 4096;
 
-/// Tensors `t0`, `t1`, … of so many pages each, every byte 1.
+/// Tensors `t0`, `t1`, … of these numbers of pages, every byte 1.
 fn made(dir: &Path, pages: &[usize]) -> PathBuf {
     let path = dir.join("model.safetensors");
     let mut layout = Layout::builder();

@@ -397,7 +397,7 @@ impl ChangeArgs {
     }
 }
 
-/// A metadata entry: who has no key has lost it on the way.
+/// A metadata entry. One without a key has lost it on the way.
 fn entry(text: &str) -> Result<(String, String), String> {
     let (key, value) = pair(text)?;
     if key.is_empty() { Err("there is no key before the `=`".into()) } else { Ok((key, value)) }

@@ -196,7 +196,7 @@ mod tests {
                 std::fs::write(temporary.path().join(name), b"").unwrap();
                 Ok(name.into())
             };
-            // One without a name gets one, and another; another gets none before it is called off.
+            // One without a name gets one, and another; another gets none before it is cancelled.
             let (mut named, mut unnamed) = (Unfinished::new(&dir, None), Unfinished::new(&dir, None));
             named.named(&dir, || give("d.tmp")).unwrap();
             named.named(&dir, || dir.remove("d.tmp".as_ref()).and_then(|()| give("e.tmp"))).unwrap();

@@ -146,7 +146,7 @@ impl Dir {
         act(Op::Open(self, name), || Ok(rustix::fs::openat(&self.fd, name, flags, Mode::empty())?.into()))
     }
 
-    /// Reads a regular file of at most so many bytes; links are followed.
+    /// Reads a regular file of at most `most` bytes; links are followed.
     pub(crate) fn read(&self, name: &OsStr, most: u64) -> io::Result<Vec<u8>> {
         use std::io::Read as _;
         let file = self.open_linked(name)?;

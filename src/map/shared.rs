@@ -343,7 +343,7 @@ impl SharedMemory {
     /// A child that is forked from now on has the bytes too, as it has all of this process's memory.
     ///
     /// # Errors
-    /// What mmap(2) answers: there is no memory for so many pages of this process's own, where the system promises no
+    /// What mmap(2) answers: there is no memory for that many pages of this process's own, where the system promises no
     /// more than there is (`vm.overcommit_memory=2`). The memory is as it was then: that is tried elsewhere first. Where
     /// the second time fails all the same, on a kernel that has taken the old pages away by then, nobody may touch
     /// it any more (`SIGSEGV`); what another thread maps in that very instant might come to lie there.

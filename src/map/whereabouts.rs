@@ -14,7 +14,7 @@ pub(crate) struct Names {
 
 impl Dir {
     /// That the path this was opened by still leads to it. What is done in a directory that was moved reaches it where
-    /// it is now, and not what its path names: who reports a path, or removes by one, asks first.
+    /// it is now, and not what its path names: what reports a path, or removes by one, asks first.
     ///
     /// A path that cannot be looked at (for want of permission, say) is taken to lead here.
     ///

@@ -115,7 +115,7 @@ impl Mapping {
         self.check(part)?;
         let Some(writable) = self.writable.as_ref().filter(|_| !part.is_empty()) else { return Ok(()) };
         let range = self.pages_holding(part);
-        // Held meanwhile: who looks at the runs sees them as they are.
+        // Held meanwhile: whoever looks at the runs sees them as they are.
         let mut runs = writable.runs();
         if runs.holds(&range) {
             return Ok(());

@@ -26,7 +26,7 @@ pub(super) const KEY: &str = "maptensors.sequence";
 pub(super) enum Rank {
     /// Its number; 0 if it carries none.
     Number(u64),
-    /// It is damaged. It may be the last: who loads that is to be told, rather than get an older one.
+    /// It is damaged. It may be the last: a caller that loads it is to be told, rather than get an older one.
     Damaged,
 }
 
