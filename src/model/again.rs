@@ -9,13 +9,18 @@ use crate::error::{Error, Result};
 use crate::map::Patience;
 use std::path::Path;
 
-/// Finds the files that `path` stands for, and remembers it; again if what a directory had listed is gone.
+/// How often a directory is listed again in which there seems to be no model, or several.
+const LISTINGS: u32 = 3;
+
+/// Finds the files that `path` stands for, and remembers it; again if what a directory had listed is gone, or if it had
+/// listed what a save was just changing: a listing may have the old names of some files and the new ones of others.
 pub(super) fn find(path: &Path, look: impl Fn(&Path) -> Result<Place>) -> Result<Place> {
-    let mut patience = Patience::new();
+    let (mut patience, mut listings) = (Patience::new(), 0);
     loop {
         match look(path) {
             Ok(place) => return Ok(Place { found_by: Some(path.into()), ..place }),
             Err(error) if error.is_not_found() && path.is_dir() && patience.again() => {}
+            Err(Error::NotRegular { .. }) if listings < LISTINGS && path.is_dir() => listings += 1,
             Err(error) => return Err(error),
         }
     }

@@ -134,16 +134,29 @@ fn beside_its_file(index: PathBuf) -> Result<PathBuf> {
         let there = std::fs::metadata(path).ok().filter(std::fs::Metadata::is_file)?;
         Some((there.dev(), there.ino()))
     };
-    let Some(whole) = identity(&file) else { return Ok(index) };
     let dir = index.parent().unwrap_or(Path::new(""));
-    let (_, said) = read_index(&index)?;
-    match said.truth {
-        Some(Truth::File) => return Ok(file),
-        Some(Truth::Index) => return Ok(index),
-        None => {}
-    }
-    if !said.shards.is_empty() && said.shards.iter().all(|shard| identity(&dir.join(shard)) == Some(whole)) {
-        return Ok(file);
+    let mut patience = map::Patience::new();
+    loop {
+        let Some(whole) = identity(&file) else { return Ok(index) };
+        let (opened, said) = read_index(&index)?;
+        match said.truth {
+            Some(Truth::File) => return Ok(file),
+            Some(Truth::Index) => return Ok(index),
+            None => {}
+        }
+        if !said.shards.is_empty()
+            && said.shards.iter().all(|shard| identity(&dir.join(shard)) == Some(whole))
+        {
+            return Ok(file);
+        }
+        // Looked at one after the other, they may never have been there together: a save marks the index before it puts
+        // a file beside it. The file first, and the index, which is open, so that no other has its inode: if both are as
+        // they were, they are.
+        let is_there = identity(&file) == Some(whole);
+        let read = opened.metadata().map(|read| (read.dev(), read.ino())).ok();
+        if is_there && identity(&index) == read || !patience.again() {
+            break;
+        }
     }
     let name = |path: &Path| crate::error::printable(&path.file_name().unwrap_or_default().to_string_lossy());
     Err(Error::Argument(format!(
