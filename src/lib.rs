@@ -83,7 +83,7 @@
 //! # Share
 //!
 //! ```
-//! use maptensors::{Model, Publisher, Subscriber};
+//! use maptensors::{Model, ModelMut, Publisher, Subscriber};
 //!
 //! # let place = std::env::temp_dir().join(format!("maptensors-doc-lib-share-{}", std::process::id()));
 //! let model = Model::read("models/digits.safetensors")?;
@@ -92,7 +92,9 @@
 //!
 //! // In any number of other processes. SAFETY: only publishers write to the publication's files.
 //! let mut weights = unsafe { Subscriber::attach(&place)? };
-//! publisher.publish_changed([("fc1.bias", model.tensor("fc1.bias")?)])?; // the rest stays the same pages
+//! let mut tuned = ModelMut::read("models/digits.safetensors")?;
+//! tuned.tensor_mut("fc1.bias")?.as_mut_slice::<f32>()?[0] += 1.0;
+//! publisher.publish_changed([("fc1.bias", tuned.tensor("fc1.bias")?)])?; // the rest stays the same pages
 //! assert!(weights.wait(None)?);
 //! assert_eq!(weights.refresh()?.unwrap().changed, ["fc1.bias"]);
 //! assert_eq!(weights.model().len(), 4);

@@ -1,6 +1,7 @@
 //! Every file operation that a save depends on, in one place: what a test can record, fail, and work out
 //! from what a crash could leave behind.
 
+use super::fork::Private;
 use rustix::fs::{AtFlags, FallocateFlags, FlockOperation, Mode, OFlags, RenameFlags, Stat};
 use rustix::io::Errno;
 use std::ffi::OsStr;
@@ -9,6 +10,7 @@ use std::io;
 use std::os::fd::{AsRawFd as _, OwnedFd};
 use std::os::unix::fs::FileExt as _;
 use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
 
 /// What is about to be done. Names are relative to their directory.
 #[derive(Debug, Clone, Copy)]
@@ -63,6 +65,9 @@ pub(super) fn act<T>(op: Op<'_>, call: impl FnOnce() -> io::Result<T>) -> io::Re
 /// [`Dir::stands`] says whether it still is where it was opened.
 #[derive(Debug)]
 pub(crate) struct Dir {
+    /// Of one that was locked: a forked child would hold the lock as long as it lives. Declared before the descriptor:
+    /// forgotten before that is closed.
+    locked: OnceLock<Private>,
     pub(super) fd: OwnedFd,
     /// The path that it was opened by, from the root; `None` where that is not known.
     pub(super) path: Option<PathBuf>,
@@ -84,7 +89,7 @@ impl Dir {
         let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC | also;
         let fd = act(Op::OpenDir(path), || Ok(rustix::fs::open(path, flags, Mode::empty())?))?;
         // The process may change its own directory later.
-        Ok(Self { fd, path: std::path::absolute(path).ok() })
+        Ok(Self { locked: OnceLock::new(), fd, path: std::path::absolute(path).ok() })
     }
 
     /// Creates a file that must not be there yet.
@@ -163,7 +168,7 @@ impl Dir {
     pub(crate) fn again(&self) -> io::Result<Self> {
         let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
         let fd = rustix::fs::openat(&self.fd, ".", flags, Mode::empty())?;
-        Ok(Self { fd, path: self.path.clone() })
+        Ok(Self { locked: OnceLock::new(), fd, path: self.path.clone() })
     }
 
     /// What `name` is; links are followed.
@@ -227,6 +232,7 @@ impl Dir {
 
     /// Waits for the directory's lock, which dies with this value or its process.
     pub(crate) fn lock(&self) -> io::Result<()> {
+        self.locked.get_or_init(|| Private::new(&self.fd));
         Ok(rustix::io::retry_on_intr(|| rustix::fs::flock(&self.fd, FlockOperation::LockExclusive))?)
     }
 

@@ -1,19 +1,17 @@
 //! A file that this process has just made, and nobody else knows of.
 
 use super::disk::{self, Dir};
-use super::fork::{Owner, Private, Raw};
+use super::fork::{self, Owner, Private, Raw};
 #[cfg(target_os = "linux")]
 use super::lease;
 use super::{Backing, Mapping};
 use memmap2::MmapOptions;
 use rustix::fs::FlockOperation;
 use rustix::io::Errno;
-use std::collections::BTreeSet;
 use std::ffi::{OsStr, OsString};
 use std::fs::File;
 use std::io;
 use std::os::unix::ffi::OsStrExt as _;
-use std::sync::{Mutex, MutexGuard, PoisonError};
 
 /// A file on its way to becoming someone's weights: created without a name (`O_TMPFILE`), or
 /// [adopted](ExclusiveFile::adopt) when nobody else had it any more.
@@ -45,18 +43,11 @@ const TRIES: usize = 8;
 /// An unfinished file of another boot (or another machine, over a network) is an orphan after so long.
 const ABANDONED: std::time::Duration = std::time::Duration::from_secs(24 * 60 * 60);
 
-/// The names of this process's unfinished files: its own sweep lets them be. To open one would break its lease.
-static OURS: Mutex<BTreeSet<OsString>> = Mutex::new(BTreeSet::new());
-
-fn ours() -> MutexGuard<'static, BTreeSet<OsString>> {
-    OURS.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
 impl Drop for ExclusiveFile {
     fn drop(&mut self) {
         // In a fork's child the lock may be held by a thread that is not there.
         if let Some(name) = self.name.as_ref().filter(|_| self.owner.is_me()) {
-            ours().remove(name);
+            fork::forget_unfinished(name);
         }
     }
 }
@@ -67,7 +58,9 @@ impl ExclusiveFile {
     }
 
     fn kept(private: Private, file: File, name: Option<OsString>, leased: bool) -> Self {
-        ours().extend(name.clone());
+        if let Some(name) = &name {
+            fork::note_unfinished(name.clone());
+        }
         Self { _private: private, file, name, leased, owner: Owner::me() }
     }
 
@@ -108,14 +101,14 @@ impl ExclusiveFile {
         loop {
             let name = random_name()?;
             // Known before it is there: a sweep of this process's would see its own lock and let it be, but open it.
-            ours().insert(name.clone());
+            fork::note_unfinished(name.clone());
             match dir.link(&self.file, &name) {
                 Ok(()) => {
                     self.name = Some(name.clone());
                     return Ok(name);
                 }
                 Err(error) => {
-                    ours().remove(&name);
+                    fork::forget_unfinished(&name);
                     if error.raw_os_error() != Some(libc::EEXIST) {
                         return Err(error);
                     }
@@ -220,7 +213,7 @@ impl ExclusiveFile {
     /// old. Best effort.
     pub(crate) fn sweep(dir: &Dir) {
         for name in dir.names().unwrap_or_default() {
-            if !Self::is_unfinished(&name) || ours().contains(&name) {
+            if !Self::is_unfinished(&name) || fork::is_unfinished(&name) {
                 continue;
             }
             let Ok(file) = dir.open_file(&name, false) else { continue };

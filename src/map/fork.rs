@@ -18,10 +18,11 @@
 use crate::error::{Error, Result};
 use memmap2::MmapRaw;
 use std::cell::UnsafeCell;
-use std::fs::File;
+use std::collections::BTreeSet;
+use std::ffi::{OsStr, OsString};
 use std::io;
 use std::ops::{Deref, Range};
-use std::os::fd::{AsRawFd as _, RawFd};
+use std::os::fd::{AsRawFd, RawFd};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Mutex, MutexGuard, Once, PoisonError};
 
@@ -75,10 +76,29 @@ struct Withheld {
     memory: Vec<(u64, Range<usize>)>,
     next: u64,
     descriptors: Vec<RawFd>,
+    /// The names of this process's unfinished files. Here, so that no child is forked while another thread has them
+    /// locked: it would wait for that thread for ever.
+    names: BTreeSet<OsString>,
 }
 
 static WITHHELD: Mutex<Withheld> =
-    Mutex::new(Withheld { memory: Vec::new(), next: 0, descriptors: Vec::new() });
+    Mutex::new(Withheld { memory: Vec::new(), next: 0, descriptors: Vec::new(), names: BTreeSet::new() });
+
+/// Notes the name of an unfinished file of this process.
+pub(super) fn note_unfinished(name: OsString) {
+    handle();
+    withheld().names.insert(name);
+}
+
+/// Forgets what [`note_unfinished`] noted.
+pub(super) fn forget_unfinished(name: &OsStr) {
+    withheld().names.remove(name);
+}
+
+/// Whether a name is that of an unfinished file of this process.
+pub(super) fn is_unfinished(name: &OsStr) -> bool {
+    withheld().names.contains(name)
+}
 
 fn withheld() -> MutexGuard<'static, Withheld> {
     WITHHELD.lock().unwrap_or_else(PoisonError::into_inner)
@@ -266,13 +286,13 @@ fn pages(map: &MmapRaw) -> Range<usize> {
 
 /// A descriptor that children are not to have, listed as long as this lives: dropped before it is closed.
 #[derive(Debug)]
-pub(super) struct Private {
+pub(crate) struct Private {
     descriptor: RawFd,
     owner: Owner,
 }
 
 impl Private {
-    pub(super) fn new(file: &File) -> Self {
+    pub(super) fn new(file: &impl AsRawFd) -> Self {
         let (descriptor, owner) = (file.as_raw_fd(), Owner::me());
         withheld().descriptors.push(descriptor);
         Self { descriptor, owner }

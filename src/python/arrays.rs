@@ -221,8 +221,20 @@ impl Array<'_> {
         py: Python<'py>,
         device: Option<&Bound<'py, PyAny>>,
     ) -> PyResult<Bound<'py, PyAny>> {
+        // JAX writes to no array, but whoever takes its array by DLPack may.
+        if !self.read_only && jax_stays(py, device)? {
+            self.make_writable()?;
+        }
+        self.ready_jax(py, device)
+    }
+
+    /// As [`Array::jax`], of memory that is [writable](Array::make_writable) already, where the array stays there.
+    pub(super) fn ready_jax<'py>(
+        &self,
+        py: Python<'py>,
+        device: Option<&Bound<'py, PyAny>>,
+    ) -> PyResult<Bound<'py, PyAny>> {
         static DEVICE_PUT: PyOnceLock<Py<PyAny>> = PyOnceLock::new();
-        // JAX writes to no array.
         let array = Array { read_only: true, ..*self }.ready_numpy(py)?;
         // jax.numpy.asarray copies; device_put takes aligned host memory as it is.
         import(py, &DEVICE_PUT, "jax", "device_put")?.call1((array, device))
@@ -281,6 +293,16 @@ impl Array<'_> {
 
 pub(super) fn is_cpu(device: &Bound<'_, PyAny>) -> bool {
     device.is_none() || device.str().is_ok_and(|text| text == "cpu")
+}
+
+/// Whether JAX has arrays that are made for a device in this memory, where it can.
+pub(super) fn jax_stays(py: Python<'_>, device: Option<&Bound<'_, PyAny>>) -> PyResult<bool> {
+    static DEFAULT: PyOnceLock<Py<PyAny>> = PyOnceLock::new();
+    let platform = match device {
+        Some(device) => device.getattr(intern!(py, "platform")).ok(),
+        None => Some(import(py, &DEFAULT, "jax", "default_backend")?.call0()?),
+    };
+    Ok(platform.is_none_or(|platform| is_cpu(&platform)))
 }
 
 pub(super) static NDARRAY: PyOnceLock<Py<PyAny>> = PyOnceLock::new();

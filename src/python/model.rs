@@ -1,6 +1,6 @@
 //! `maptensors.Model`: a mapping of names to tensors.
 
-use super::arrays::{Array, is_cpu};
+use super::arrays::{Array, is_cpu, jax_stays};
 use super::changes::Changes;
 use super::collector::PausedCollector;
 use super::interrupt::interruptible;
@@ -383,7 +383,8 @@ impl Model {
     /// All tensors as JAX arrays, of the same memory where it is aligned to 64 bytes.
     #[pyo3(signature = (device = None))]
     fn jax<'py>(&self, py: Python<'py>, device: Option<Bound<'py, PyAny>>) -> PyResult<Bound<'py, PyDict>> {
-        self.arrays(py, false, |array| array.jax(py, device.as_ref()))
+        let stays = jax_stays(py, device.as_ref())?;
+        self.arrays(py, stays, |array| array.ready_jax(py, device.as_ref()))
     }
 
     /// Writes all tensors and the metadata, edits included, as `maptensors.save` does; also onto the model's

@@ -11,8 +11,9 @@ use crate::format::safetensors;
 use crate::layout::Layout;
 use crate::map::Source;
 use crate::map::disk::Dir;
+use crate::save::sharded::{Locked, save_in};
 use crate::save::{
-    Commit, Create, DraftOptions, Edited, HeaderEdit, Target, checksum, fill, model_may_be_at, place, sharded,
+    Commit, Create, DraftOptions, Edited, HeaderEdit, Target, checksum, fill, model_may_be_at, place,
 };
 use pyo3::prelude::*;
 use pyo3::types::PyBytes;
@@ -79,7 +80,9 @@ pub(super) fn save(
                 shared.remove(CHECKSUMS);
             }
             let write = |part, path: &Path, dir: &Arc<Dir>| write(part, path, Some(dir));
-            sharded::save(&sizes(&tensors), &path, limit, shared.as_ref(), durable, write)?;
+            // Whoever has the directory locked may need the interpreter to finish.
+            let locked = py.detach(|| Locked::wait(&path))?;
+            save_in(locked, &sizes(&tensors), &path, limit, shared.as_ref(), durable, write)?;
         }
     }
     Ok(true)

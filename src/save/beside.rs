@@ -23,7 +23,7 @@ use std::sync::Arc;
 
 /// The sharded set that a whole file takes the place of.
 struct OldSet {
-    /// Locked: no other save changes the set meanwhile.
+    /// Locked, unless nobody else saves here: no other save changes the set meanwhile.
     dir: Arc<Dir>,
     index: PathBuf,
     name: OsString,
@@ -37,7 +37,10 @@ pub(super) fn publish_model(pending: Pending, durable: bool) -> Result<()> {
     let path = pending.path().to_owned();
     let Some(name) = index_name(&path) else { return pending.publish(durable) };
     if is_file(pending.dir(), &name) {
-        let mut set = OldSet::lock(pending.dir(), &path, &name)?;
+        // Whoever has a directory to itself commits one file at a time, and may have locked it for a set that is to come
+        // after this one.
+        let alone = pending.stays();
+        let mut set = OldSet::find(pending.dir(), &path, &name, !alone)?;
         set.give_way(path.file_name().unwrap_or_default(), durable)?;
         return match pending.publish(durable) {
             Ok(()) => set.remove(&path, durable),
@@ -47,7 +50,7 @@ pub(super) fn publish_model(pending: Pending, durable: bool) -> Result<()> {
             }
         };
     }
-    let (dir, file) = (pending.dir().clone(), pending.file().file().metadata());
+    let (alone, dir, file) = (pending.stays(), pending.dir().clone(), pending.file().file().metadata());
     let file =
         file.map(|file| (file.dev(), file.ino())).map_err(Error::io(&path, "asking which file it is"))?;
     pending.publish(durable)?;
@@ -55,7 +58,7 @@ pub(super) fn publish_model(pending: Pending, durable: bool) -> Result<()> {
         return Ok(());
     }
     // A set was saved meanwhile. It has taken this file away, if it was the later one.
-    let set = OldSet::lock(&dir, &path, &name)?;
+    let set = OldSet::find(&dir, &path, &name, !alone)?;
     let there = dir.stat(path.file_name().unwrap_or_default());
     if there.is_ok_and(|there| (there.st_dev, there.st_ino) == file) {
         return set.remove(&path, durable);
@@ -106,11 +109,13 @@ fn index_name(path: &Path) -> Option<OsString> {
 }
 
 impl OldSet {
-    fn lock(dir: &Dir, path: &Path, name: &OsStr) -> Result<Self> {
+    fn find(dir: &Dir, path: &Path, name: &OsStr, lock: bool) -> Result<Self> {
         let parent = path.parent().unwrap_or(Path::new(""));
         let dir = Arc::new(dir.again().map_err(Error::io(path, "opening its directory"))?);
         // Released when dropped, or by the process' death. File systems without locks lose only this.
-        dir.lock().ok();
+        if lock {
+            dir.lock().ok();
+        }
         let index = parent.join(name);
         let bytes = match dir.read(name, index::MAX_INDEX_LEN) {
             Ok(bytes) => bytes,

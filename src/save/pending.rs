@@ -117,6 +117,11 @@ impl Pending {
         self.file.is_in(&self.dir)
     }
 
+    /// Whether its directory is held open for more than this file: of checkpoints, a publication, or a set.
+    pub(super) fn stays(&self) -> bool {
+        self.stays
+    }
+
     /// The directory it is made in.
     pub(super) fn dir(&self) -> &Arc<Dir> {
         &self.dir

@@ -31,7 +31,38 @@ pub(crate) fn save<E: From<Error>>(
     durable: bool,
     write: impl Fn(Range<usize>, &Path, &Arc<Dir>) -> Result<(), E>,
 ) -> Result<(), E> {
-    let target = Target::of(path, None)?;
+    save_in(Locked::wait(path)?, tensors, path, limit, metadata, durable, write)
+}
+
+/// The directory of a set, locked: one set at a time.
+pub(crate) struct Locked(Target);
+
+impl Locked {
+    /// Waits for whoever saves a set there. Not to be called with anything held that others need to finish.
+    ///
+    /// # Errors
+    /// As [`save`], of the path and its directory.
+    pub(crate) fn wait(path: &Path) -> Result<Self> {
+        let target = Target::of(path, None)?;
+        // File systems without locks lose only this.
+        target.dir.lock().ok();
+        Ok(Self(target))
+    }
+}
+
+/// As [`save`], in a directory that is locked.
+///
+/// # Errors
+/// As there.
+pub(crate) fn save_in<E: From<Error>>(
+    Locked(target): Locked,
+    tensors: &[(&str, u64)],
+    path: &Path,
+    limit: u64,
+    metadata: Option<&BTreeMap<String, String>>,
+    durable: bool,
+    write: impl Fn(Range<usize>, &Path, &Arc<Dir>) -> Result<(), E>,
+) -> Result<(), E> {
     // Each file is committed once it is filled, so that no two need memory together.
     let later = |_, _: &Path, _: &Arc<Dir>| Ok(Box::new(|| Ok(None)) as Commit);
     let mut set = stage_at::<E>(target, tensors, path, limit, metadata, durable, later)?;

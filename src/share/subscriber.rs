@@ -149,7 +149,7 @@ pub struct Refreshed {
 /// of processes hold the same pages.
 ///
 /// ```
-/// use maptensors::{Model, Publisher, Subscriber};
+/// use maptensors::{Model, ModelMut, Publisher, Subscriber};
 ///
 /// # let place = std::env::temp_dir().join(format!("maptensors-doc-attach-{}", std::process::id()));
 /// let model = Model::read("models/digits.safetensors")?;
@@ -160,7 +160,9 @@ pub struct Refreshed {
 /// // SAFETY: only publishers write to the publication's files.
 /// let mut weights = unsafe { Subscriber::attach(&place)? };
 /// let first = weights.model().clone(); // stays as it is
-/// publisher.publish_changed([("fc1.bias", model.tensor("fc1.bias")?)])?;
+/// let mut tuned = ModelMut::read("models/digits.safetensors")?;
+/// tuned.tensor_mut("fc1.bias")?.as_mut_slice::<f32>()?[0] += 1.0;
+/// publisher.publish_changed([("fc1.bias", tuned.tensor("fc1.bias")?)])?;
 /// assert!(weights.wait(None)?);
 /// let refreshed = weights.refresh()?.unwrap();
 /// assert_eq!((refreshed.generation, &refreshed.changed[..]), (2, &["fc1.bias".to_owned()][..]));

@@ -67,6 +67,7 @@ WRITERS: dict[str, Callable[[mt.Tensor], Any]] = {
     "torch.frombuffer": frombuffer_to_write,
     "torch.from_dlpack": torch.from_dlpack,
     "np.from_dlpack": np.from_dlpack,
+    "torch over jax": lambda tensor: torch.from_dlpack(tensor.jax()),
     "data_ptr": lambda tensor: tensor.data_ptr(),
     "view": lambda tensor: tensor.view("U8").numpy(),
     "assignment": lambda tensor: tensor.__setitem__(..., 7.0),
@@ -88,8 +89,6 @@ READERS: dict[str, Callable[[mt.Model], Any]] = {
     "tobytes": lambda model: [model[name].tobytes() for name in model],
     "hashing": lambda model: [hashlib.sha256(model[name]).digest() for name in model],  # type: ignore[arg-type]
     "writing to a file": lambda model: [io.BytesIO().write(model[name]) for name in model],  # type: ignore[arg-type]
-    "jax": lambda model: model.jax(),
-    "a tensor's jax": lambda model: [model[name].jax() for name in model],
     "stream": lambda model: list(model.stream()),
     "changed": lambda model: model.changed(),
     "mark": lambda model: model.mark(),
