@@ -73,7 +73,7 @@ impl Saves {
             Ok(memory)
         });
         let (bytes, durable, staged) = (128, false, Duration::ZERO);
-        let job = Job { commit, step, path, bytes, ready, size, durable, begun, staged };
+        let job = Job { commit, step, path, bytes, ready, size, durable, begun, staged, below: None };
         Ok(self.queue.submit(job, inline))
     }
 
@@ -209,7 +209,7 @@ fn a_step_that_is_removed_meanwhile_is_gone_and_the_others_are_kept() {
         saves.save(2, true).unwrap().wait().unwrap();
         drop(saves.save(4, false).unwrap());
         saves.queue.prepare(4096);
-        saves.queue.remove(2);
+        saves.queue.remove(2, false).unwrap();
         drop(saves.save(6, false).unwrap());
         saves.queue.finish().unwrap();
         assert_eq!(saves.committed(), [2, 4, 6]);
