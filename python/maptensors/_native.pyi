@@ -237,6 +237,7 @@ def open(
     length: int | None = None,
     guard: bool = False,
 ) -> Model: ...
+def open_whole(path: _Path | Iterable[_Path], backend: str = "mmap") -> Model: ...
 def create(
     path: str | os.PathLike[str],
     spec: Mapping[str, Any],

@@ -38,4 +38,4 @@ def load(data: bytes) -> dict[str, np.ndarray]:
 
 def load_file(filename: str | os.PathLike[str], *, backend: str = "mmap") -> dict[str, np.ndarray]:
     """Return the arrays in a safetensors file; see :func:`maptensors.open`."""
-    return _native.open(filename, backend=backend).numpy()
+    return _native.open_whole(filename, backend).numpy()

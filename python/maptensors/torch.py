@@ -55,6 +55,9 @@ def load_file(
     filename: str | os.PathLike[str], device: str | int | torch.device = "cpu", *, backend: str = "mmap"
 ) -> dict[str, torch.Tensor]:
     """Return the tensors in a safetensors file, on ``device``; see :func:`maptensors.open`."""
+    if device == "cpu":
+        return _native.open_whole(filename, backend).torch()
+    # A device copies from read-only pages, which it then does not make this process's own.
     return _native.open(filename, backend=backend).torch(device)
 
 

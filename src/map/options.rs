@@ -26,6 +26,8 @@ pub struct MapOptions {
     huge_pages: bool,
     /// Whether a read-only mapping has the file beside it to compare with, too.
     compared: bool,
+    /// Whether all of it is about to be taken to be written.
+    taken: bool,
     start: u64,
     /// To the end of the file if missing.
     end: Option<u64>,
@@ -39,6 +41,7 @@ impl Default for MapOptions {
             reserve_swap: None,
             huge_pages: true,
             compared: false,
+            taken: false,
             start: 0,
             end: None,
         }
@@ -100,6 +103,14 @@ impl MapOptions {
     #[cfg(feature = "python")]
     pub(crate) fn compared(mut self) -> Self {
         self.compared = true;
+        self
+    }
+
+    /// Has a copy-on-write mapping be writable as a whole from the start: for all of it is taken at once, which then
+    /// needs no mprotect(2). Where the kernel does not promise the memory, it starts read-only as others do.
+    #[cfg(feature = "python")]
+    pub(crate) fn taken(mut self) -> Self {
+        self.taken = true;
         self
     }
 
@@ -375,7 +386,7 @@ impl MapOptions {
         let start = usize::try_from(window.offset % page).unwrap_or_default();
         let mut options = MmapOptions::new();
         options.offset(window.offset - start as u64).len(start + window.len);
-        let mut writable = None;
+        let (mut writable, mut taken) = (None, false);
         let raw: Raw = match backing {
             // All of it is to be promised at once.
             Backing::CopyOnWrite if self.reserve_swap == Some(true) => {
@@ -386,14 +397,27 @@ impl MapOptions {
                 writable = Some(Arc::default());
                 // Kept by pages that are made writable: the kernel then promises memory for none, where it may choose.
                 options.no_reserve_swap();
-                // SAFETY: as above.
-                MmapRaw::from(unsafe { options.map_copy_read_only(file) }?).into()
+                let at_once = (self.taken && backing == Backing::CopyOnWrite).then(|| {
+                    // SAFETY: as above.
+                    unsafe { options.map_copy(file) }
+                });
+                if let Some(Ok(map)) = at_once {
+                    taken = true;
+                    MmapRaw::from(map).into()
+                } else {
+                    // What the kernel does not promise is refused by the tensor, once that is taken.
+                    // SAFETY: as above.
+                    MmapRaw::from(unsafe { options.map_copy_read_only(file) }?).into()
+                }
             }
             Backing::Output => Raw::withheld(|| options.map_raw(file))?,
             _ => options.map_raw(file)?.into(),
         };
         let mut mapping = Mapping::new(raw, start, window.len, backing);
         mapping.writable = writable;
+        if taken {
+            mapping.note_writable(&(0..window.len));
+        }
         mapping.offset = window.offset;
         self.advise_huge(&mut mapping);
         Ok(mapping)

@@ -165,8 +165,7 @@ impl Mapping {
         let _ = run;
     }
 
-    /// Notes that the pages that hold a part may be written by now: new ones were put in their place.
-    #[cfg(target_os = "linux")]
+    /// Notes that the pages that hold a part may be written by now: they were mapped so, or put in others' place.
     pub(super) fn note_writable(&self, part: &Range<usize>) {
         if let (Some(writable), false) = (&self.writable, part.is_empty()) {
             writable.runs().add(self.pages_holding(part));

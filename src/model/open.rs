@@ -71,6 +71,13 @@ impl OpenOptions {
         self
     }
 
+    /// For a model whose tensors are all taken to be written at once: see [`MapOptions::taken`].
+    #[cfg(feature = "python")]
+    pub(crate) fn taken(mut self) -> Self {
+        self.map = self.map.taken();
+        self
+    }
+
     /// Whether to ask for huge pages (default): see [`MapOptions::huge_pages`].
     #[must_use]
     pub fn huge_pages(mut self, huge: bool) -> Self {

@@ -65,6 +65,7 @@ fn native(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_function(wrap_pyfunction!(lazy::stream, module)?)?;
     module.add_function(wrap_pyfunction!(open::load_bytes, module)?)?;
     module.add_function(wrap_pyfunction!(open::open, module)?)?;
+    module.add_function(wrap_pyfunction!(open::open_whole, module)?)?;
     module.add_function(wrap_pyfunction!(save::edit, module)?)?;
     module.add_function(wrap_pyfunction!(save::planned_size, module)?)?;
     module.add_function(wrap_pyfunction!(save::save, module)?)?;

@@ -4,6 +4,7 @@ import hashlib
 import io
 import json
 import resource
+import shutil
 import struct
 import subprocess
 import sys
@@ -194,7 +195,9 @@ assert model["large"].tobytes()[-1] == 0 if large < 1 << 24 else True
 array = model["small"].numpy()
 if mode == "c":
     array[0] = 1
-for take in (lambda: model["large"].numpy(), lambda: model["large"].torch(), lambda: model.numpy()):
+import maptensors.numpy, maptensors.torch
+loads = [] if mode == "r" else [lambda: mt.numpy.load_file(path), lambda: mt.torch.load_file(path)]
+for take in [lambda: model["large"].numpy(), lambda: model["large"].torch(), lambda: model.numpy(), *loads]:
     try:
         take()
     except OSError as error:
@@ -227,6 +230,27 @@ def test_a_model_larger_than_what_may_be_written_opens_and_is_charged_for_what_i
     )
     assert ran.returncode == 0, ran.stderr
     assert resource.getrlimit(resource.RLIMIT_DATA)[0] != large  # the child's alone
+
+
+LOADED_AT_ONCE = """
+import sys
+import maptensors.numpy, maptensors.torch
+load = {"numpy": maptensors.numpy, "torch": maptensors.torch}[sys.argv[1]].load_file
+kept = load(sys.argv[2])
+"""
+
+
+@pytest.mark.parametrize("framework", ["numpy", "torch"])
+def test_tensors_that_are_all_loaded_are_mapped_writable_at_once(path: Path, framework: str) -> None:
+    if shutil.which("strace") is None:
+        pytest.skip("needs strace")
+    command = ["strace", "-f", "-y", "-e", "trace=mmap,mprotect", sys.executable, "-c", LOADED_AT_ONCE]
+    ran = subprocess.run([*command, framework, path], capture_output=True, text=True, timeout=120)
+    assert ran.returncode == 0, ran.stderr[-2000:]
+    written = [line for line in ran.stderr.splitlines() if "PROT_WRITE" in line]
+    (at,) = (int(line.split()[-1], 16) for line in written if "mmap(" in line and str(path) in line)
+    changed = [int(line.split("mprotect(")[1].split(",")[0], 16) for line in written if "mprotect(" in line]
+    assert not [address for address in changed if at <= address < at + path.stat().st_size]
 
 
 def test_a_rank_of_a_model_that_is_edited_in_its_file_never_gets_a_copy(tmp_path: Path) -> None:
