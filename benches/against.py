@@ -1,7 +1,8 @@
 """Compare this build of maptensors with another one, in one run.
 
-``against.py PYTHON`` takes the interpreter of an environment that has the other build. Samples of the two are taken
-in fresh processes, in random order within a job. The table has the medians, and ours as a ratio of the other's.
+``against.py PYTHON`` takes the interpreter of an environment that has the other build. Samples of the two
+are taken in fresh processes, in random order within a job. The table has the medians, and this build's as a
+ratio of the other's.
 """
 
 import argparse
@@ -22,8 +23,7 @@ from jobs import Arm, Bench, Effort
 from shapes import Shapes
 
 OURS = ("ours", "checkpoint_", "delta_", "share_")
-# Memory-bound and durable saves vary more than anything that changes between two builds: more processes take samples.
-TIMES = 2
+TIMES = 2  # more samples than a comparison with peers needs: two builds differ by less
 
 
 def main() -> None:
