@@ -1,5 +1,14 @@
 //! Which tensors there are and where: plain data, the same for a file read and a file about to be written.
 
+mod catalog;
+#[cfg(any(feature = "cli", feature = "python"))]
+pub(crate) mod glob;
+mod select;
+
+pub(crate) use catalog::{Catalog, Shard};
+pub use select::Select;
+pub(crate) use select::{Place, Run};
+
 use crate::dtype::DType;
 use crate::error::{Error, Result};
 use hashbrown::{DefaultHashBuilder, HashTable};

@@ -1,10 +1,14 @@
 //! From files to a model's parts: opened, their headers read, held against the index.
 
-use super::{Catalog, Guards, OpenOptions, Place, Shard, again};
+use super::{Guards, OpenOptions, Place, again};
 use crate::error::{Error, Result};
 use crate::format::{index, safetensors};
+use crate::layout::{Catalog, Shard};
 use crate::layout::{Layout, Text};
-use crate::map::{self, Guard, MapOptions, Stamp, Window};
+use crate::map::{MapOptions, Window};
+use crate::os;
+use crate::os::{Guard, Stamp};
+use crate::work;
 use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -59,7 +63,7 @@ fn assemble_now<M: Send + Sync>(
     let watched = options.guard && access != Access::Copy;
     let open = |path: &Path| -> Result<(Shard, Brought<M>)> {
         let edit = access == Access::Edit;
-        let (file, len) = if edit { map::open_regular_to_edit(path) } else { map::open_regular(path) }?;
+        let (file, len) = if edit { os::open_regular_to_edit(path) } else { os::open_regular(path) }?;
         // Before anything is read: what changes from here on is found.
         let stamp = watched.then(|| Stamp::of(&file, edit)).transpose();
         let stamp = stamp.map_err(Error::io(path, "asking when it was written"))?;
@@ -72,7 +76,7 @@ fn assemble_now<M: Send + Sync>(
     let mut opened = Vec::new();
     opened.resize_with(place.files.len(), || None);
     let jobs = place.files.iter().zip(&mut opened).collect();
-    map::each_in_parallel(jobs, |(path, slot): (&PathBuf, &mut Option<_>)| {
+    work::each_in_parallel(jobs, |(path, slot): (&PathBuf, &mut Option<_>)| {
         *slot = Some(open(path)?);
         Ok(())
     })?;
@@ -113,7 +117,7 @@ fn layout_in(
     header: impl Fn(&File, &Path, Window) -> Result<Text>,
 ) -> Result<Layout> {
     let len = window.len as u64;
-    let prefix = map::read_exact_at(file, path, window.offset, safetensors::PREFIX_LEN.min(window.len))?;
+    let prefix = os::read_exact_at(file, path, window.offset, safetensors::PREFIX_LEN.min(window.len))?;
     let part = Window {
         offset: window.offset + safetensors::PREFIX_LEN as u64,
         len: safetensors::header_len(&prefix, len, path)?,
@@ -123,7 +127,7 @@ fn layout_in(
 
 /// A header as text of our own.
 pub(super) fn read_header(file: &File, path: &Path, part: Window) -> Result<Text> {
-    let bytes = map::read_exact_at(file, path, part.offset, part.len)?;
+    let bytes = os::read_exact_at(file, path, part.offset, part.len)?;
     let text = String::from_utf8(bytes).map_err(|e| safetensors::not_utf8(e.utf8_error(), path))?;
     Ok(Text::Owned(text))
 }
