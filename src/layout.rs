@@ -287,16 +287,16 @@ pub(crate) fn elements(shape: &[usize]) -> Option<usize> {
 /// Bytes that a shape and dtype ask for. A dimension of zero makes it zero, wherever it stands.
 ///
 /// # Errors
-/// [`Error::Overflow`] where the count leaves `usize`, [`Error::Align`] where it ends inside a byte.
+/// [`Error::Overflow`] where the count leaves `usize`, [`Error::Align`] where it ends inside a block.
 pub(crate) fn checked_nbytes(path: &Path, tensor: &str, dtype: DType, shape: &[usize]) -> Result<usize> {
     let overflow = || Error::Overflow { path: path.into(), tensor: tensor.into(), shape: shape.to_vec() };
     let elements = elements(shape).ok_or_else(overflow)?;
-    let bits = elements.checked_mul(dtype.bits()).ok_or_else(overflow)?;
-    if bits % 8 != 0 {
-        let what = format!("ends inside a byte: {elements} elements of {} bits", dtype.bits());
+    let block = dtype.block();
+    if !block.is_whole(elements) {
+        let what = format!("has {elements} elements and ends inside a block, which is {block}");
         return Err(Error::Align { path: path.into(), tensor: tensor.into(), what });
     }
-    Ok(bits / 8)
+    block.nbytes(elements).ok_or_else(overflow)
 }
 
 /// Collects what a header says, in the header's order, and checks it once at the end.
@@ -508,7 +508,7 @@ impl LayoutBuilder {
     ///
     /// # Errors
     /// [`Error::Duplicate`] for a name given twice, [`Error::Overflow`], [`Error::Limit`] (rank),
-    /// [`Error::Align`] for sub-byte data that ends inside a byte, [`Error::Argument`] for the name
+    /// [`Error::Align`] for data that ends inside a block, [`Error::Argument`] for the name
     /// `__metadata__`, which the format reserves.
     pub fn build(self) -> Result<Layout> {
         let path = Path::new("");

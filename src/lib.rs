@@ -158,7 +158,8 @@ pub mod cli;
 mod python;
 
 pub use dtype::{
-    DType, Element, F4x2, F6E2M3x4, F6E3M2x4, F8E4M3, F8E4M3Fnuz, F8E5M2, F8E5M2Fnuz, F8E8M0, UnknownDType,
+    Block, DType, Element, F4x2, F6E2M3x4, F6E3M2x4, F8E4M3, F8E4M3Fnuz, F8E5M2, F8E5M2Fnuz, F8E8M0,
+    UnknownDType,
 };
 pub use error::{Error, Result};
 pub use half::{bf16, f16};

@@ -102,7 +102,7 @@ impl<'de> Visitor<'de> for TensorEntry<'_, '_> {
                 }
                 "dtype" => {
                     let found = map.next_value_seed(Text)?;
-                    dtype = Some(DType::from_name(found.as_bytes()).ok_or_else(|| {
+                    dtype = Some(DType::from_safetensors_name(found.as_bytes()).ok_or_else(|| {
                         self.header.stop(Error::DType {
                             path: self.header.path.into(),
                             tensor: self.name.into(),
