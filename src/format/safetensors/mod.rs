@@ -29,8 +29,11 @@ pub(crate) use edit::{Changes, Pieces};
 pub(crate) use write::{encode, encode_placed, finish, metadata_len, padded};
 
 use crate::error::{Error, Result};
-use crate::layout::{Layout, Text};
+use crate::layout::{Layout, Rules, Text};
 use std::path::Path;
+
+/// Each byte of the data is one tensor's.
+const RULES: Rules = Rules { gaps: false, overlaps: false, trailing: false };
 
 /// Bytes of the header's length field.
 pub(crate) const PREFIX_LEN: usize = 8;
@@ -111,7 +114,7 @@ pub(crate) fn parse_text(text: Text, file_len: u64, path: &Path) -> Result<Layou
         // Not the plain form that writers produce: unusual, or wrong. The JSON crate is the judge.
         None => json::read(text.as_str(), path)?,
     };
-    parts.finish(path, data_start, Some(file_len))
+    parts.finish(RULES, path, data_start, Some(file_len))
 }
 
 /// Parses a whole file in memory.
