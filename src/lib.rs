@@ -149,6 +149,7 @@ mod map;
 mod model;
 mod save;
 mod share;
+mod source;
 mod sync;
 mod tensor;
 
@@ -163,7 +164,7 @@ pub use dtype::{
 };
 pub use error::{Error, Result};
 pub use half::{bf16, f16};
-pub use layout::{Layout, LayoutBuilder, MAX_RANK, TensorInfo};
+pub use layout::{Format, Layout, LayoutBuilder, MAX_RANK, TensorInfo};
 pub use map::{Advice, Backing, Evicted, MapOptions, Mapping, Residency, SharedMemory};
 #[cfg(target_os = "linux")]
 pub use map::{Memfd, SealedMemfd};

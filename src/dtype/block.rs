@@ -22,14 +22,16 @@ pub struct Block {
 }
 
 impl Block {
-    /// Bytes that `elements` elements take, or `None` on overflow or where they are no whole number of blocks.
+    /// Bytes that `elements` elements take, or `None` where they are no whole number of blocks, or more bytes than
+    /// memory has addresses (`isize::MAX`).
     ///
     /// ```
     /// assert_eq!(maptensors::DType::F4.block().nbytes(3), None);
     /// ```
     pub const fn nbytes(self, elements: usize) -> Option<usize> {
-        match elements.checked_div(self.elements) {
-            Some(blocks) if self.is_whole(elements) => blocks.checked_mul(self.bytes),
+        let Some(blocks) = elements.checked_div(self.elements) else { return None };
+        match blocks.checked_mul(self.bytes) {
+            Some(bytes) if self.is_whole(elements) && bytes <= isize::MAX.cast_unsigned() => Some(bytes),
             _ => None,
         }
     }
@@ -81,7 +83,10 @@ mod tests {
             (SUPER, 256, Some(144)),
             (SUPER, 255, None),
             (SUPER, 257, None),
-            (SUPER, usize::MAX - 255, Some((usize::MAX - 255) / 256 * 144)),
+            (PLAIN, usize::MAX / 8, Some(usize::MAX / 8 * 4)),
+            (PLAIN, usize::MAX / 8 + 1, None),
+            (SUPER, usize::MAX / 4 + 1, Some((usize::MAX / 4 + 1) / 256 * 144)),
+            (SUPER, usize::MAX - 255, None),
             (Block { elements: 2, bytes: 34 }, usize::MAX - 1, None),
         ] {
             assert_eq!(block.nbytes(elements), bytes, "{block}, {elements} of them");

@@ -160,7 +160,8 @@ impl DType {
         if block.elements == 1 { Some(block.bytes) } else { None }
     }
 
-    /// Bytes that `elements` elements take, or `None` on overflow or where they are no whole number of blocks.
+    /// Bytes that `elements` elements take, or `None` where they are no whole number of blocks, or more bytes than
+    /// memory has addresses.
     ///
     /// ```
     /// assert_eq!(maptensors::DType::F32.nbytes(3), Some(12));

@@ -28,7 +28,7 @@ pub(crate) fn elements(shape: &[usize]) -> Option<usize> {
 /// Bytes that a shape and dtype ask for. A dimension of zero makes it zero, wherever it stands.
 ///
 /// # Errors
-/// [`Error::Overflow`] where the count leaves `usize`, [`Error::Align`] where it ends inside a block.
+/// [`Error::Overflow`] where the count leaves `isize`, [`Error::Align`] where it ends inside a block.
 pub(super) fn checked_nbytes(path: &Path, tensor: &str, dtype: DType, shape: &[usize]) -> Result<usize> {
     let overflow = || Error::Overflow { path: path.into(), tensor: tensor.into(), shape: shape.to_vec() };
     let elements = elements(shape).ok_or_else(overflow)?;
@@ -215,6 +215,7 @@ impl Parts {
             lookup,
             hasher,
             metadata: self.metadata,
+            format: None,
             data_start,
             data_len: reach,
         })

@@ -1,9 +1,13 @@
 //! Which tensors there are and where: plain data, the same for a file read and a file about to be written.
 
 mod check;
+mod format;
 mod plan;
 
-pub(crate) use check::{Parts, Rules, elements};
+#[cfg(feature = "python")]
+pub(crate) use check::elements;
+pub(crate) use check::{Parts, Rules};
+pub use format::Format;
 pub use plan::LayoutBuilder;
 
 use crate::dtype::DType;
@@ -144,6 +148,7 @@ pub struct Layout {
     lookup: HashTable<u32>,
     hasher: DefaultHashBuilder,
     metadata: Option<BTreeMap<String, String>>,
+    format: Option<Format>,
     data_start: u64,
     data_len: u64,
 }
@@ -194,6 +199,16 @@ impl Layout {
     /// Whether the file has a metadata entry at all (it may be there and empty).
     pub fn has_metadata(&self) -> bool {
         self.metadata.is_some()
+    }
+
+    /// The format of the file that this was read from; `None` for one that was planned.
+    ///
+    /// ```
+    /// assert_eq!(maptensors::Layout::builder().build()?.format(), None);
+    /// # Ok::<(), maptensors::Error>(())
+    /// ```
+    pub fn format(&self) -> Option<Format> {
+        self.format
     }
 
     /// The tensor called `name`.
@@ -250,6 +265,12 @@ impl Layout {
     /// Other metadata, in place of what there is.
     pub(crate) fn set_metadata(&mut self, metadata: Option<BTreeMap<String, String>>) {
         self.metadata = metadata;
+    }
+
+    /// This layout, of a file of a format.
+    pub(crate) fn read_from(mut self, format: Format) -> Self {
+        self.format = Some(format);
+        self
     }
 
     /// This layout with its data moved to start at `data_start`.

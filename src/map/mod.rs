@@ -73,7 +73,9 @@ pub use residency::Residency;
 pub(crate) use residency::may_ask;
 pub use shared::SharedMemory;
 pub(crate) use source::Source;
-pub(crate) use text::FileText;
+pub(crate) use text::StableFile;
+#[cfg(test)]
+pub(crate) use text::own_stable_file;
 pub(crate) use writable::refused as not_writable;
 
 /// Elsewhere there are none.
