@@ -156,6 +156,7 @@ mod paging;
 mod rank;
 mod save;
 mod share;
+mod source;
 mod sync;
 mod tensor;
 mod work;
@@ -169,11 +170,12 @@ pub use checkpoint::{CheckpointOptions, Checkpointer, Ready, Saved, Saving};
 pub use delta::{apply_delta, materialize, save_delta, save_diff};
 pub use diff::{Change, Changes, Differences, Reshaped, Verify};
 pub use dtype::{
-    DType, Element, F4x2, F6E2M3x4, F6E3M2x4, F8E4M3, F8E4M3Fnuz, F8E5M2, F8E5M2Fnuz, F8E8M0, UnknownDType,
+    Block, DType, Element, F4x2, F6E2M3x4, F6E3M2x4, F8E4M3, F8E4M3Fnuz, F8E5M2, F8E5M2Fnuz, F8E8M0,
+    UnknownDType,
 };
 pub use error::{Error, Result};
 pub use half::{bf16, f16};
-pub use layout::{Layout, LayoutBuilder, MAX_RANK, Select, TensorInfo};
+pub use layout::{Format, Layout, LayoutBuilder, MAX_RANK, Select, TensorInfo};
 pub use map::{Advice, Backing, Evicted, MapOptions, Mapping, Residency, SharedMemory};
 #[cfg(target_os = "linux")]
 pub use map::{Memfd, SealedMemfd};

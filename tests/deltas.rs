@@ -292,7 +292,7 @@ fn every_lie_of_a_delta_is_an_error_with_a_name() {
     save_delta(&model, at("d")).unwrap();
     let honest = Model::read(at("d")).unwrap().metadata()["maptensors.delta"].clone();
     let list = |name, dtype: DType, bytes: &[u8]| {
-        (name, dtype, vec![bytes.len() * 8 / dtype.bits()], bytes.to_vec())
+        (name, dtype, vec![bytes.len() / dtype.block().bytes * dtype.block().elements], bytes.to_vec())
     };
     let (gaps, lengths, values) = ("gaps:w", "lengths:w", "values:w");
     let u8s = |name, bytes: &[u8]| list(name, DType::U8, bytes);

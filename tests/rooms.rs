@@ -13,6 +13,7 @@ const ROOMS: &[&[&str]] = &[
     &["dtype"],
     &["layout"],
     &["map"],
+    &["source"],
     &["format"],
     &["tensor"],
     &["diff"],

@@ -81,7 +81,9 @@ impl File {
             }
             let dtype = maptensors::DType::ALL[usize::from(tensor.dtype) % maptensors::DType::ALL.len()];
             let shape: Vec<u64> = tensor.shape.iter().map(|dim| dim.value()).collect();
-            let bits = shape.iter().fold(dtype.bits() as u64, |n, &dim| n.saturating_mul(dim));
+            let block = dtype.block();
+            let bits = (block.bytes * 8 / block.elements) as u64;
+            let bits = shape.iter().fold(bits, |n, &dim| n.saturating_mul(dim));
             let next = end.saturating_add(bits / 8);
             let (begin, stop) = tensor.misplaced.map_or((end, next), |(b, e)| (b.value(), e.value()));
             end = if next < 1 << 16 { next } else { end };

@@ -54,7 +54,9 @@ pub use residency::Residency;
 #[cfg(feature = "cli")]
 pub(crate) use residency::may_ask;
 pub use shared::SharedMemory;
-pub(crate) use text::FileText;
+pub(crate) use text::StableFile;
+#[cfg(test)]
+pub(crate) use text::own_stable_file;
 pub(crate) use writable::refused as not_writable;
 
 /// Work on files is cut at this file offset: a huge page, so that the page cache is filled with them.

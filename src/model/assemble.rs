@@ -2,12 +2,11 @@
 
 use super::{Guards, OpenOptions, Place, again};
 use crate::error::{Error, Result};
-use crate::format::{index, safetensors};
-use crate::layout::{Catalog, Shard};
-use crate::layout::{Layout, Text};
+use crate::format::{self, index};
+use crate::layout::{Catalog, Layout, Shard};
 use crate::map::{MapOptions, Window};
-use crate::os;
-use crate::os::{Guard, Stamp};
+use crate::os::{self, Guard, Stamp};
+use crate::source::FileBytes;
 use crate::work;
 use std::fs::File;
 use std::path::{Path, PathBuf};
@@ -41,17 +40,17 @@ pub(super) fn assemble<M: Send + Sync>(
     place: &Place,
     options: &OpenOptions,
     access: Access,
-    header: impl Fn(&File, &Path, Window) -> Result<Text> + Sync,
+    source: impl for<'f> Fn(&'f File, &'f Path, Window) -> FileBytes<'f> + Sync,
     bring: impl Fn(&Found, &Path) -> Result<M> + Sync,
 ) -> Result<Assembled<M>> {
-    again::open(place, |place| assemble_now(place, options, access, &header, &bring))
+    again::open(place, |place| assemble_now(place, options, access, &source, &bring))
 }
 
 fn assemble_now<M: Send + Sync>(
     place: &Place,
     options: &OpenOptions,
     access: Access,
-    header: &(impl Fn(&File, &Path, Window) -> Result<Text> + Sync),
+    source: &(impl for<'f> Fn(&'f File, &'f Path, Window) -> FileBytes<'f> + Sync),
     bring: &(impl Fn(&Found, &Path) -> Result<M> + Sync),
 ) -> Result<Assembled<M>> {
     if place.files.is_empty() && place.index.is_none() {
@@ -67,7 +66,7 @@ fn assemble_now<M: Send + Sync>(
         // Before anything is read: what changes from here on is found.
         let stamp = watched.then(|| Stamp::of(&file, edit)).transpose();
         let stamp = stamp.map_err(Error::io(path, "asking when it was written"))?;
-        let found = read_layout(file, len, path, &options.map, header)?;
+        let found = read_layout(file, len, path, &options.map, source)?;
         let memory = bring(&found, path)?;
         let guard = stamp.map(|stamp| Guard::new(found.file, stamp));
         guard.as_ref().map_or(Ok(()), |guard| guard.check(path))?;
@@ -98,38 +97,21 @@ pub(super) fn read_layout(
     file_len: u64,
     path: &Path,
     options: &MapOptions,
-    header: impl Fn(&File, &Path, Window) -> Result<Text>,
+    source: impl for<'f> Fn(&'f File, &'f Path, Window) -> FileBytes<'f>,
 ) -> Result<Found> {
     let window = options.window_of(file_len, path)?;
-    let layout = layout_in(&file, path, window, header)?;
+    let layout = format::read(&source(&file, path, window))?;
     Ok(Found { file, layout, window })
+}
+
+/// A part of a file that is not to be mapped while its header is read.
+pub(super) fn copied<'f>(file: &'f File, path: &'f Path, window: Window) -> FileBytes<'f> {
+    FileBytes::new(file, path, window)
 }
 
 /// The layout of an open file, of so many bytes.
 pub(crate) fn layout_of(file: &File, len: u64, path: &Path) -> Result<Layout> {
-    layout_in(file, path, MapOptions::new().window_of(len, path)?, read_header)
-}
-
-fn layout_in(
-    file: &File,
-    path: &Path,
-    window: Window,
-    header: impl Fn(&File, &Path, Window) -> Result<Text>,
-) -> Result<Layout> {
-    let len = window.len as u64;
-    let prefix = os::read_exact_at(file, path, window.offset, safetensors::PREFIX_LEN.min(window.len))?;
-    let part = Window {
-        offset: window.offset + safetensors::PREFIX_LEN as u64,
-        len: safetensors::header_len(&prefix, len, path)?,
-    };
-    safetensors::parse_text(header(file, path, part)?, len, path)
-}
-
-/// A header as text of our own.
-pub(super) fn read_header(file: &File, path: &Path, part: Window) -> Result<Text> {
-    let bytes = os::read_exact_at(file, path, part.offset, part.len)?;
-    let text = String::from_utf8(bytes).map_err(|e| safetensors::not_utf8(e.utf8_error(), path))?;
-    Ok(Text::Owned(text))
+    format::read(&copied(file, path, MapOptions::new().window_of(len, path)?))
 }
 
 fn check_index(index: &index::Index, catalog: &Catalog, path: &Path) -> Result<()> {

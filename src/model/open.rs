@@ -1,15 +1,15 @@
 //! From a path to a model.
 
-use super::assemble::{Access, assemble, read_header, read_layout};
+use super::assemble::{Access, assemble, copied, read_layout};
 use super::{Model, ModelMut, ModelShared, Place, locate};
 use crate::diff::Verify;
 use crate::error::{Error, Result};
-use crate::format::safetensors;
-use crate::layout::Text;
+use crate::format;
 use crate::layout::{Catalog, Shard};
 #[cfg(target_os = "linux")]
 use crate::map::SealedMemfd;
-use crate::map::{self, Backing, FileText, MapOptions, Mapping, SharedMemory, Window};
+use crate::map::{self, Backing, MapOptions, Mapping, SharedMemory, StableFile, Window};
+use crate::source::FileBytes;
 use crate::work;
 use std::fs::File;
 use std::ops::RangeBounds;
@@ -290,7 +290,7 @@ impl OpenOptions {
     fn open_memfd(&self, memfd: &SealedMemfd, backing: Backing) -> Result<Model> {
         let path = Path::new("");
         let file = memfd.as_fd().try_clone_to_owned().map_err(Error::io(path, "copying the descriptor"))?;
-        let found = read_layout(file.into(), memfd.len()?, path, &self.map, read_header)?;
+        let found = read_layout(file.into(), memfd.len()?, path, &self.map, copied)?;
         let mapping = self.map.bring_sealed(memfd, path, found.window, backing)?;
         let catalog = Catalog::new(vec![Shard { path: path.into(), layout: found.layout }])?;
         self.checked(Model::new(catalog, vec![Arc::new(mapping)]))
@@ -302,18 +302,23 @@ impl OpenOptions {
     /// As [`Model::open`].
     #[allow(unsafe_code)]
     pub(crate) unsafe fn open_place(&self, place: &Place, backing: Backing) -> Result<Model> {
-        let header = |file: &File, path: &Path, part: Window| {
-            if self.guard {
-                // Names are looked up without asking whether the file has changed.
-                return read_header(file, path, part);
-            }
-            // SAFETY: the caller vouches for the files.
-            unsafe { map_header(file, path, part) }
-        };
-        let (catalog, mappings, guards) = assemble(place, self, Access::Read, header, |found, path| {
-            // SAFETY: the caller vouches for the files; the window was held against this descriptor's length.
-            unsafe { self.map.bring(&found.file, path, found.window, backing) }
-        })?;
+        let (catalog, mappings, guards) = assemble(
+            place,
+            self,
+            Access::Read,
+            |file, path, window| {
+                if self.guard {
+                    // Names are looked up without asking whether the file has changed.
+                    return copied(file, path, window);
+                }
+                // SAFETY: the caller vouches for the files; the window was held against this descriptor's length.
+                unsafe { stable(file, path, window) }
+            },
+            |found, path| {
+                // SAFETY: as above.
+                unsafe { self.map.bring(&found.file, path, found.window, backing) }
+            },
+        )?;
         self.checked(Model::new(catalog, mappings).guarded(guards))
     }
 
@@ -323,7 +328,7 @@ impl OpenOptions {
     /// As [`ModelShared::open`].
     #[allow(unsafe_code)]
     pub(crate) unsafe fn open_place_shared(&self, place: &Place) -> Result<ModelShared> {
-        let (catalog, memories, guards) = assemble(place, self, Access::Edit, read_header, |found, path| {
+        let (catalog, memories, guards) = assemble(place, self, Access::Edit, copied, |found, path| {
             // SAFETY: the caller vouches that the files keep their length, against which the window was held;
             // the mapping goes into a SharedMemory, which makes no slices.
             let mapping = unsafe { self.map.bring(&found.file, path, found.window, Backing::Shared) }?;
@@ -338,7 +343,7 @@ impl OpenOptions {
 
     /// Reads files already located into owned memory.
     pub(crate) fn read_place(&self, place: &Place) -> Result<Model> {
-        let (catalog, mappings, _) = assemble(place, self, Access::Copy, read_header, |found, path| {
+        let (catalog, mappings, _) = assemble(place, self, Access::Copy, copied, |found, path| {
             self.map.read(&found.file, path, found.window, found.layout.data_range().start)
         })?;
         self.checked(Model::new(catalog, mappings))
@@ -347,7 +352,7 @@ impl OpenOptions {
     /// Reads files already located into memory that is then sealed.
     #[cfg(target_os = "linux")]
     pub(crate) fn read_place_sealed(&self, place: &Place, backing: Backing) -> Result<Model> {
-        let (catalog, mappings, _) = assemble(place, self, Access::Copy, read_header, |found, path| {
+        let (catalog, mappings, _) = assemble(place, self, Access::Copy, copied, |found, path| {
             let data_start = found.layout.data_range().start;
             self.map.read_sealed(&found.file, path, found.window, data_start, backing)
         })?;
@@ -362,25 +367,20 @@ impl OpenOptions {
     }
 }
 
-/// A header where it lies, if it is long: most of what opening many tensors cost was memory to copy it to.
+/// A part of a file that may be mapped.
 ///
 /// # Safety
-/// As [`Model::open`].
+/// As [`Model::open`]; the file has the window.
 #[allow(unsafe_code)]
-unsafe fn map_header(file: &File, path: &Path, part: Window) -> Result<Text> {
-    const LONG: usize = 256 << 10;
-    if part.len < LONG {
-        return read_header(file, path, part);
-    }
-    // SAFETY: the caller vouches for the file, which was found long enough.
-    let text = unsafe { FileText::map(file, part) };
-    let text = text.map_err(Error::io(path, "mapping the header"))?;
-    Ok(Text::Held(Arc::new(text.map_err(|error| safetensors::not_utf8(error, path))?)))
+unsafe fn stable<'f>(file: &'f File, path: &'f Path, window: Window) -> FileBytes<'f> {
+    let end = window.offset + window.len as u64;
+    // SAFETY: the caller vouches for the file.
+    FileBytes::stable(unsafe { StableFile::new(file, end) }, path, window)
 }
 
 pub(super) fn from_bytes(bytes: &[u8]) -> Result<Model> {
     let path = Path::new("");
-    let layout = safetensors::parse_bytes(bytes, path)?;
+    let layout = format::read(&bytes)?;
     let mut mapping = Mapping::owned(bytes.len(), layout.data_range().start)
         .map_err(Error::io(path, "allocating memory for the model"))?;
     let source = map::RawSlice::from(bytes);

@@ -2,11 +2,11 @@
 
 use super::buffer::Extent;
 use super::dlpack::{self, Exchange, Export};
-use crate::dtype::DType;
+use crate::dtype::{Block, DType};
 use crate::error::{Error, quote};
 use crate::map::{RawSlice, SharedMemory, not_writable};
 use crate::tensor::Selection;
-use pyo3::exceptions::{PyBufferError, PyImportError, PyValueError};
+use pyo3::exceptions::{PyBufferError, PyImportError, PyTypeError, PyValueError};
 use pyo3::intern;
 use pyo3::prelude::*;
 use pyo3::sync::PyOnceLock;
@@ -36,7 +36,7 @@ impl Array<'_> {
 
     pub(super) fn nbytes(&self) -> usize {
         // Checked when the layout was made.
-        self.elements() * self.dtype.bits() / 8
+        self.dtype.block().start_of(self.elements())
     }
 
     pub(super) fn ptr(&self) -> *mut u8 {
@@ -50,12 +50,12 @@ impl Array<'_> {
 
     /// Copies the elements that `selection` (of this array) describes to `to`, in C order.
     pub(super) fn gather(&self, selection: &Selection, to: &mut [u8]) {
-        let bits = self.dtype.bits();
+        let block = self.dtype.block();
         let mut done = 0;
         selection.for_each_run(|first, len| {
             // Relative to the first element; negative steps walk backwards from it.
-            let start = self.offset.wrapping_add_signed(first.cast_signed() * bits.cast_signed() / 8);
-            let size = len * bits / 8;
+            let start = self.offset.wrapping_add_signed(block.start_of_signed(first.cast_signed()));
+            let size = block.start_of(len);
             self.memory.source(&(start..start + size)).copy_to(0..size, &mut to[done..done + size]);
             done += size;
         });
@@ -153,8 +153,8 @@ impl Array<'_> {
             let reach = stride.unsigned_abs() * (dim - 1);
             if stride < 0 { below += reach } else { above += reach }
         }
-        let bits = self.dtype.bits();
-        self.offset - (below * bits).div_ceil(8)..self.offset + (above * bits).div_ceil(8)
+        let Block { elements, bytes } = self.dtype.block();
+        self.offset - below.div_ceil(elements) * bytes..self.offset + above.div_ceil(elements) * bytes
     }
 
     /// 4-bit floats one to the byte, as `ml_dtypes` holds them.
@@ -347,7 +347,8 @@ pub(super) fn numpy_dtype(py: Python<'_>, dtype: DType) -> PyResult<Bound<'_, Py
         [const { PyOnceLock::new() }; DType::ALL.len()];
     let cell = &DTYPES[dtype as usize];
     let object = cell.get_or_try_init(py, || -> PyResult<_> {
-        let name = dtype.numpy_name();
+        let none = || PyTypeError::new_err(format!("numpy has no dtype for {dtype}"));
+        let name = dtype.numpy_name().ok_or_else(none)?;
         let numpy = py.import("numpy")?;
         let own = matches!(
             dtype,

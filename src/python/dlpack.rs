@@ -85,7 +85,8 @@ fn data_type(dtype: DType) -> Option<DataType> {
         DType::F4 => (17, 2),
         DType::F6E2M3 | DType::F6E3M2 => return None,
     };
-    Some(DataType { code, bits: u8::try_from(dtype.bits()).unwrap_or(0), lanes })
+    let block = dtype.block();
+    Some(DataType { code, bits: u8::try_from(block.bytes * 8 / block.elements).unwrap_or(0), lanes })
 }
 
 /// A tensor to hand out.

@@ -110,19 +110,19 @@ impl Tensor {
 
     /// The same memory, other elements; those lie inside.
     fn part(&self, selection: Selection) -> PyResult<Self> {
-        let bits = self.dtype.bits();
-        if !selection.is_whole_bytes(bits) {
-            let what = format!("would be cut inside a byte: its elements have {bits} bits");
+        let block = self.dtype.block();
+        if !selection.is_whole(block) {
+            let what = format!("would be cut inside a block, which is {block}");
             return Err(Error::Align { path: PathBuf::new(), tensor: self.name.as_ref().into(), what }.into());
         }
         let contiguous = selection.is_contiguous();
         Ok(Self {
             memory: self.memory.clone(),
-            // Behind a negative step the offset is negative; whole bytes were checked above.
+            // Behind a negative step the offset is negative; whole blocks were checked above.
             offset: if selection.elements() == 0 {
                 self.offset
             } else {
-                self.offset.wrapping_add_signed(selection.offset.cast_signed() * bits.cast_signed() / 8)
+                self.offset.wrapping_add_signed(block.start_of_signed(selection.offset.cast_signed()))
             },
             dtype: self.dtype,
             strides: (!contiguous).then_some(selection.strides),
@@ -287,7 +287,7 @@ impl Tensor {
     /// grows or shrinks. `view("U8")` shows the raw bytes of anything contiguous.
     fn view(&self, dtype: &Bound<'_, PyAny>) -> PyResult<Self> {
         let dtype = arrays::parse_dtype(&self.name, dtype)?;
-        let (old, new) = (self.dtype.bits(), dtype.bits());
+        let (old, new) = (self.dtype.block(), dtype.block());
         let mut shape = self.shape.clone();
         let refuse = |why: &str| {
             PyValueError::new_err(format!(
@@ -302,8 +302,10 @@ impl Tensor {
                 return Err(refuse("it is not contiguous"));
             }
             let last = shape.last_mut().ok_or_else(|| refuse("a scalar has no axis to grow"))?;
-            let bits = last.checked_mul(old).filter(|bits| bits.is_multiple_of(new));
-            *last = bits.ok_or_else(|| refuse("its last axis does not divide"))? / new;
+            // Elements of the one by elements of the other, in bytes of both.
+            let (from, to) = (old.bytes * new.elements, old.elements * new.bytes);
+            let grown = last.checked_mul(from).filter(|grown| grown.is_multiple_of(to));
+            *last = grown.ok_or_else(|| refuse("its last axis does not divide"))? / to;
         }
         let array = Array { dtype, ..self.array() };
         if !array.ptr().addr().is_multiple_of(dtype.align()) {

@@ -113,7 +113,7 @@ impl Cut {
     ///
     /// # Errors
     /// [`Error::Argument`] where the axis is not there or does not divide, [`Error::Align`] where packed elements
-    /// would be cut inside a byte.
+    /// would be cut inside a block.
     pub(crate) fn new(
         name: &str,
         dtype: DType,
@@ -122,15 +122,13 @@ impl Cut {
         rank: usize,
         world: usize,
     ) -> Result<Self> {
-        let bytes =
-            |elements: usize| elements.checked_mul(dtype.bits()).filter(|bits| bits.is_multiple_of(8));
         let align = || {
-            let what = format!("would be cut inside a byte: its elements have {} bits", dtype.bits());
+            let what = format!("would be cut inside a block, which is {}", dtype.block());
             Error::Align { path: PathBuf::new(), tensor: name.into(), what }
         };
         let Split::Axis(axis) = split else {
             let all = if shape.contains(&0) { 0 } else { shape.iter().product() };
-            let run = bytes(all).ok_or_else(align)? / 8;
+            let run = dtype.nbytes(all).ok_or_else(align)?;
             return Ok(Self { shape: shape.to_vec(), first: 0, run, stride: run, count: 1 });
         };
         let Some(&size) = shape.get(axis) else {
@@ -155,7 +153,7 @@ impl Cut {
             return Ok(Self { shape: mine, first: 0, run: 0, stride: 0, count: 0 });
         }
         let inner: usize = shape[axis + 1..].iter().product();
-        let in_bytes = |elements| bytes(elements).map(|bits| bits / 8).ok_or_else(align);
+        let in_bytes = |elements| dtype.nbytes(elements).ok_or_else(align);
         let count = shape[..axis].iter().product();
         Ok(Self {
             shape: mine,

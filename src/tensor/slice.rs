@@ -1,7 +1,7 @@
 //! Parts of a tensor along any axes, with steps.
 
 use super::{cast_error, check_dtype};
-use crate::dtype::{DType, Element};
+use crate::dtype::{Block, DType, Element};
 use crate::error::{Error, Result};
 use crate::layout::TensorInfo;
 use std::borrow::Cow;
@@ -173,22 +173,22 @@ impl Selection {
         }
     }
 
-    /// Whether every run starts and ends on a byte, for elements of so many bits.
-    pub(crate) fn is_whole_bytes(&self, bits: usize) -> bool {
-        if self.elements() == 0 || bits.is_multiple_of(8) {
+    /// Whether every run is whole blocks.
+    pub(crate) fn is_whole(&self, block: Block) -> bool {
+        if self.elements() == 0 || block.elements == 1 {
             return true;
         }
         let (trailing, len) = self.run();
-        let whole = |elements: usize| (elements % 8 * bits).is_multiple_of(8);
+        let whole = |elements: usize| block.is_whole(elements);
         let outer = &self.strides[..self.shape.len() - trailing];
         whole(self.offset) && whole(len) && outer.iter().all(|stride| whole(stride.unsigned_abs()))
     }
 
-    /// Copies the selected elements of `data` to `to`, in C order. Runs are whole bytes.
-    fn gather(&self, data: &[u8], bits: usize, to: &mut [u8]) {
+    /// Copies the selected elements of `data` to `to`, in C order. Runs are whole blocks.
+    fn gather(&self, data: &[u8], block: Block, to: &mut [u8]) {
         let mut done = 0;
         self.for_each_run(|first, len| {
-            let (start, size) = (first * bits / 8, len * bits / 8);
+            let (start, size) = (block.start_of(first), block.start_of(len));
             to[done..done + size].copy_from_slice(&data[start..start + size]);
             done += size;
         });
@@ -212,7 +212,7 @@ impl Selection {
 pub struct TensorSlice<'a> {
     info: TensorInfo<'a>,
     data: &'a [u8],
-    // INVARIANT: every element lies inside data, and runs are whole bytes.
+    // INVARIANT: every element lies inside data, and runs are whole blocks.
     selection: Selection,
 }
 
@@ -246,8 +246,9 @@ impl<'a> TensorSlice<'a> {
                 }
             }
         }
-        if !selection.is_whole_bytes(info.dtype().bits()) {
-            let what = format!("would be cut inside a byte: its elements have {} bits", info.dtype().bits());
+        let block = info.dtype().block();
+        if !selection.is_whole(block) {
+            let what = format!("would be cut inside a block, which is {block}");
             return Err(Error::Align { path: std::path::PathBuf::new(), tensor: info.name().into(), what });
         }
         Ok(Self { info, data, selection })
@@ -265,7 +266,7 @@ impl<'a> TensorSlice<'a> {
 
     /// Bytes of the part.
     pub fn nbytes(&self) -> usize {
-        self.selection.elements() * self.dtype().bits() / 8
+        self.dtype().block().start_of(self.selection.elements())
     }
 
     /// Whether the part lies in one piece, so that nothing needs copying.
@@ -275,7 +276,7 @@ impl<'a> TensorSlice<'a> {
 
     /// The bytes in place, if they lie in one piece.
     pub fn as_bytes(&self) -> Option<&'a [u8]> {
-        let (start, size) = (self.selection.offset * self.dtype().bits() / 8, self.nbytes());
+        let (start, size) = (self.dtype().block().start_of(self.selection.offset), self.nbytes());
         match size {
             0 => Some(&[]),
             _ => self.is_contiguous().then(|| &self.data[start..start + size]),
@@ -287,7 +288,7 @@ impl<'a> TensorSlice<'a> {
         self.as_bytes().map_or_else(
             || {
                 let mut bytes = vec![0; self.nbytes()];
-                self.selection.gather(self.data, self.dtype().bits(), &mut bytes);
+                self.selection.gather(self.data, self.dtype().block(), &mut bytes);
                 Cow::Owned(bytes)
             },
             Cow::Borrowed,

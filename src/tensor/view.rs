@@ -99,7 +99,7 @@ impl<'a> TensorView<'a> {
     ///
     /// # Errors
     /// [`Error::Argument`](crate::Error::Argument) for more indices than axes, a place past the end or a
-    /// step of 0; [`Error::Align`](crate::Error::Align) where packed elements would be cut inside a byte.
+    /// step of 0; [`Error::Align`](crate::Error::Align) where packed elements would be cut inside a block.
     ///
     /// ```
     /// use maptensors::Index;

@@ -157,7 +157,10 @@ fn shape(entry: &Pairs) -> Vec<usize> {
 
 fn bits(node: &Node) -> Option<usize> {
     match node {
-        Node::Other(value) => Some(value.as_str()?.parse::<maptensors::DType>().ok()?.bits()),
+        Node::Other(value) => {
+            let block = value.as_str()?.parse::<maptensors::DType>().ok()?.block();
+            Some(block.bytes * 8 / block.elements)
+        }
         Node::Object(_) => None,
     }
 }

@@ -2,7 +2,7 @@
 
 use crate::dtype::DType;
 use crate::error::{Error, Result};
-use crate::format::Text;
+use crate::format::JsonString;
 use crate::layout::Parts;
 use serde::de::{self, DeserializeSeed, Deserializer, IgnoredAny, MapAccess, SeqAccess, Visitor};
 use std::cell::RefCell;
@@ -54,7 +54,7 @@ impl<'de> Visitor<'de> for &Header<'_> {
 
     fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<(), A::Error> {
         let mut described = false;
-        while let Some(name) = map.next_key_seed(Text)? {
+        while let Some(name) = map.next_key_seed(JsonString)? {
             if name == "__metadata__" {
                 // Also behind a null, which leaves no metadata.
                 if std::mem::replace(&mut described, true) {
@@ -93,7 +93,7 @@ impl<'de> Visitor<'de> for TensorEntry<'_, '_> {
 
     fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<(), A::Error> {
         let (mut dtype, mut offsets, mut first_dim) = (None, None, None);
-        while let Some(key) = map.next_key_seed(Text)? {
+        while let Some(key) = map.next_key_seed(JsonString)? {
             match &*key {
                 "dtype" if dtype.is_some() => return Err(self.header.duplicate("field", "dtype")),
                 "shape" if first_dim.is_some() => return Err(self.header.duplicate("field", "shape")),
@@ -101,8 +101,8 @@ impl<'de> Visitor<'de> for TensorEntry<'_, '_> {
                     return Err(self.header.duplicate("field", "data_offsets"));
                 }
                 "dtype" => {
-                    let found = map.next_value_seed(Text)?;
-                    dtype = Some(DType::from_name(found.as_bytes()).ok_or_else(|| {
+                    let found = map.next_value_seed(JsonString)?;
+                    dtype = Some(DType::from_safetensors_name(found.as_bytes()).ok_or_else(|| {
                         self.header.stop(Error::DType {
                             path: self.header.path.into(),
                             tensor: self.name.into(),
@@ -194,7 +194,7 @@ impl<'de> Visitor<'de> for Ignored {
         Ok(())
     }
     fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<(), A::Error> {
-        while map.next_key_seed(Text)?.is_some() {
+        while map.next_key_seed(JsonString)?.is_some() {
             map.next_value_seed(Ignored)?;
         }
         Ok(())

@@ -21,6 +21,7 @@
 //!   takes `[0, M, M]` and calls `[M, M, 0]` an overflow.)
 
 mod edit;
+pub(crate) mod index;
 mod json;
 mod scan;
 mod write;
@@ -29,8 +30,13 @@ pub(crate) use edit::{Changes, Pieces};
 pub(crate) use write::{encode, encode_placed, finish, metadata_len, padded};
 
 use crate::error::{Error, Result};
-use crate::layout::{Layout, Text};
+use crate::format::{Read, foreign};
+use crate::layout::{Format, Layout, Rules, Text};
+use crate::source::Bytes;
 use std::path::Path;
+
+/// Each byte of the data is one tensor's.
+const RULES: Rules = Rules { gaps: false, overlaps: false, trailing: false };
 
 /// Bytes of the header's length field.
 pub(crate) const PREFIX_LEN: usize = 8;
@@ -49,13 +55,7 @@ pub(crate) fn header_len(prefix: &[u8], file_len: u64, path: &Path) -> Result<us
     };
     let len = u64::from_le_bytes(bytes);
     if len > MAX_HEADER_LEN {
-        return Err(Error::Limit {
-            path: path.into(),
-            what: "the header length",
-            found: len,
-            limit: MAX_HEADER_LEN,
-            hint: hint(bytes),
-        });
+        return Err(too_long(len, path, foreign::hint(prefix)));
     }
     let expected = PREFIX_LEN as u64 + len;
     if expected > file_len {
@@ -64,22 +64,48 @@ pub(crate) fn header_len(prefix: &[u8], file_len: u64, path: &Path) -> Result<us
     usize::try_from(len).map_err(|_| Error::Truncated { path: path.into(), found: file_len, expected })
 }
 
-/// What a file that starts like this probably is.
-fn hint(start: [u8; PREFIX_LEN]) -> Option<&'static str> {
-    const SIGNS: [(&[u8], &str); 9] = [
-        (b"version ", "this is a Git LFS pointer, not the weights: run `git lfs pull`"),
-        (b"PK\x03\x04", "this is a zip archive, perhaps a PyTorch checkpoint; it is not loaded as one"),
-        (b"\x80\x02", "this is a Python pickle; it is not loaded as one"),
-        (b"\x80\x04", "this is a Python pickle; it is not loaded as one"),
-        (b"\x80\x05", "this is a Python pickle; it is not loaded as one"),
-        (b"GGUF", "this is a GGUF file"),
-        (b"\x93NUMPY", "this is a numpy array file"),
-        (b"{", "this is JSON, not weights; is it the index of a sharded model?"),
-        (b"<", "this is HTML or XML: an error page saved in place of the weights?"),
-    ];
-    let sign = SIGNS.iter().find(|(sign, _)| start.starts_with(sign)).map(|&(_, hint)| hint);
-    let text = start.iter().all(|b| b.is_ascii_graphic() || b.is_ascii_whitespace());
-    sign.or(text.then_some("this is text, not weights"))
+/// Refuses a file that starts like one of a format that is not read.
+///
+/// # Errors
+/// [`Error::Limit`] where that start is no length of a header, [`Error::Json`] where it may be one; both say what the
+/// file probably is.
+pub(crate) fn check_foreign(head: &[u8], path: &Path) -> Result<()> {
+    let (Some(&start), Some(hint)) = (head.first_chunk::<PREFIX_LEN>(), foreign::hint(head)) else {
+        return Ok(());
+    };
+    let found = u64::from_le_bytes(start);
+    if found > MAX_HEADER_LEN {
+        return Err(too_long(found, path, Some(hint)));
+    }
+    let source = serde::de::Error::custom(hint);
+    Err(Error::Json { path: path.into(), what: "the header", source })
+}
+
+fn too_long(found: u64, path: &Path, hint: Option<&'static str>) -> Error {
+    Error::Limit { path: path.into(), what: "the header length", found, limit: MAX_HEADER_LEN, hint }
+}
+
+/// The reader of safetensors files.
+pub(crate) struct Reader;
+
+impl Read for Reader {
+    fn format(&self) -> Format {
+        Format::Safetensors
+    }
+
+    /// There is no signature: a length that may be a header's, and the header's first character.
+    fn is_signed(&self, head: &[u8], _len: u64) -> bool {
+        let Some((start, rest)) = head.split_first_chunk::<PREFIX_LEN>() else { return false };
+        u64::from_le_bytes(*start) <= MAX_HEADER_LEN
+            && matches!(rest.first(), Some(b'{' | b' ' | b'\n' | b'\t' | b'\r'))
+    }
+
+    fn layout(&self, bytes: &dyn Bytes) -> Result<Layout> {
+        let (len, path, start) = (bytes.len(), bytes.path(), PREFIX_LEN as u64);
+        let prefix = bytes.read(0..start.min(len))?;
+        let header = start..start + header_len(&prefix, len, path)? as u64;
+        parse_text(bytes.text(header)?, len, path)
+    }
 }
 
 /// Parses a header (the bytes behind the length field) of a file that is `file_len` bytes long.
@@ -93,7 +119,7 @@ pub(crate) fn parse(header: Vec<u8>, file_len: u64, path: &Path) -> Result<Layou
 }
 
 /// The error of a header that is not UTF-8.
-pub(crate) fn not_utf8(error: std::str::Utf8Error, path: &Path) -> Error {
+fn not_utf8(error: std::str::Utf8Error, path: &Path) -> Error {
     Error::Utf8 { path: path.into(), offset: (PREFIX_LEN + error.valid_up_to()) as u64 }
 }
 
@@ -101,7 +127,7 @@ pub(crate) fn not_utf8(error: std::str::Utf8Error, path: &Path) -> Error {
 ///
 /// # Errors
 /// As [`parse`].
-pub(crate) fn parse_text(text: Text, file_len: u64, path: &Path) -> Result<Layout> {
+fn parse_text(text: Text, file_len: u64, path: &Path) -> Result<Layout> {
     let data_start = (PREFIX_LEN + text.as_str().len()) as u64;
     let parts = match scan::scan(text.as_str()) {
         Some(mut parts) => {
@@ -111,17 +137,14 @@ pub(crate) fn parse_text(text: Text, file_len: u64, path: &Path) -> Result<Layou
         // Not the plain form that writers produce: unusual, or wrong. The JSON crate is the judge.
         None => json::read(text.as_str(), path)?,
     };
-    parts.finish(path, data_start, Some(file_len))
+    parts.finish(RULES, path, data_start, Some(file_len))
 }
 
 /// Parses a whole file in memory.
-///
-/// # Errors
-/// Those of [`header_len`] and [`parse`].
-pub(crate) fn parse_bytes(file: &[u8], path: &Path) -> Result<Layout> {
-    let file_len = file.len() as u64;
-    let len = header_len(file, file_len, path)?;
-    parse(file[PREFIX_LEN..PREFIX_LEN + len].to_vec(), file_len, path)
+#[cfg(test)]
+fn parse_bytes(file: &[u8], path: &Path) -> Result<Layout> {
+    let len = header_len(file, file.len() as u64, path)?;
+    parse(file[PREFIX_LEN..PREFIX_LEN + len].to_vec(), file.len() as u64, path)
 }
 
 #[cfg(test)]

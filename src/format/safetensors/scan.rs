@@ -124,7 +124,7 @@ impl Cursor<'_> {
         self.literal(":{\"dtype\":\"")?;
         let rest = &self.text.as_bytes()[self.pos..];
         let len = rest.iter().take(16).position(|&b| b == b'"')?;
-        let dtype = DType::from_name(&rest[..len])?;
+        let dtype = DType::from_safetensors_name(&rest[..len])?;
         self.pos += len;
         self.literal("\",\"shape\":[")?;
         if self.peek() != Some(b']') {
@@ -162,7 +162,7 @@ impl Cursor<'_> {
             match &self.text[key] {
                 "dtype" if dtype.is_none() => {
                     let value = self.string()?;
-                    dtype = Some(DType::from_name(self.text[value].as_bytes())?);
+                    dtype = Some(DType::from_safetensors_name(self.text[value].as_bytes())?);
                 }
                 "shape" if !shaped => {
                     self.shape(parts)?;

@@ -255,8 +255,8 @@ fn both_ways_through_a_header_read_the_same() {
     for &(header, _, _) in SAME_AS_REFERENCE.iter().chain(UNLIKE_REFERENCE) {
         let Some(mut fast) = scan::scan(header) else { continue };
         fast.set_text(Text::Owned(header.to_owned()));
-        let fast = fast.finish(Path::new(""), 0, None);
-        let full = json::read(header, Path::new("")).and_then(|p| p.finish(Path::new(""), 0, None));
+        let fast = fast.finish(RULES, Path::new(""), 0, None);
+        let full = json::read(header, Path::new("")).and_then(|p| p.finish(RULES, Path::new(""), 0, None));
         match (fast, full) {
             (Ok(fast), Ok(full)) => assert_eq!(fast, full, "{header}"),
             (fast, full) => assert_eq!(fast.map_err(|e| e.kind()), full.map_err(|e| e.kind()), "{header}"),

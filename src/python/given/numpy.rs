@@ -102,7 +102,7 @@ pub(super) fn look(name: &str, object: &Bound<'_, PyAny>) -> PyResult<Given> {
         return pack(name, dtype, shape, object);
     }
     let len = elements(&shape).and_then(|n| dtype.nbytes(n));
-    let len = len.ok_or_else(|| unsupported(name, dtype.numpy_name()))?;
+    let len = len.ok_or_else(|| unsupported(name, dtype.numpy_name().unwrap_or(dtype.name())))?;
     let ready =
         interface.flags & CONTIGUOUS != 0 && (interface.flags & NOT_SWAPPED != 0 || interface.itemsize == 1);
     let data = if ready || len == 0 {
@@ -135,11 +135,12 @@ fn known_dtype(name: &str, object: &Bound<'_, PyAny>) -> PyResult<DType> {
 fn pack(name: &str, dtype: DType, shape: Vec<usize>, object: &Bound<'_, PyAny>) -> PyResult<Given> {
     let py = object.py();
     if dtype != DType::F4 {
-        return Err(unsupported(name, dtype.numpy_name()));
+        return Err(unsupported(name, dtype.numpy_name().unwrap_or(dtype.name())));
     }
     let bytes: Vec<u8> = object.call_method0("tobytes")?.extract()?;
     if !bytes.len().is_multiple_of(2) {
-        let what = format!("ends inside a byte: {} elements of 4 bits", bytes.len());
+        let what =
+            format!("has {} elements and ends inside a block, which is {}", bytes.len(), dtype.block());
         return Err(Error::Align { path: PathBuf::new(), tensor: name.into(), what }.into());
     }
     let packed: Vec<u8> = bytes.chunks_exact(2).map(|pair| pair[0] & 0xf | pair[1] << 4).collect();

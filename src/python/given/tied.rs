@@ -98,7 +98,7 @@ impl<'py> Seen<'py> {
     fn memory_of(&self, tensor: &Bound<'py, PyAny>) -> PyResult<Bound<'py, PyTuple>> {
         let (py, strides) = (self.py, self.memory.strides());
         let device = self.device_of(tensor)?.unwrap_or_else(|| "cpu".into());
-        let size = self.dtype.bits().div_ceil(8);
+        let size = self.dtype.block().bytes;
         let filled = elements(&self.shape).and_then(|n| n.checked_mul(size)).unwrap_or_default();
         let storage = (device, self.storage.bytes.start, self.storage.bytes.end);
         let (shape, steps) = (PyTuple::new(py, &self.shape)?, PyTuple::new(py, strides)?);

@@ -5,8 +5,8 @@
 //!  "weight_map": {"fc1.weight": "model-00001-of-00002.safetensors", …}}
 //! ```
 
-use super::Text;
 use crate::error::{Error, Result};
+use crate::format::JsonString;
 use hashbrown::{HashMap, HashSet};
 use serde::de::{self, DeserializeSeed, Deserializer, IgnoredAny, MapAccess, Visitor};
 use serde::{Deserialize, Serialize};
@@ -73,7 +73,7 @@ impl Index {
 }
 
 /// The longest index accepted: the headers of its shards would be larger still.
-pub(crate) const MAX_INDEX_LEN: u64 = super::safetensors::MAX_HEADER_LEN;
+pub(crate) const MAX_INDEX_LEN: u64 = super::MAX_HEADER_LEN;
 
 /// Reads an index and checks every shard name.
 ///
@@ -141,7 +141,7 @@ impl<'de> Visitor<'de> for &Top<'_> {
 
     fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Index, A::Error> {
         let (mut index, mut total_size, mut truth) = (None, None, None);
-        while let Some(key) = map.next_key_seed(Text)? {
+        while let Some(key) = map.next_key_seed(JsonString)? {
             match &*key {
                 "metadata" => total_size = stated_size(map.next_value::<&RawValue>()?),
                 Truth::KEY => truth = Truth::parse(map.next_value::<&RawValue>()?),
@@ -201,8 +201,8 @@ impl<'de> Visitor<'de> for WeightMap<'_, '_> {
         };
         let mut places: HashMap<String, u32> = HashMap::new();
         let mut last = 0;
-        while let Some(tensor) = map.next_key_seed(Text)? {
-            let shard = plainest(map.next_value_seed(Text)?);
+        while let Some(tensor) = map.next_key_seed(JsonString)? {
+            let shard = plainest(map.next_value_seed(JsonString)?);
             // Neighbours are mostly in the same file.
             if index.shards.get(last as usize).is_none_or(|name| *name != *shard) {
                 last = if let Some(&place) = places.get(&*shard) {
