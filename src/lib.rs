@@ -179,10 +179,10 @@ pub use layout::{Format, Layout, LayoutBuilder, MAX_RANK, Select, TensorInfo};
 pub use map::{Advice, Backing, Evicted, MapOptions, Mapping, Residency, SharedMemory};
 #[cfg(target_os = "linux")]
 pub use map::{Memfd, SealedMemfd};
-pub use model::{Model, ModelMut, ModelShared, OpenOptions, Stream, diff};
+pub use model::{Model, ModelMut, ModelRef, ModelShared, OpenOptions, Stream, diff};
 pub use num_complex::Complex32;
 pub use paging::{Order, Prefetch, StreamOptions};
 pub use rank::{ModelShard, ShardPlan, Split};
 pub use save::{Draft, DraftOptions, Edited, HeaderEdit, SaveOptions, save};
 pub use share::{AttachOptions, Publication, PublishOptions, Publisher, Refreshed, Subscriber};
-pub use tensor::{Index, TensorShared, TensorSlice, TensorView, TensorViewMut};
+pub use tensor::{Index, Tensor, TensorShared, TensorSlice, TensorView, TensorViewMut};

@@ -49,6 +49,11 @@ pub struct TensorInfo<'a> {
 }
 
 impl<'a> TensorInfo<'a> {
+    /// `nbytes` is what dtype and shape ask for.
+    pub(crate) fn new(name: &'a str, dtype: DType, shape: &'a [usize], offset: u64, nbytes: u64) -> Self {
+        Self { name, dtype, shape, offset, nbytes }
+    }
+
     /// The tensor's name.
     pub fn name(&self) -> &'a str {
         self.name

@@ -96,7 +96,7 @@ impl Pages {
 
     /// Whether the bytes are a file's, and so can be read again.
     pub(crate) fn is_of_a_file(&self) -> bool {
-        !matches!(self.backing, Backing::Owned)
+        !matches!(self.backing, Backing::Owned | Backing::Lent)
     }
 
     /// Whether all of them were locked when they were mapped.

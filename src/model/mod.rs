@@ -7,6 +7,7 @@ mod guards;
 mod lazy;
 mod locate;
 mod model_mut;
+mod model_ref;
 mod model_shared;
 mod open;
 mod stream;
@@ -20,16 +21,18 @@ pub use model_mut::ModelMut;
 #[cfg(feature = "python")]
 pub(crate) use model_mut::new_token;
 pub(crate) use model_mut::split;
+pub use model_ref::ModelRef;
 pub use model_shared::ModelShared;
 pub use open::OpenOptions;
 pub use stream::Stream;
 
 use crate::diff::Contents;
 use crate::error::Result;
-use crate::layout::{Catalog, Layout, TensorInfo};
+use crate::format;
+use crate::layout::{Catalog, Layout, Shard, TensorInfo};
 use crate::map::{Mapping, Memory};
 use crate::paging::Locks;
-use crate::tensor::TensorView;
+use crate::tensor::{Tensor, TensorView};
 use std::collections::{BTreeMap, HashMap};
 use std::path::Path;
 use std::sync::Arc;
@@ -125,6 +128,30 @@ impl Model {
         open::from_bytes(bytes)
     }
 
+    /// A model over the bytes of one file that somebody else holds: nothing is copied, and the owner lives as long as the
+    /// model or a [`Tensor`] of it does. For a slice that is only borrowed there is [`ModelRef`](crate::ModelRef).
+    ///
+    /// Tensors may be misaligned for their dtype, as the bytes lie: [`TensorView::as_slice`] then refuses, and `to_vec`
+    /// copies.
+    ///
+    /// # Errors
+    /// As [`Model::open`]; the path in errors is empty.
+    ///
+    /// ```
+    /// use maptensors::Model;
+    /// use std::sync::Arc;
+    ///
+    /// let bytes: Arc<[u8]> = std::fs::read("models/digits.safetensors").unwrap().into();
+    /// let model = Model::over(bytes.clone())?; // an Arc<[u8]>, a Vec<u8>, the `bytes` crate's Bytes, …
+    /// assert!(bytes.as_ptr_range().contains(&model.tensor("fc1.bias")?.as_bytes().as_ptr()));
+    /// # Ok::<(), maptensors::Error>(())
+    /// ```
+    pub fn over(bytes: impl AsRef<[u8]> + Send + Sync + 'static) -> Result<Self> {
+        let mapping = Mapping::lent(Arc::new(bytes));
+        let layout = format::read(&mapping.as_bytes())?;
+        Ok(Self::new(Catalog::new(vec![Shard { path: "".into(), layout }])?, vec![Arc::new(mapping)]))
+    }
+
     pub(crate) fn new(catalog: Catalog, mappings: Vec<Arc<Mapping>>) -> Self {
         debug_assert_eq!(catalog.shards().len(), mappings.len());
         Self { catalog, mappings, locks: Arc::default(), guards: None }
@@ -206,6 +233,23 @@ impl Model {
         let (shard, index) = self.catalog.find(name)?;
         let info = self.catalog.shards()[shard].layout.at(index)?;
         Some(view(info, &self.mappings[shard]))
+    }
+
+    /// The tensor called `name`, with its own share of the memory: it may outlive the model, and go to other threads.
+    ///
+    /// # Errors
+    /// As [`Model::tensor`].
+    ///
+    /// ```
+    /// let bias = maptensors::Model::read("models/digits.safetensors")?.owned("fc2.bias")?;
+    /// assert_eq!(bias.to_vec::<f32>()?.len(), 10);
+    /// # Ok::<(), maptensors::Error>(())
+    /// ```
+    pub fn owned(&self, name: &str) -> Result<Tensor> {
+        let info = self.tensor(name)?.info();
+        let shard = self.catalog.find(name).map_or(0, |(shard, _)| shard);
+        let mapping = self.mappings[shard].clone();
+        Ok(Tensor::whole(mapping, info.bytes().start, info.dtype(), info.shape(), info.name()))
     }
 
     /// All tensors, shard by shard, in file order.
