@@ -88,7 +88,7 @@ kill: ## Kill saving, publishing and reading processes at random instants, many 
 # A build of its own: what it needs is no dependency of any other. loom tries every order, so it takes no number.
 SCHEDULES ?= 300
 interleavings: ## Try every order of the threads at a control page, and SCHEDULES orders at the checkpoint queue
-	for part in map::control save::checkpoint; do \
+	for part in share::control checkpoint; do \
 		MAPTENSORS_SCHEDULES=$(SCHEDULES) RUSTFLAGS="$$RUSTFLAGS --cfg interleavings" \
 			$(CARGO) test --target-dir target/interleavings --lib $$part::interleavings || exit 1; \
 	done

@@ -349,7 +349,7 @@ impl Error {
     }
 
     /// Whether it is that of work that was called off.
-    pub(crate) fn is_called_off(&self) -> bool {
+    pub(crate) fn is_canceled(&self) -> bool {
         matches!(self, Self::Io { source, .. } if source.raw_os_error() == Some(libc::ECANCELED))
     }
 

@@ -140,42 +140,49 @@
 #[cfg(feature = "cli")]
 extern crate self as maptensors;
 
-mod digest;
+mod checkpoint;
+#[cfg(test)]
+mod crash;
+mod delta;
+mod diff;
 mod dtype;
 mod error;
 mod format;
 mod layout;
 mod map;
 mod model;
+mod os;
+mod paging;
+mod rank;
 mod save;
 mod share;
 mod source;
 mod sync;
 mod tensor;
+mod work;
 
 #[cfg(feature = "cli")]
 pub mod cli;
 #[cfg(feature = "python")]
 mod python;
 
+pub use checkpoint::{CheckpointOptions, Checkpointer, Ready, Saved, Saving};
+pub use delta::{apply_delta, materialize, save_delta, save_diff};
+pub use diff::{Change, Changes, Differences, Reshaped, Verify};
 pub use dtype::{
     Block, DType, Element, F4x2, F6E2M3x4, F6E3M2x4, F8E4M3, F8E4M3Fnuz, F8E5M2, F8E5M2Fnuz, F8E8M0,
     UnknownDType,
 };
 pub use error::{Error, Result};
 pub use half::{bf16, f16};
-pub use layout::{Format, Layout, LayoutBuilder, MAX_RANK, TensorInfo};
+pub use layout::{Format, Layout, LayoutBuilder, MAX_RANK, Select, TensorInfo};
 pub use map::{Advice, Backing, Evicted, MapOptions, Mapping, Residency, SharedMemory};
 #[cfg(target_os = "linux")]
 pub use map::{Memfd, SealedMemfd};
-pub use model::{
-    Change, Changes, Differences, Model, ModelMut, ModelShard, ModelShared, OpenOptions, Order, Prefetch,
-    Reshaped, Select, ShardPlan, Split, Stream, StreamOptions, Verify, diff,
-};
+pub use model::{Model, ModelMut, ModelShared, OpenOptions, Stream, diff};
 pub use num_complex::Complex32;
-pub use save::{
-    CheckpointOptions, Checkpointer, Draft, DraftOptions, Edited, HeaderEdit, Ready, SaveOptions, Saved,
-    Saving, apply_delta, materialize, save, save_delta, save_diff,
-};
+pub use paging::{Order, Prefetch, StreamOptions};
+pub use rank::{ModelShard, ShardPlan, Split};
+pub use save::{Draft, DraftOptions, Edited, HeaderEdit, SaveOptions, save};
 pub use share::{AttachOptions, Publication, PublishOptions, Publisher, Refreshed, Subscriber};
 pub use tensor::{Index, TensorShared, TensorSlice, TensorView, TensorViewMut};

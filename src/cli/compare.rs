@@ -253,7 +253,7 @@ impl Check {
     /// What is found, and what kept it from finding more.
     fn verify(&self, path: &Path) -> crate::Result<(Verified, Option<Error>)> {
         let model = open(path)?;
-        let checksums = model.metadata().contains_key(crate::digest::CHECKSUMS);
+        let checksums = model.metadata().contains_key(diff::digest::CHECKSUMS);
         let (damaged, trouble) = match if checksums || !self.missing_ok { model.verify() } else { Ok(()) } {
             Ok(()) => (Vec::new(), None),
             Err(Error::Checksum { tensor, others, .. }) => {

@@ -1,8 +1,8 @@
 //! `maptensors delta` and `apply`.
 
 use super::{DONE, text};
+use crate::delta::materialize_deltas;
 use crate::error::printable;
-use crate::save::materialize_deltas;
 use crate::{Model, ModelMut, SaveOptions};
 use std::io::Write;
 use std::path::{Path, PathBuf};

@@ -4,7 +4,7 @@
 //! removes what is unfinished, and then has the process end by the signal after all.
 #![allow(unsafe_code)]
 
-use crate::map::cancel::{self, Cancel};
+use crate::work::cancel::{self, Cancel};
 use std::mem::MaybeUninit;
 use std::ptr;
 use std::sync::Arc;
@@ -31,7 +31,7 @@ pub(super) fn guarded<T>(work: impl FnOnce() -> T) -> T {
         move || {
             while !done.load(Ordering::Relaxed) {
                 let Some(signal) = signals.wait(TURN) else { continue };
-                cancel.call_off();
+                cancel.cancel();
                 let began = Instant::now();
                 while !done.load(Ordering::Relaxed) && began.elapsed() < GRACE {
                     thread::sleep(Duration::from_millis(1));
@@ -46,7 +46,7 @@ pub(super) fn guarded<T>(work: impl FnOnce() -> T) -> T {
     done.store(true, Ordering::Relaxed);
     // The thread is about to end the process: what the work says of having been called off is of no interest.
     let began = Instant::now();
-    while cancel.is_called_off() && began.elapsed() < 10 * GRACE {
+    while cancel.is_canceled() && began.elapsed() < 10 * GRACE {
         thread::sleep(GRACE);
     }
     before.restore();

@@ -1,9 +1,9 @@
 //! `maptensors prefetch`, `evict` and `checksum`: models by their pages.
 
 use super::{DONE, FAILED, complain, is_broken_pipe, text};
+use crate::diff::hash_all;
 use crate::error::printable;
 use crate::map::may_ask;
-use crate::model::hash_all;
 use crate::{Model, Select, StreamOptions};
 use globset::GlobSet;
 use indicatif::{ProgressBar, ProgressStyle};

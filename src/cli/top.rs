@@ -6,7 +6,7 @@ use super::table::Table;
 use super::{DONE, inspect, text};
 use crate::error::printable;
 use crate::map::cached::Album;
-use crate::map::open_regular;
+use crate::os::open_regular;
 use crate::{Error, Model};
 use memmap2::MmapOptions;
 use serde::Serialize;

@@ -1,14 +1,21 @@
 //! Which tensors there are and where: plain data, the same for a file read and a file about to be written.
 
+mod catalog;
 mod check;
 mod format;
+#[cfg(any(feature = "cli", feature = "python"))]
+pub(crate) mod glob;
 mod plan;
+mod select;
 
+pub(crate) use catalog::{Catalog, Shard};
 #[cfg(feature = "python")]
 pub(crate) use check::elements;
 pub(crate) use check::{Parts, Rules};
 pub use format::Format;
 pub use plan::LayoutBuilder;
+pub use select::Select;
+pub(crate) use select::{Place, Run};
 
 use crate::dtype::DType;
 use hashbrown::{DefaultHashBuilder, HashTable};

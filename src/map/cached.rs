@@ -1,7 +1,7 @@
 //! How much of a file is in memory, asked without touching it.
 
-use super::open_regular;
 use super::residency::may_ask;
+use crate::os::open_regular;
 use memmap2::{Mmap, MmapOptions};
 use std::collections::{HashMap, VecDeque};
 use std::fs::File;

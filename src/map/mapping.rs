@@ -2,14 +2,17 @@
 
 #[cfg(test)]
 use super::Window;
-use super::fork::Raw;
 use super::lock::{self, Moving};
 use super::options::{MapOptions, aligning};
 #[cfg(target_os = "linux")]
 use super::promote;
+use super::raw::Raw;
 use super::writable::Writable;
-use super::{Advice, CHUNK, Residency, each_in_parallel, residency};
+use super::{Advice, CHUNK, Residency, residency};
 use crate::error::{Error, Result};
+use crate::os::ExclusiveFile;
+use crate::work::each_in_parallel;
+use memmap2::MmapOptions;
 use std::fs::File;
 use std::io;
 use std::ops::Range;
@@ -133,6 +136,14 @@ impl Mapping {
             locked_whole: false,
             moving: Arc::default(),
         }
+    }
+
+    /// Maps a whole file, of `len` bytes, to be written. [`ExclusiveFile::allocate`] came before and said yes.
+    pub(crate) fn output(file: &ExclusiveFile, len: usize) -> io::Result<Self> {
+        // Mapping raw is safe: what makes reading and writing it sound is that this process alone knows the file
+        // (type invariant), which stays so as long as the mapping is ours to write.
+        let raw = Raw::withheld(|| MmapOptions::new().len(len).map_raw(file.file()))?;
+        Ok(Self::huge(raw, len, Backing::Output))
     }
 
     pub(super) fn huge(raw: Raw, len: usize, backing: Backing) -> Self {

@@ -1,9 +1,9 @@
 //! Memory behind a descriptor, which can be made immutable: the one map that needs no promise.
 
-use super::fork::Owner;
 use super::options::{MapOptions, Window};
 use super::{Backing, Mapping};
 use crate::error::{Error, Result};
+use crate::os::fork::Owner;
 use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, fcntl_get_seals, memfd_create};
 use rustix::io::Errno;
 use std::fs::File;

@@ -1,6 +1,6 @@
 //! Memory as it is now, next to what it was.
 
-use super::{Backing, Mapping, Source};
+use super::{Backing, Mapping, RawSlice};
 use std::io;
 use std::ops::Range;
 
@@ -11,10 +11,10 @@ pub(super) type Identity = (u64, u64);
 /// Python's.
 pub(crate) trait Memory: Sync {
     /// All bytes, as they are now.
-    fn now(&self) -> Source<'_>;
+    fn now(&self) -> RawSlice<'_>;
 
     /// The file's own bytes, where there is a file and they are still reachable.
-    fn base(&self) -> Option<Source<'_>>;
+    fn base(&self) -> Option<RawSlice<'_>>;
 
     /// Whether the bytes can differ from the file's.
     fn backing(&self) -> Backing;
@@ -30,11 +30,11 @@ pub(crate) trait Memory: Sync {
 }
 
 impl Memory for Mapping {
-    fn now(&self) -> Source<'_> {
-        Source::from(self.as_bytes())
+    fn now(&self) -> RawSlice<'_> {
+        RawSlice::from(self.as_bytes())
     }
 
-    fn base(&self) -> Option<Source<'_>> {
+    fn base(&self) -> Option<RawSlice<'_>> {
         match (self.backing, &self.base) {
             (_, Some(base)) => Some(base.now()),
             (Backing::ReadOnly, None) => Some(self.now()),

@@ -1,5 +1,4 @@
-//! Bytes in memory that the kernel backs with a file. The only room that talks to the kernel about
-//! memory; the crate's `unsafe` lives here.
+//! Bytes in memory that the kernel backs with a file. The only room that talks to the kernel about memory.
 //!
 //! # The stable-file contract
 //!
@@ -23,16 +22,6 @@ mod advice;
 mod atomic;
 #[cfg(feature = "cli")]
 pub(crate) mod cached;
-pub(crate) mod cancel;
-pub(crate) mod control;
-mod copy;
-pub(crate) mod disk;
-mod exclusive;
-mod file;
-pub(crate) mod fork;
-mod guard;
-#[cfg(target_os = "linux")]
-pub(crate) mod lease;
 mod lock;
 mod mapping;
 #[cfg(target_os = "linux")]
@@ -40,24 +29,18 @@ mod memfd;
 mod memory;
 mod options;
 mod pages;
-mod parallel;
-mod patience;
 #[cfg(target_os = "linux")]
 mod private;
 #[cfg(target_os = "linux")]
 mod promote;
+mod raw;
+mod raw_slice;
 mod residency;
 mod shared;
-mod source;
 mod text;
-mod whereabouts;
 mod writable;
 
 pub use advice::Advice;
-pub(crate) use copy::{clone, clone_or_copy, copy_range};
-pub(crate) use exclusive::{ExclusiveFile, mode_of_new_files};
-pub(crate) use file::{open_regular, open_regular_in, open_regular_to_edit, read_exact_at};
-pub(crate) use guard::{Guard, Stamp};
 pub use mapping::{Backing, Mapping};
 #[cfg(target_os = "linux")]
 pub use memfd::{Memfd, SealedMemfd};
@@ -66,36 +49,15 @@ pub use options::MapOptions;
 pub(crate) use options::Window;
 pub use pages::Evicted;
 pub(crate) use pages::Pages;
-pub(crate) use parallel::each_in_parallel;
-pub(crate) use patience::Patience;
+pub(crate) use raw_slice::RawSlice;
 pub use residency::Residency;
 #[cfg(feature = "cli")]
 pub(crate) use residency::may_ask;
 pub use shared::SharedMemory;
-pub(crate) use source::Source;
 pub(crate) use text::StableFile;
 #[cfg(test)]
 pub(crate) use text::own_stable_file;
 pub(crate) use writable::refused as not_writable;
-
-/// Elsewhere there are none.
-#[cfg(not(target_os = "linux"))]
-pub(crate) mod lease {
-    use std::fs::File;
-    use std::io;
-
-    pub(crate) fn take(_: &File) -> io::Result<bool> {
-        Ok(false)
-    }
-
-    pub(crate) fn is_undisputed(_: &File) -> bool {
-        false
-    }
-
-    pub(crate) fn give_up(_: &File) -> io::Result<()> {
-        Ok(())
-    }
-}
 
 /// Work on files is cut at this file offset: a huge page, so that the page cache is filled with them.
 pub(crate) const CHUNK: usize = 2 << 20;

@@ -1,12 +1,13 @@
 //! How to map: [`MapOptions`].
 
-use super::fork::Raw;
 use super::mapping::identity;
+use super::raw::Raw;
 use super::residency::may_ask;
 use super::{Advice, Backing, CHUNK, Mapping, SharedMemory, lock};
 #[cfg(target_os = "linux")]
 use super::{Memfd, SealedMemfd};
 use crate::error::{Error, Result};
+use crate::work::{cancel, each_in_parallel};
 use memmap2::{MmapOptions, MmapRaw};
 use std::fs::File;
 use std::io;
@@ -472,8 +473,8 @@ impl MapOptions {
 /// Fills memory with as many bytes of `file`, from an offset, on several threads.
 pub(super) fn read_all_at(to: &mut [u8], file: &File, offset: u64) -> io::Result<()> {
     let chunks: Vec<_> = to.chunks_mut(CHUNK).enumerate().collect();
-    super::each_in_parallel(chunks, |(i, chunk)| {
-        super::cancel::check()?;
+    each_in_parallel(chunks, |(i, chunk)| {
+        cancel::check()?;
         file.read_exact_at(chunk, offset + (i * CHUNK) as u64)
     })
 }
@@ -495,7 +496,7 @@ impl Mapping {
         // Where in its huge page the first byte of the mapping lies, in the file.
         let shift = usize::try_from(self.offset % CHUNK as u64).unwrap_or_default();
         let chunks = (shift + range.start) / CHUNK..(shift + range.end).div_ceil(CHUNK);
-        super::each_in_parallel(chunks.collect(), |i: usize| {
+        each_in_parallel(chunks.collect(), |i: usize| {
             let start = (i * CHUNK).saturating_sub(shift).max(range.start);
             let end = ((i + 1) * CHUNK - shift).min(range.end);
             match self.advise_range(Advice::PopulateRead, start..end) {

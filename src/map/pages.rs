@@ -1,7 +1,7 @@
 //! The pages of a mapping, to be brought, given back and locked: nothing here looks at a byte.
 
-use super::fork::Raw;
 use super::lock::{self, Moving};
+use super::raw::Raw;
 use super::writable::{self, Writable};
 use super::{Backing, Mapping, Residency, mapping, residency};
 use crate::error::Result;

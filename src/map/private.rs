@@ -4,7 +4,7 @@
 //! then on. `ioctl(PAGEMAP_SCAN)` (Linux 6.7) lists such pages as ranges; before it, `/proc/self/pagemap` has
 //! a word for each page.
 
-use super::each_in_parallel;
+use crate::work::each_in_parallel;
 use rustix::io::Errno;
 use std::fs::File;
 use std::io::{self, ErrorKind};

@@ -5,7 +5,8 @@
 //! (mremap(2), `MREMAP_FIXED`) takes a fault for each 2 MiB instead. Where huge pages are refused, the copies
 //! are of small ones, made by all threads at once all the same.
 
-use super::{CHUNK, each_in_parallel};
+use super::CHUNK;
+use crate::work::each_in_parallel;
 use rustix::mm::{Advice, MapFlags, MremapFlags, ProtFlags, madvise, mmap_anonymous, mremap_fixed, munmap};
 use std::io;
 
@@ -107,7 +108,7 @@ unsafe fn fill_gap(target: *mut u8, copy: *const u8, len: usize) -> io::Result<(
             Err(rustix::io::Errno::EXIST.into())
         }
         Err(error) => {
-            super::fork::close_gap(target.addr()..target.addr() + len);
+            crate::os::fork::close_gap(target.addr()..target.addr() + len);
             Err(error.into())
         }
     }

@@ -3,7 +3,7 @@
 #[cfg(feature = "python")]
 use super::Pages;
 use super::memory::Identity;
-use super::{Advice, Backing, Mapping, Memory, Residency, Source, atomic};
+use super::{Advice, Backing, Mapping, Memory, RawSlice, Residency, atomic};
 use crate::error::{Error, Result};
 #[cfg(feature = "python")]
 use std::fs::File;
@@ -48,11 +48,11 @@ unsafe impl Send for SharedMemory {}
 unsafe impl Sync for SharedMemory {}
 
 impl Memory for SharedMemory {
-    fn now(&self) -> Source<'_> {
+    fn now(&self) -> RawSlice<'_> {
         self.source(&(0..self.len))
     }
 
-    fn base(&self) -> Option<Source<'_>> {
+    fn base(&self) -> Option<RawSlice<'_>> {
         match &self.owner {
             Owner::Mapping(mapping) => mapping.base(),
             #[cfg(feature = "python")]
@@ -227,9 +227,9 @@ impl SharedMemory {
     }
 
     /// A part, to copy from.
-    pub(crate) fn source(&self, part: &Range<usize>) -> Source<'_> {
+    pub(crate) fn source(&self, part: &Range<usize>) -> RawSlice<'_> {
         // SAFETY: the part lies inside (`ptr` asserts it) and stays readable while borrowed.
-        unsafe { Source::from_raw(self.ptr(part), part.len()) }
+        unsafe { RawSlice::from_raw(self.ptr(part), part.len()) }
     }
 }
 
@@ -248,7 +248,7 @@ impl SharedMemory {
     }
 
     /// A copy on the heap: for what is misaligned where it lies.
-    pub(crate) fn copy_of(source: Source<'_>) -> Self {
+    pub(crate) fn copy_of(source: RawSlice<'_>) -> Self {
         let memory = Self::zeroed(source.len());
         memory.write(&(0..source.len()), source);
         memory
@@ -297,7 +297,7 @@ impl SharedMemory {
     ///
     /// # Panics
     /// If the part lies outside, is of another length, or the memory is read-only: a fault of this crate.
-    pub(crate) fn write(&self, part: &Range<usize>, from: Source<'_>) {
+    pub(crate) fn write(&self, part: &Range<usize>, from: RawSlice<'_>) {
         assert!(!self.is_read_only() && part.len() == from.len());
         // SAFETY: the part lies inside (`ptr` asserts it) and is writable, as the caller saw to; no Rust reference to it
         // exists.
@@ -367,7 +367,7 @@ impl SharedMemory {
             match unsafe { mmap(ptr.cast(), len, prot, flags | MapFlags::FIXED, file, 0) } {
                 Ok(_) => Ok(()),
                 Err(error) => {
-                    super::fork::close_gap(ptr.addr()..ptr.addr() + len);
+                    crate::os::fork::close_gap(ptr.addr()..ptr.addr() + len);
                     Err(error.into())
                 }
             }

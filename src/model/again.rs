@@ -6,7 +6,7 @@
 
 use super::Place;
 use crate::error::{Error, Result};
-use crate::map::Patience;
+use crate::work::Patience;
 use std::path::Path;
 
 /// How often a directory is listed again in which there seems to be no model, or several.

@@ -1,11 +1,14 @@
 //! From files to a model's parts: opened, their headers read, held against the index.
 
-use super::{Catalog, Guards, OpenOptions, Place, Shard, again};
+use super::{Guards, OpenOptions, Place, again};
 use crate::error::{Error, Result};
 use crate::format::{self, index};
-use crate::layout::Layout;
-use crate::map::{self, Guard, MapOptions, Stamp, Window};
+use crate::layout::{Catalog, Layout, Shard};
+use crate::map::{MapOptions, Window};
+use crate::os;
+use crate::os::{Guard, Stamp};
 use crate::source::FileBytes;
+use crate::work;
 use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -60,7 +63,7 @@ fn assemble_now<M: Send + Sync>(
     let watched = options.guard && access != Access::Copy;
     let open = |path: &Path| -> Result<(Shard, Brought<M>)> {
         let edit = access == Access::Edit;
-        let (file, len) = if edit { map::open_regular_to_edit(path) } else { map::open_regular(path) }?;
+        let (file, len) = if edit { os::open_regular_to_edit(path) } else { os::open_regular(path) }?;
         // Before anything is read: what changes from here on is found.
         let stamp = watched.then(|| Stamp::of(&file, edit)).transpose();
         let stamp = stamp.map_err(Error::io(path, "asking when it was written"))?;
@@ -73,7 +76,7 @@ fn assemble_now<M: Send + Sync>(
     let mut opened = Vec::new();
     opened.resize_with(place.files.len(), || None);
     let jobs = place.files.iter().zip(&mut opened).collect();
-    map::each_in_parallel(jobs, |(path, slot): (&PathBuf, &mut Option<_>)| {
+    work::each_in_parallel(jobs, |(path, slot): (&PathBuf, &mut Option<_>)| {
         *slot = Some(open(path)?);
         Ok(())
     })?;

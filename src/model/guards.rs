@@ -1,8 +1,8 @@
 //! The files of a model, watched: see [`OpenOptions::guard`](super::OpenOptions::guard).
 
-use super::Catalog;
 use crate::error::Result;
-use crate::map::Guard;
+use crate::layout::Catalog;
+use crate::os::Guard;
 use std::io;
 use std::path::Path;
 

@@ -1,11 +1,13 @@
 //! Which of a model's pages are in memory, and which are to be.
 
-use super::{Model, Paging, Prefetch, Select, Stream, StreamOptions};
+use super::{Model, Stream};
 use crate::error::Result;
+use crate::layout::Select;
 use crate::map::{Evicted, Residency};
+use crate::paging::{Paging, Prefetch, StreamOptions};
 
 impl Model {
-    pub(super) fn paging(&self) -> Paging<'_> {
+    pub(crate) fn paging(&self) -> Paging<'_> {
         let shards = self.catalog.shards().iter().zip(&self.mappings);
         let pages = shards.map(|(shard, mapping)| mapping.pages(&shard.path)).collect();
         Paging { catalog: &self.catalog, pages, locks: &self.locks }

@@ -2,60 +2,33 @@
 
 mod again;
 mod assemble;
-mod catalog;
-mod changes;
-mod compare;
-mod contents;
 mod diff;
-#[cfg(any(feature = "cli", feature = "python"))]
-mod glob;
 mod guards;
 mod lazy;
+mod locate;
 mod model_mut;
 mod model_shared;
 mod open;
-mod paging;
-mod place;
-mod prefetch;
-mod schedule;
-mod select;
-mod shard;
-mod shard_plan;
 mod stream;
 mod verify;
 
 pub(crate) use assemble::layout_of;
-pub(crate) use catalog::{Catalog, Shard};
-pub use changes::{Change, Changes};
-pub(crate) use compare::Difference;
-pub(crate) use contents::{Contents, Found, Marks, Span, Until, hash_all};
-pub(crate) use diff::compare_contents;
-pub use diff::{Differences, Reshaped, diff};
+pub use diff::diff;
 pub(crate) use guards::Guards;
+pub(crate) use locate::{Place, locate};
 pub use model_mut::ModelMut;
 #[cfg(feature = "python")]
 pub(crate) use model_mut::new_token;
 pub(crate) use model_mut::split;
 pub use model_shared::ModelShared;
 pub use open::OpenOptions;
-pub(crate) use paging::{Locks, Paging};
-pub(crate) use place::{Place, locate};
-pub use prefetch::Prefetch;
-pub use select::Select;
-pub use shard::ModelShard;
-#[cfg(feature = "python")]
-pub(crate) use shard::{At, Shards};
-pub use shard_plan::{ShardPlan, Split};
-#[cfg(feature = "python")]
-pub(crate) use stream::ReadAhead;
-pub use stream::{Order, Stream, StreamOptions};
-pub use verify::Verify;
+pub use stream::Stream;
 
-#[cfg(doc)]
-use crate::error::Error;
+use crate::diff::Contents;
 use crate::error::Result;
-use crate::layout::{Layout, TensorInfo};
+use crate::layout::{Catalog, Layout, TensorInfo};
 use crate::map::{Mapping, Memory};
+use crate::paging::Locks;
 use crate::tensor::TensorView;
 use std::collections::{BTreeMap, HashMap};
 use std::path::Path;
@@ -75,10 +48,10 @@ use std::sync::Arc;
 /// # Ok::<(), maptensors::Error>(())
 /// ```
 pub struct Model {
-    catalog: Catalog,
+    pub(crate) catalog: Catalog,
     // INVARIANT: one for each shard of the catalog, as long as its layout's file.
     // Counted: generations of a publication share theirs.
-    mappings: Vec<Arc<Mapping>>,
+    pub(crate) mappings: Vec<Arc<Mapping>>,
     /// What [`Model::lock`] holds.
     locks: Arc<Locks>,
     /// Under [`OpenOptions::guard`].

@@ -1,6 +1,7 @@
 //! A model whose tensors can be written.
 
-use super::{Changes, Contents, Marks, Model, OpenOptions};
+use super::{Model, OpenOptions};
+use crate::diff::{Changes, Contents, Marks};
 use crate::error::{Error, Result};
 use crate::layout::TensorInfo;
 use crate::map::{CHUNK, Mapping, not_writable};

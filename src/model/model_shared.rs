@@ -1,7 +1,9 @@
 //! A model edited in its file, which others may have as well.
 
-use super::{Catalog, Contents, Guards, OpenOptions};
+use super::{Guards, OpenOptions};
+use crate::diff::Contents;
 use crate::error::{Error, Result};
+use crate::layout::Catalog;
 use crate::layout::{Layout, TensorInfo};
 use crate::map::{Memory, Residency, SharedMemory};
 use crate::tensor::TensorShared;

@@ -1,13 +1,16 @@
 //! From a path to a model.
 
 use super::assemble::{Access, assemble, copied, read_layout};
-use super::{Catalog, Model, ModelMut, ModelShared, Place, Shard, Verify, locate};
+use super::{Model, ModelMut, ModelShared, Place, locate};
+use crate::diff::Verify;
 use crate::error::{Error, Result};
 use crate::format;
+use crate::layout::{Catalog, Shard};
 #[cfg(target_os = "linux")]
 use crate::map::SealedMemfd;
 use crate::map::{self, Backing, MapOptions, Mapping, SharedMemory, StableFile, Window};
 use crate::source::FileBytes;
+use crate::work;
 use std::fs::File;
 use std::ops::RangeBounds;
 #[cfg(target_os = "linux")]
@@ -380,9 +383,9 @@ pub(super) fn from_bytes(bytes: &[u8]) -> Result<Model> {
     let layout = format::read(&bytes)?;
     let mut mapping = Mapping::owned(bytes.len(), layout.data_range().start)
         .map_err(Error::io(path, "allocating memory for the model"))?;
-    let source = map::Source::from(bytes);
+    let source = map::RawSlice::from(bytes);
     let chunks = mapping.as_bytes_mut().chunks_mut(map::CHUNK).enumerate().collect();
-    let copied: Result<(), ()> = map::each_in_parallel(chunks, |(i, chunk): (usize, &mut [u8])| {
+    let copied: Result<(), ()> = work::each_in_parallel(chunks, |(i, chunk): (usize, &mut [u8])| {
         source.copy_to(i * map::CHUNK..i * map::CHUNK + chunk.len(), chunk);
         Ok(())
     });

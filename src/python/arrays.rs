@@ -4,7 +4,7 @@ use super::buffer::Extent;
 use super::dlpack::{self, Exchange, Export};
 use crate::dtype::{Block, DType};
 use crate::error::{Error, quote};
-use crate::map::{SharedMemory, Source, not_writable};
+use crate::map::{RawSlice, SharedMemory, not_writable};
 use crate::tensor::Selection;
 use pyo3::exceptions::{PyBufferError, PyImportError, PyTypeError, PyValueError};
 use pyo3::intern;
@@ -44,7 +44,7 @@ impl Array<'_> {
     }
 
     /// Bytes in C order, where they lie so.
-    pub(super) fn source(&self) -> Option<Source<'_>> {
+    pub(super) fn source(&self) -> Option<RawSlice<'_>> {
         self.strides.is_none().then(|| self.memory.source(&(self.offset..self.offset + self.nbytes())))
     }
 
@@ -257,7 +257,7 @@ impl Array<'_> {
                 all.strides = strides.to_vec();
             }
             py.detach(|| self.gather(&all, &mut bytes));
-            let memory = Arc::new(SharedMemory::copy_of(Source::from(&*bytes)));
+            let memory = Arc::new(SharedMemory::copy_of(RawSlice::from(&*bytes)));
             let copied = Array { memory: &memory, offset: 0, strides: None, read_only: false, ..*self };
             return copied.export(|export| Export { copied: true, ..*export }.capsule(py, versioned));
         }

@@ -1,6 +1,7 @@
 //! `maptensors.Changes`: which tensors changed, and by how much.
 
-use crate::model::{self, Change};
+use crate::diff;
+use crate::diff::Change;
 use pyo3::exceptions::PyKeyError;
 use pyo3::prelude::*;
 use pyo3::types::{PyDict, PyList};
@@ -9,11 +10,11 @@ use pyo3::types::{PyDict, PyList};
 /// differ, `pages` that hold them, and the tensor's `nbytes`. False if nothing changed.
 #[pyclass(frozen, mapping, module = "maptensors")]
 pub(super) struct Changes {
-    inner: model::Changes,
+    inner: diff::Changes,
 }
 
-impl From<model::Changes> for Changes {
-    fn from(inner: model::Changes) -> Self {
+impl From<diff::Changes> for Changes {
+    fn from(inner: diff::Changes) -> Self {
         Self { inner }
     }
 }

@@ -4,9 +4,10 @@ use super::given::collect;
 use super::interrupt::{GRACE, wait_in_turns};
 use super::metadata::{Metadata, metadata as read_metadata};
 use super::save::{sizes, stage_one};
+use crate::checkpoint;
+use crate::checkpoint::{CheckpointOptions, Checkpointer, Ready};
 use crate::error::Error;
-use crate::map::cancel::{self, Cancel};
-use crate::save::{self, CheckpointOptions, Checkpointer, Ready};
+use crate::work::cancel::{self, Cancel};
 use pyo3::exceptions::{PyFileNotFoundError, PyKeyboardInterrupt};
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
@@ -33,7 +34,7 @@ impl Checkpoints {
         metadata: Metadata,
         alone: bool,
         cancel: &Cancel,
-    ) -> PyResult<save::Saving> {
+    ) -> PyResult<checkpoint::Saving> {
         let checkpointer = self.checkpointer()?;
         let tensors = collect(tensors)?;
         let given = metadata.as_ref();
@@ -109,7 +110,7 @@ impl Checkpoints {
             Ok(None) => Err(Error::Argument("the save did not end".into()).into()),
             Err(raised) => {
                 py.detach(|| {
-                    cancel.call_off();
+                    cancel.cancel();
                     saving.wait_for(GRACE)
                 });
                 Err(raised)
@@ -198,7 +199,7 @@ impl Checkpoints {
 /// A checkpoint on its way.
 #[pyclass(frozen, module = "maptensors._native")]
 pub(super) struct Saving {
-    saving: save::Saving,
+    saving: checkpoint::Saving,
 }
 
 #[pymethods]
@@ -238,7 +239,7 @@ fn finished(py: Python<'_>, checkpointer: &Checkpointer) -> PyResult<()> {
     }
 }
 
-fn saved<'py>(py: Python<'py>, saved: &save::Saved) -> PyResult<Bound<'py, PyDict>> {
+fn saved<'py>(py: Python<'py>, saved: &checkpoint::Saved) -> PyResult<Bound<'py, PyDict>> {
     let dict = PyDict::new(py);
     dict.set_item("step", saved.step)?;
     dict.set_item("path", saved.path.as_os_str())?;

@@ -7,8 +7,8 @@ use super::{arrays, given};
 use crate::dtype::DType;
 use crate::error::{Error, quote};
 use crate::layout::Layout;
-use crate::map::fork::Owner;
-use crate::map::{SharedMemory, Source};
+use crate::map::{RawSlice, SharedMemory};
+use crate::os::fork::Owner;
 use crate::save::{self, DraftOptions, Pending, Target};
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
@@ -93,7 +93,7 @@ impl Draft {
                 memory.detach(pending.file().file()).map_err(io("detaching the new file from memory"))?;
             } else {
                 let data = layout.data_range();
-                let source: Source<'_> = memory.source(&data);
+                let source: RawSlice<'_> = memory.source(&data);
                 save::fill(Target::File(pending.file()), vec![(data.start, source)], &|_| ())
                     .map_err(io("writing tensor data"))?;
             }

@@ -4,7 +4,7 @@
 //! thread. On any other thread there is nothing to see, and work is done where it is.
 
 use crate::error::Error;
-use crate::map::cancel::{self, Cancel};
+use crate::work::cancel::{self, Cancel};
 use pyo3::prelude::*;
 use std::panic::resume_unwind;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
@@ -116,7 +116,7 @@ fn wait<T>(end: &Receiver<T>, cancel: &Cancel) -> PyResult<Option<T>> {
             Err(RecvTimeoutError::Timeout) => {}
         }
         if let Err(raised) = Python::attach(|py| py.check_signals()) {
-            cancel.call_off();
+            cancel.cancel();
             end.recv_timeout(GRACE).ok();
             return Err(raised);
         }

@@ -5,10 +5,11 @@ use super::model::Model;
 use super::parts::Parts;
 use super::tensor::Tensor;
 use crate::error::Error;
-use crate::map::{Evicted, Residency, SharedMemory, Source};
-use crate::model::{
-    self, At, Catalog, Order, Paging, ReadAhead, Select, ShardPlan, Shards, Split, StreamOptions,
-};
+use crate::layout::{Catalog, Select};
+use crate::map::{Evicted, RawSlice, Residency, SharedMemory};
+use crate::paging;
+use crate::paging::{Order, Paging, ReadAhead, StreamOptions};
+use crate::rank::{At, ShardPlan, Shards, Split};
 use pyo3::exceptions::{PyRuntimeError, PyTypeError};
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
@@ -79,7 +80,7 @@ impl Parts {
 }
 
 /// Whether both hold the same bytes.
-fn is_same(a: Source<'_>, b: Source<'_>) -> bool {
+fn is_same(a: RawSlice<'_>, b: RawSlice<'_>) -> bool {
     const BLOCK: usize = 64 << 10;
     let (mut of_a, mut of_b) = (vec![0; BLOCK], vec![0; BLOCK]);
     a.len() == b.len()
@@ -146,7 +147,7 @@ pub(super) fn unlock(py: Python<'_>, parts: &Parts, names: Option<Names>) -> PyR
 /// Tensors on their way into memory.
 #[pyclass(frozen, module = "maptensors._native")]
 pub(super) struct Prefetch {
-    inner: model::Prefetch,
+    inner: paging::Prefetch,
 }
 
 /// Begins to bring what is selected into memory.

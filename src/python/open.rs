@@ -2,9 +2,10 @@
 
 use super::interrupt::interruptible;
 use super::model::Model;
+use crate::diff;
 use crate::error::Error;
 use crate::map::Backing;
-use crate::model::{self, Model as Opened, ModelShared, OpenOptions, Place, locate};
+use crate::model::{Model as Opened, ModelShared, OpenOptions, Place, locate};
 use pyo3::exceptions::{PyTypeError, PyValueError};
 use pyo3::prelude::*;
 use pyo3::sync::PyOnceLock;
@@ -202,10 +203,10 @@ pub(super) fn load_bytes(py: Python<'_>, data: &[u8]) -> PyResult<Model> {
 }
 
 /// "never" or "all".
-pub(super) fn what_to_verify(verify: &str) -> PyResult<model::Verify> {
+pub(super) fn what_to_verify(verify: &str) -> PyResult<diff::Verify> {
     match verify {
-        "never" => Ok(model::Verify::Never),
-        "all" => Ok(model::Verify::All),
+        "never" => Ok(diff::Verify::Never),
+        "all" => Ok(diff::Verify::All),
         other => Err(PyValueError::new_err(format!("verify is \"never\" or \"all\", not {other:?}"))),
     }
 }

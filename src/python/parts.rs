@@ -2,10 +2,13 @@
 
 use super::lazy::Names;
 use super::tensor::{Tensor, Watch};
+use crate::diff::{Contents, Marks};
 use crate::error::Error;
 use crate::layout::TensorInfo;
+use crate::layout::{Catalog, Select};
 use crate::map::{CHUNK, Memory, SharedMemory, not_writable};
-use crate::model::{Catalog, Contents, Guards, Locks, Marks, Select, new_token};
+use crate::model::{Guards, new_token};
+use crate::paging::Locks;
 use std::collections::{HashMap, HashSet};
 use std::ops::Range;
 use std::path::Path;

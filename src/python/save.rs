@@ -5,12 +5,12 @@ use super::given::{self, Data, Given, collect};
 use super::interrupt::{LONG, abandonable, interruptible};
 use super::metadata::{Metadata, entries, metadata as read_metadata};
 use super::model::Model;
-use crate::digest::CHECKSUMS;
+use crate::diff::digest::CHECKSUMS;
 use crate::error::Error;
 use crate::format::safetensors;
 use crate::layout::Layout;
-use crate::map::Source;
-use crate::map::disk::Dir;
+use crate::map::RawSlice;
+use crate::os::disk::Dir;
 use crate::save::sharded::{Locked, save_in};
 use crate::save::{
     Commit, Create, DraftOptions, Edited, HeaderEdit, Target, checksum, fill, model_may_be_at, place,
@@ -31,7 +31,7 @@ fn plan(tensors: &[(String, Given)], metadata: &Metadata) -> Result<Layout, Erro
 }
 
 /// Where each contiguous array goes.
-fn jobs<'a>(layout: &Layout, tensors: &'a [(String, Given)]) -> Vec<(usize, Source<'a>)> {
+fn jobs<'a>(layout: &Layout, tensors: &'a [(String, Given)]) -> Vec<(usize, RawSlice<'a>)> {
     tensors.iter().filter_map(|(name, given)| Some((layout.position(name)?, given.data.source()?))).collect()
 }
 
@@ -217,7 +217,7 @@ pub(super) fn save_bytes<'py>(
         let copied = if is_long(&tensors) { interruptible(py, copy)? } else { py.detach(copy) };
         copied.map_err(Error::io(Path::new(""), "copying tensor data"))?;
         if layout.metadata().contains_key(CHECKSUMS) {
-            let written = Source::from(&*bytes);
+            let written = RawSlice::from(&*bytes);
             let header = checksum::header(&layout, Path::new(""), |range, to| {
                 written.copy_to(range, to);
                 Ok(())

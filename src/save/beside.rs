@@ -13,7 +13,9 @@ use super::Pending;
 use super::sharded::{is_shard_suffix, remove_shards};
 use crate::error::{Error, Result};
 use crate::format::index::{self, Index, Truth};
-use crate::map::{self, cancel, disk::Dir};
+use crate::os;
+use crate::os::disk::Dir;
+use crate::work::cancel;
 use rustix::fs::FileType;
 use std::ffi::{OsStr, OsString};
 use std::io::ErrorKind;
@@ -33,7 +35,7 @@ struct OldSet {
 }
 
 /// Renames a whole model into place, as [`Pending::publish`] does; the sharded set of its name goes.
-pub(super) fn publish_model(pending: Pending, durable: bool) -> Result<()> {
+pub(crate) fn publish_model(pending: Pending, durable: bool) -> Result<()> {
     let path = pending.path().to_owned();
     let Some(name) = index_name(&path) else { return pending.publish(durable) };
     if is_file(pending.dir(), &name) {
@@ -72,13 +74,13 @@ fn is_file(dir: &Dir, name: &OsStr) -> bool {
 }
 
 /// The files that go when a whole file gets this path: what is there, and the set of its name.
-pub(super) fn replaced_by(path: &Path) -> Vec<PathBuf> {
+pub(crate) fn replaced_by(path: &Path) -> Vec<PathBuf> {
     let mut replaced = vec![path.to_owned()];
     if let Some(index) = index_beside(path) {
         let parent = path.parent().unwrap_or(Path::new(""));
-        let text = map::open_regular(&index).and_then(|(file, len)| {
+        let text = os::open_regular(&index).and_then(|(file, len)| {
             let len = usize::try_from(len.min(index::MAX_INDEX_LEN)).unwrap_or_default();
-            index::parse(&map::read_exact_at(&file, &index, 0, len)?, &index)
+            index::parse(&os::read_exact_at(&file, &index, 0, len)?, &index)
         });
         replaced.push(index);
         let shards = text.map_or(Vec::new(), |index| index.shards);
@@ -89,7 +91,7 @@ pub(super) fn replaced_by(path: &Path) -> Vec<PathBuf> {
 }
 
 /// The index of the set of a whole file's name, where there is one.
-pub(super) fn index_beside(path: &Path) -> Option<PathBuf> {
+pub(crate) fn index_beside(path: &Path) -> Option<PathBuf> {
     index_name(path).map(|name| path.with_file_name(name)).filter(|index| index.is_file())
 }
 
@@ -182,7 +184,7 @@ impl Drop for OldSet {
 }
 
 /// Writes an index, whole or not at all.
-pub(super) fn write_index(dir: &Arc<Dir>, path: &Path, text: &str, durable: bool) -> Result<()> {
+pub(crate) fn write_index(dir: &Arc<Dir>, path: &Path, text: &str, durable: bool) -> Result<()> {
     let pending = Pending::create_in(dir, path, None)?;
     pending.allocate(text.len() as u64)?;
     let written = pending.file().write_all_at(text.as_bytes(), 0);

@@ -3,12 +3,12 @@
 //! The metadata entry has the same length whatever the checksums are. So the header is first written with
 //! zeros, and once the data is there, with the sums of what the file really holds.
 
-use crate::digest::{self, CHECKSUMS};
+use crate::diff::digest::{self, CHECKSUMS};
+use crate::diff::hash_all;
 use crate::error::{Error, Result};
 use crate::format::safetensors;
 use crate::layout::Layout;
-use crate::map::ExclusiveFile;
-use crate::model::hash_all;
+use crate::os::ExclusiveFile;
 use std::ops::Range;
 use std::os::unix::fs::FileExt as _;
 use std::path::Path;

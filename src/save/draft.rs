@@ -5,13 +5,16 @@ use super::{Pending, Target, checksum, fill};
 use crate::error::{Error, Result};
 use crate::format::safetensors;
 use crate::layout::Layout;
-use crate::map::disk::Dir;
-use crate::map::{Mapping, Source};
+use crate::map::{Mapping, RawSlice};
 use crate::model::split;
+use crate::os::disk::Dir;
 use crate::tensor::TensorViewMut;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+
+/// Makes a file for a layout at a path, in an output made ready where there is one.
+pub(crate) type Create<'a> = &'a (dyn Fn(&Path, &Layout) -> Result<Draft> + Sync);
 
 /// How to make a [`Draft`]; [`Draft::create`] is the defaults.
 ///
@@ -87,7 +90,7 @@ impl DraftOptions {
         self
     }
 
-    pub(super) fn wants_checksums(&self) -> bool {
+    pub(crate) fn wants_checksums(&self) -> bool {
         self.checksums
     }
 
@@ -103,7 +106,7 @@ impl DraftOptions {
         Self { dir: Some(dir.clone()), ..self.clone() }
     }
 
-    pub(super) fn wanted_mode(&self) -> Option<u32> {
+    pub(crate) fn wanted_mode(&self) -> Option<u32> {
         self.mode
     }
 
@@ -120,7 +123,7 @@ impl DraftOptions {
         Self { progress: self.progress.over(total), ..self.clone() }
     }
 
-    pub(super) fn is_durable(&self) -> bool {
+    pub(crate) fn is_durable(&self) -> bool {
         self.durable
     }
 
@@ -199,7 +202,7 @@ impl Draft {
     }
 
     /// In a file that has its size and is mapped already. What is not filled keeps what the file held.
-    pub(super) fn within(
+    pub(crate) fn within(
         header: &[u8],
         layout: Layout,
         mut memory: Mapping,
@@ -302,7 +305,7 @@ impl Draft {
     ///
     /// # Errors
     /// [`Error::Shape`] if a source is not as long as its tensor; [`Error::Io`].
-    pub(crate) fn fill(&mut self, jobs: Vec<(usize, Source<'_>)>) -> Result<()> {
+    pub(crate) fn fill(&mut self, jobs: Vec<(usize, RawSlice<'_>)>) -> Result<()> {
         self.pending.own()?;
         let placed = place(&self.layout, jobs, self.pending.path())?;
         // Once tensors were filled in memory, all are: the commit writes that memory.
@@ -346,7 +349,7 @@ impl Draft {
         self.pending.own()?;
         if let (Some(memory), false) = (&self.memory, self.mapped) {
             let data = self.layout.data_range();
-            let source = Source::from(&memory.as_bytes()[data.clone()]);
+            let source = RawSlice::from(&memory.as_bytes()[data.clone()]);
             fill(Target::File(self.pending.file()), vec![(data.start, source)], &|_| ())
                 .map_err(Error::io(self.pending.path(), "writing tensor data"))?;
         }
@@ -370,10 +373,10 @@ impl Draft {
 }
 
 /// Maps a new file, which has its size.
-pub(super) fn map_output(pending: &Pending, len: u64) -> Result<Mapping> {
+pub(crate) fn map_output(pending: &Pending, len: u64) -> Result<Mapping> {
     let mapping = |source| Error::io(pending.path(), "mapping the new file")(source);
     let len = usize::try_from(len).map_err(|_| mapping(std::io::ErrorKind::OutOfMemory.into()))?;
-    pending.file().map(len).map_err(mapping)
+    Mapping::output(pending.file(), len).map_err(mapping)
 }
 
 /// Who is told how far it is.
@@ -413,9 +416,9 @@ impl std::fmt::Debug for Progress {
 /// [`Error::Shape`] if a source is not as long as its tensor.
 pub(crate) fn place<'a>(
     layout: &Layout,
-    jobs: Vec<(usize, Source<'a>)>,
+    jobs: Vec<(usize, RawSlice<'a>)>,
     path: &Path,
-) -> Result<Vec<(usize, Source<'a>)>> {
+) -> Result<Vec<(usize, RawSlice<'a>)>> {
     jobs.into_iter()
         .map(|(index, source)| {
             let info = layout.at(index).ok_or_else(|| Error::Argument("no such tensor".into()))?;

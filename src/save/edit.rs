@@ -1,13 +1,15 @@
 //! A header edited without rewriting the data behind it.
 
 use super::Pending;
-use crate::digest::{self, CHECKSUMS};
+use crate::diff::digest::{self, CHECKSUMS};
 use crate::error::{Error, Result};
 use crate::format::safetensors::{self, Changes, PREFIX_LEN, Pieces};
 use crate::layout::Layout;
-use crate::map::disk::{self, Dir};
-use crate::map::{self, cancel, lease};
-use crate::model::{Catalog, Shard};
+use crate::layout::{Catalog, Shard};
+use crate::os;
+use crate::os::disk::{self, Dir};
+use crate::os::lease;
+use crate::work::cancel;
 use std::fs::File;
 use std::ops::Range;
 use std::path::Path;
@@ -120,7 +122,7 @@ impl HeaderEdit {
             return Err(Error::Argument(format!("{path} {why}")));
         }
         // No descriptor stays open: it would stand in the lease's way.
-        let plan = { Plan::of(&map::open_regular(path)?, &self.changes, path)? };
+        let plan = { Plan::of(&os::open_regular(path)?, &self.changes, path)? };
         if plan.header == plan.old {
             return Ok(Edited::Unchanged);
         }
@@ -142,7 +144,7 @@ impl HeaderEdit {
             return Ok(false);
         }
         let header = &plan.header[changed.clone()];
-        cancel::unless_called_off(|| disk::write_all_at(&file, header, changed.start as u64))
+        cancel::unless_canceled(|| disk::write_all_at(&file, header, changed.start as u64))
             .map_err(Error::io(path, "writing the header"))?;
         // Whoever waits sees the new header, all of it.
         lease::give_up(&file).ok();
@@ -153,16 +155,16 @@ impl HeaderEdit {
     }
 
     fn rewrite(&self, path: &Path) -> Result<Edited> {
-        let opened = map::open_regular(path)?;
+        let opened = os::open_regular(path)?;
         let plan = Plan::of(&opened, &self.changes, path)?;
         let (file, copying) = (&opened.0, "copying its data");
         let pending = Pending::create(path)?;
         let to = pending.file();
         let moved = plan.header.len() != plan.old.len();
-        if moved || !map::clone(file, to.file()).map_err(Error::io(path, copying))? {
+        if moved || !os::clone(file, to.file()).map_err(Error::io(path, copying))? {
             pending.allocate(plan.header.len() as u64 + plan.data_len)?;
             let (from, to_offset) = (plan.old.len() as u64, plan.header.len() as u64);
-            map::copy_range(file, from, to.file(), to_offset, plan.data_len)
+            os::copy_range(file, from, to.file(), to_offset, plan.data_len)
                 .map_err(Error::io(path, copying))?;
         }
         to.write_all_at(&plan.header, 0).map_err(Error::io(path, "writing the header"))?;
@@ -227,16 +229,16 @@ impl Plan {
     /// Whether this is the file that was planned for, as it was.
     fn is_of(&self, file: &File, path: &Path) -> bool {
         file.metadata().is_ok_and(|now| now.is_file() && now.len() == self.old.len() as u64 + self.data_len)
-            && map::read_exact_at(file, path, 0, self.old.len()).is_ok_and(|now| now == self.old)
+            && os::read_exact_at(file, path, 0, self.old.len()).is_ok_and(|now| now == self.old)
     }
 }
 
 /// The header's bytes, length field included.
 fn read_header(file: &File, file_len: u64, path: &Path) -> Result<Vec<u8>> {
     let prefix_len = PREFIX_LEN.min(usize::try_from(file_len).unwrap_or(PREFIX_LEN));
-    let prefix = map::read_exact_at(file, path, 0, prefix_len)?;
+    let prefix = os::read_exact_at(file, path, 0, prefix_len)?;
     let len = safetensors::header_len(&prefix, file_len, path)?;
-    map::read_exact_at(file, path, 0, PREFIX_LEN + len)
+    os::read_exact_at(file, path, 0, PREFIX_LEN + len)
 }
 
 /// The changes, and those that checksums by the old names ask for.
@@ -325,13 +327,13 @@ mod tests {
     }
 
     #[test]
-    fn what_was_called_off_writes_nothing_in_place_either() {
+    fn what_was_canceled_writes_nothing_in_place_either() {
         let dir = tempfile::tempdir().unwrap();
         let path = file(dir.path(), &[("step", "0001")], 2);
         let before = std::fs::read(&path).unwrap();
         let edit = HeaderEdit::new().set("step", "0002");
         let cancel = cancel::Cancel::default();
-        cancel.call_off();
+        cancel.cancel();
         assert!(cancel::under(Some(cancel), || edit.apply(&path)).is_err());
         assert!(std::fs::read(&path).unwrap() == before);
         edit.apply(&path).unwrap();

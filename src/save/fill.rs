@@ -1,6 +1,9 @@
 //! Copying many tensors into a file at once.
 
-use crate::map::{self, CHUNK, ExclusiveFile, Source, cancel};
+use crate::map::{CHUNK, RawSlice};
+use crate::os::ExclusiveFile;
+use crate::work;
+use crate::work::cancel;
 use std::io;
 
 /// Where bytes of a file are put.
@@ -17,7 +20,7 @@ pub(crate) enum Target<'a> {
 /// `jobs` lie inside the file and do not overlap. `copied` is told of bytes as they are.
 pub(crate) fn fill(
     target: Target<'_>,
-    mut jobs: Vec<(usize, Source<'_>)>,
+    mut jobs: Vec<(usize, RawSlice<'_>)>,
     copied: &(dyn Fn(usize) + Sync),
 ) -> io::Result<()> {
     jobs.retain(|(_, source)| source.len() > 0);
@@ -36,7 +39,7 @@ pub(crate) fn fill(
                 chunks.push((start, chunk));
                 (rest, start) = (behind, end);
             }
-            map::each_in_parallel(chunks, |(start, chunk)| {
+            work::each_in_parallel(chunks, |(start, chunk)| {
                 let end = start + chunk.len();
                 cancel::check()?;
                 for_each_part(jobs, start, end, |source, part, offset| {
@@ -49,7 +52,7 @@ pub(crate) fn fill(
         }
         Target::File(file) => {
             let chunks = (span.start / CHUNK..span.end.div_ceil(CHUNK)).collect();
-            map::each_in_parallel(chunks, |i: usize| {
+            work::each_in_parallel(chunks, |i: usize| {
                 cancel::check()?;
                 for_each_part(jobs, i * CHUNK, (i + 1) * CHUNK, |source, part, offset| {
                     let len = part.len();
@@ -64,10 +67,10 @@ pub(crate) fn fill(
 
 /// Calls `each` with the part of every source that falls into `start..end`, and that part's offset.
 fn for_each_part<'j, 's>(
-    jobs: &'j [(usize, Source<'s>)],
+    jobs: &'j [(usize, RawSlice<'s>)],
     start: usize,
     end: usize,
-    mut each: impl FnMut(&'j Source<'s>, std::ops::Range<usize>, usize) -> io::Result<()>,
+    mut each: impl FnMut(&'j RawSlice<'s>, std::ops::Range<usize>, usize) -> io::Result<()>,
 ) -> io::Result<()> {
     let first = jobs.partition_point(|(offset, source)| offset + source.len() <= start);
     for (offset, source) in jobs[first..].iter().take_while(|(offset, _)| *offset < end) {
@@ -82,7 +85,7 @@ fn for_each_part<'j, 's>(
 mod tests {
     use super::*;
     use crate::map::Mapping;
-    use crate::map::disk::Dir;
+    use crate::os::disk::Dir;
     use proptest::prelude::*;
 
     proptest! {
@@ -99,7 +102,7 @@ mod tests {
                 contents.push((end + gap, bytes));
                 end += gap + len;
             }
-            let jobs = || contents.iter().rev().map(|(at, bytes)| (*at, Source::from(&bytes[..]))).collect();
+            let jobs = || contents.iter().rev().map(|(at, bytes)| (*at, RawSlice::from(&bytes[..]))).collect();
 
             let mut memory = Mapping::owned(end, 0).unwrap();
             fill(Target::Memory(memory.as_bytes_mut()), jobs(), &|_| ()).unwrap();

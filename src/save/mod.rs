@@ -45,26 +45,17 @@
 
 #![forbid(unsafe_code)]
 
-mod beside;
-mod checkpoint;
+pub(crate) mod beside;
 pub(crate) mod checksum;
-mod crash;
-mod delta;
 mod draft;
 mod edit;
 mod fill;
-mod over;
+pub(crate) mod over;
 mod pending;
 pub(crate) mod sharded;
 pub(crate) mod slot;
 
-pub(crate) use checkpoint::Create;
-pub use checkpoint::{CheckpointOptions, Checkpointer, Ready, Saved, Saving};
-#[cfg(any(feature = "cli", feature = "python"))]
-pub(crate) use delta::materialize_deltas;
-pub use delta::{apply_delta, materialize, save_delta, save_diff};
-#[cfg(feature = "python")]
-pub(crate) use delta::{write_delta, write_diff};
+pub(crate) use draft::Create;
 #[cfg(feature = "python")]
 pub(crate) use draft::place;
 pub use draft::{Draft, DraftOptions};
@@ -72,16 +63,16 @@ pub use edit::{Edited, HeaderEdit};
 pub(crate) use fill::{Target, fill};
 #[cfg(feature = "cli")]
 pub(crate) use over::picture_may_be_at;
-pub(crate) use over::{Kind, model_may_be_at};
+pub(crate) use over::{DELTA, Kind, model_may_be_at};
 pub(crate) use pending::Pending;
 pub(crate) use sharded::Commit;
 
 use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::layout::{Layout, LayoutBuilder};
-use crate::map::Source;
-use crate::map::disk::Dir;
+use crate::map::RawSlice;
 use crate::model::{Model, ModelMut};
+use crate::os::disk::Dir;
 use safetensors::View;
 use std::borrow::Cow;
 use std::collections::BTreeMap;
@@ -134,9 +125,9 @@ pub fn save<N: Into<String>, V: View>(
 /// ```
 #[derive(Debug, Clone, Default)]
 pub struct SaveOptions {
-    metadata: Option<BTreeMap<String, String>>,
-    max_shard_size: Option<u64>,
-    draft: DraftOptions,
+    pub(crate) metadata: Option<BTreeMap<String, String>>,
+    pub(crate) max_shard_size: Option<u64>,
+    pub(crate) draft: DraftOptions,
 }
 
 impl SaveOptions {
@@ -228,7 +219,7 @@ impl SaveOptions {
                 // Checksums are those of each file.
                 let mut metadata = self.metadata.clone();
                 if let Some(metadata) = &mut metadata {
-                    metadata.remove(crate::digest::CHECKSUMS);
+                    metadata.remove(crate::diff::digest::CHECKSUMS);
                 }
                 sharded::save(&sizes, path, limit, metadata.as_ref(), self.draft.is_durable(), write)
             }
@@ -242,7 +233,7 @@ impl SaveOptions {
         Ok(Box::new(move || draft.commit().map(|()| None)))
     }
 
-    fn plan<V: View>(&self, tensors: &[Pair<V>]) -> Result<Layout> {
+    pub(crate) fn plan<V: View>(&self, tensors: &[Pair<V>]) -> Result<Layout> {
         let mut builder = Layout::builder().all_metadata(self.metadata.clone());
         for tensor in tensors {
             builder = tensor.declare(builder)?;
@@ -260,19 +251,19 @@ pub(crate) fn fill_draft<V: View>(draft: &mut Draft, tensors: &[Pair<V>]) -> Res
         // Planned just now, from these very names.
         let index = draft.layout().position(&tensor.name).unwrap_or_default();
         match tensor.view.data() {
-            Cow::Borrowed(data) => borrowed.push((index, Source::from(data))),
-            Cow::Owned(data) => draft.fill(vec![(index, Source::from(&*data))])?,
+            Cow::Borrowed(data) => borrowed.push((index, RawSlice::from(data))),
+            Cow::Owned(data) => draft.fill(vec![(index, RawSlice::from(&*data))])?,
         }
     }
     draft.fill(borrowed)
 }
 
 /// Names and bytes.
-fn sizes<V: View>(tensors: &[Pair<V>]) -> Vec<(&str, u64)> {
+pub(crate) fn sizes<V: View>(tensors: &[Pair<V>]) -> Vec<(&str, u64)> {
     tensors.iter().map(|t| (t.name.as_str(), t.view.data_len() as u64)).collect()
 }
 
-fn total(sizes: &[(&str, u64)]) -> u64 {
+pub(crate) fn total(sizes: &[(&str, u64)]) -> u64 {
     sizes.iter().map(|(_, size)| size).sum()
 }
 

@@ -13,10 +13,11 @@
 //! checkpoints and publications have names that nothing else has, in a directory of theirs.
 
 use super::beside::{index_beside, replaced_by};
-use super::delta;
+use crate::diff::Contents;
 use crate::error::{Error, Result, printable};
-use crate::map::{self, Backing};
-use crate::model::{Contents, layout_of};
+use crate::map::Backing;
+use crate::model::layout_of;
+use crate::os;
 use std::os::unix::fs::MetadataExt as _;
 use std::path::Path;
 
@@ -83,7 +84,7 @@ impl Kind {
 
 /// What is made of models.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Made {
+pub(crate) enum Made {
     Delta,
     /// The model that a base and deltas make.
     Result,
@@ -94,7 +95,7 @@ impl Made {
     ///
     /// # Errors
     /// [`Error::Argument`].
-    pub(super) fn may_be_at(self, path: &Path, inputs: &[&Contents<'_>]) -> Result<()> {
+    pub(crate) fn may_be_at(self, path: &Path, inputs: &[&Contents<'_>]) -> Result<()> {
         Kind::Weights.check_name(path)?;
         for input in inputs {
             refuse_input(path, input)?;
@@ -125,7 +126,7 @@ pub(crate) fn picture_may_be_at(path: &Path) -> Result<()> {
     use std::io::Read as _;
     Kind::Picture.check_name(path)?;
     let mut start = Vec::new();
-    let Ok((file, _)) = map::open_regular(path) else { return Ok(()) };
+    let Ok((file, _)) = os::open_regular(path) else { return Ok(()) };
     let read = file.take(4).read_to_end(&mut start);
     if read.is_ok() && !start.is_empty() && start != b"<svg" && start != b"<?xm" {
         let path = printable(&path.to_string_lossy());
@@ -203,11 +204,14 @@ fn identity(path: &Path) -> Option<Identity> {
     there(path).map(|(identity, _)| identity)
 }
 
+/// The metadata entry that makes a file a delta: what it is for.
+pub(crate) const DELTA: &str = "maptensors.delta";
+
 /// Whether a safetensors file is a delta; `None` where there is none that can be read.
 fn is_delta(path: &Path) -> Option<bool> {
-    let (file, len) = map::open_regular(path).ok()?;
+    let (file, len) = os::open_regular(path).ok()?;
     let layout = layout_of(&file, len, path).ok()?;
-    Some(layout.metadata().contains_key(delta::KEY))
+    Some(layout.metadata().contains_key(DELTA))
 }
 
 #[cfg(test)]

@@ -2,10 +2,11 @@
 
 use super::beside;
 use crate::error::{Error, Result};
-use crate::map::cancel::Unfinished;
-use crate::map::disk::{self, Dir};
-use crate::map::fork::Owner;
-use crate::map::{self, ExclusiveFile, mode_of_new_files};
+use crate::os;
+use crate::os::Unfinished;
+use crate::os::disk::{self, Dir};
+use crate::os::fork::Owner;
+use crate::os::{ExclusiveFile, mode_of_new_files};
 use rustix::fs::FileType;
 use rustix::io::Errno;
 use std::ffi::{OsStr, OsString};
@@ -118,12 +119,12 @@ impl Pending {
     }
 
     /// Whether its directory is held open for more than this file: of checkpoints, a publication, or a set.
-    pub(super) fn stays(&self) -> bool {
+    pub(crate) fn stays(&self) -> bool {
         self.stays
     }
 
     /// The directory it is made in.
-    pub(super) fn dir(&self) -> &Arc<Dir> {
+    pub(crate) fn dir(&self) -> &Arc<Dir> {
         &self.dir
     }
 
@@ -194,7 +195,7 @@ impl Pending {
         if self.file.name().is_none() && !self.dir.contains(&self.name) {
             match self.unfinished.finish(|| self.dir.link(self.file.file(), &self.name)) {
                 Ok(()) => return Ok(()),
-                Err(error) if is_called_off(&error) => return Err(Error::io(&self.path, renaming)(error)),
+                Err(error) if is_canceled(&error) => return Err(Error::io(&self.path, renaming)(error)),
                 // Somebody was faster, or it cannot be.
                 Err(_) => {}
             }
@@ -214,7 +215,7 @@ impl Pending {
     fn give_name(&mut self, durable: bool) -> Result<()> {
         let Self { unfinished, dir, file, .. } = self;
         match unfinished.named(dir, || file.link_hidden(dir)) {
-            Err(error) if is_called_off(&error) => {
+            Err(error) if is_canceled(&error) => {
                 Err(Error::io(&self.path, "naming the finished file")(error))
             }
             Err(_) => self.copy_out(durable),
@@ -239,7 +240,7 @@ impl Pending {
         }
         let copied = old.file().metadata().and_then(|metadata| {
             self.file.allocate(metadata.len())?;
-            map::clone_or_copy(old.file(), self.file.file(), metadata.len())?;
+            os::clone_or_copy(old.file(), self.file.file(), metadata.len())?;
             self.file.set_mode(metadata.mode() & 0o777)?;
             if durable { self.file.sync() } else { Ok(()) }
         });
@@ -255,12 +256,12 @@ impl Drop for Pending {
     }
 }
 
-fn is_called_off(error: &io::Error) -> bool {
+fn is_canceled(error: &io::Error) -> bool {
     error.raw_os_error() == Some(libc::ECANCELED)
 }
 
 /// The last component, which names a file. (`Path::file_name` looks past a trailing slash.)
-pub(super) fn file_name(path: &Path) -> Result<&OsStr> {
+pub(crate) fn file_name(path: &Path) -> Result<&OsStr> {
     let whole = path.as_os_str().as_encoded_bytes();
     let name = path.file_name().filter(|name| whole.ends_with(name.as_encoded_bytes()));
     name.ok_or_else(|| Error::Argument(format!("{} names no file", path.display())))
@@ -271,7 +272,7 @@ fn open_dir(path: &Path) -> Result<Dir> {
 }
 
 /// The mode of the file at `path`, if there is one; refuses what a rename would wrongly replace.
-pub(super) fn replaced_mode(dir: &Dir, path: &Path, name: &OsStr) -> Result<Option<u32>> {
+pub(crate) fn replaced_mode(dir: &Dir, path: &Path, name: &OsStr) -> Result<Option<u32>> {
     // Followed, for a link to a device is as bad as the device; a dangling link counts as nothing.
     let stat = match dir.stat(name) {
         Ok(stat) => stat,
@@ -288,7 +289,7 @@ pub(super) fn replaced_mode(dir: &Dir, path: &Path, name: &OsStr) -> Result<Opti
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::map::disk::{Op, Watch, watched};
+    use crate::os::disk::{Op, Watch, watched};
     #[cfg(target_os = "linux")]
     use std::time::Duration;
 

@@ -5,9 +5,10 @@ use super::over::Kind;
 use super::pending::{file_name, replaced_mode};
 use crate::error::{Error, Result};
 use crate::format::index::{self, Index, Truth};
-use crate::map::disk::Dir;
-use crate::map::fork::Owner;
-use crate::map::{self, Mapping};
+use crate::map::Mapping;
+use crate::os;
+use crate::os::disk::Dir;
+use crate::os::fork::Owner;
 use std::collections::BTreeMap;
 use std::ffi::OsStr;
 use std::ops::Range;
@@ -293,7 +294,7 @@ fn group(tensors: &[(&str, u64)], limit: u64) -> Vec<Range<usize>> {
 
 /// Whether this is what stands behind the stem in a shard's name: `-00001-of-00002.safetensors`, perhaps
 /// with a generation before it.
-pub(super) fn is_shard_suffix(rest: &str) -> bool {
+pub(crate) fn is_shard_suffix(rest: &str) -> bool {
     let digits = |text: &str, len: usize| text.len() >= len && text.bytes().all(|b| b.is_ascii_digit());
     let Some(rest) = rest.strip_prefix('-').and_then(|r| r.strip_suffix(".safetensors")) else {
         return false;
@@ -309,7 +310,7 @@ pub(super) fn is_shard_suffix(rest: &str) -> bool {
 ///
 /// # Errors
 /// [`Error::NotRemoved`] for the first that cannot be removed.
-pub(super) fn remove_shards<'a>(
+pub(crate) fn remove_shards<'a>(
     dir: &Dir,
     shards: impl Iterator<Item = &'a str>,
     path: &Path,
@@ -370,9 +371,9 @@ impl Target {
     /// owns nothing, and none owns files that are not named like its shards, whatever it lists.
     fn old_shards(&self) -> Vec<String> {
         let read = || -> Result<Index> {
-            let (file, len) = map::open_regular_in(&self.dir, self.index_name(), &self.index)?;
+            let (file, len) = os::open_regular_in(&self.dir, self.index_name(), &self.index)?;
             let len = usize::try_from(len.min(index::MAX_INDEX_LEN)).unwrap_or_default();
-            index::parse(&map::read_exact_at(&file, &self.index, 0, len)?, &self.index)
+            index::parse(&os::read_exact_at(&file, &self.index, 0, len)?, &self.index)
         };
         let ours = |shard: &&String| shard.strip_prefix(&self.stem).is_some_and(is_shard_suffix);
         read().map_or(Vec::new(), |index| index.shards.iter().filter(ours).cloned().collect())

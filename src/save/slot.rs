@@ -1,12 +1,12 @@
 //! An output made ready before it is needed.
 
 use super::draft::map_output;
-use super::{Draft, DraftOptions, Pending, checksum};
 use crate::error::{Error, Result};
 use crate::format::safetensors;
 use crate::layout::Layout;
 use crate::map::Mapping;
-use crate::map::disk::Dir;
+use crate::os::disk::Dir;
+use crate::save::{Draft, DraftOptions, Pending, checksum};
 use std::ffi::OsStr;
 use std::path::Path;
 use std::sync::Arc;
@@ -31,7 +31,7 @@ impl Slot {
         Ok(Some(slot))
     }
 
-    /// Out of a file that was [hidden](crate::map::ExclusiveFile::hide), which is gone afterwards. `None` where somebody
+    /// Out of a file that was [hidden](crate::os::ExclusiveFile::hide), which is gone afterwards. `None` where somebody
     /// still has it, or its pages have left memory: writing a part of a page that is not there would read it first.
     #[cfg(target_os = "linux")]
     pub(crate) fn recycle(

@@ -1,11 +1,11 @@
 //! One publisher at a time.
 
+use super::control::{Control, State};
 use super::store::{CONTROL, damaged, nothing};
 use super::{segment, user};
 use crate::error::{Error, Result};
-use crate::map::ExclusiveFile;
-use crate::map::control::{Control, State};
-use crate::map::disk::Dir;
+use crate::os::ExclusiveFile;
+use crate::os::disk::Dir;
 use std::io::ErrorKind;
 use std::path::Path;
 use std::time::{Duration, Instant};

@@ -7,8 +7,9 @@ use super::publisher::Publisher;
 use super::segment::{self, Opened};
 use crate::dtype::DType;
 use crate::error::{Error, Result};
-use crate::map::{self, Source};
+use crate::map::{self, RawSlice};
 use crate::model::Model;
+use crate::work;
 use std::collections::HashMap;
 use std::fs::File;
 use std::os::unix::fs::FileExt as _;
@@ -22,7 +23,7 @@ pub(crate) struct Candidate<'a> {
     pub(crate) dtype: DType,
     pub(crate) shape: &'a [usize],
     /// `None` if they do not lie in one piece: it counts as another.
-    pub(crate) bytes: Option<Source<'a>>,
+    pub(crate) bytes: Option<RawSlice<'a>>,
 }
 
 impl Publisher {
@@ -96,13 +97,13 @@ pub(super) fn differing_from(before: &Model, after: &Model, names: &[&str]) -> V
         }
         Ok::<_, std::convert::Infallible>(())
     };
-    let Ok(()) = map::each_in_parallel(jobs, compare);
+    let Ok(()) = work::each_in_parallel(jobs, compare);
     found.into_iter().map(AtomicBool::into_inner).collect()
 }
 
 /// A tensor now, and its published bytes at an offset of a file.
 struct Pair<'a> {
-    now: Source<'a>,
+    now: RawSlice<'a>,
     file: &'a File,
     path: &'a Path,
     offset: u64,
@@ -117,7 +118,7 @@ fn differing(pairs: &[Pair<'_>]) -> Result<Vec<bool>> {
         let len = pair.now.len();
         (0..len).step_by(map::CHUNK).map(move |start| (pair, found, start..len.min(start + map::CHUNK)))
     });
-    map::each_in_parallel(jobs.collect(), |(pair, found, range): (&Pair<'_>, &AtomicBool, _)| {
+    work::each_in_parallel(jobs.collect(), |(pair, found, range): (&Pair<'_>, &AtomicBool, _)| {
         let range: std::ops::Range<usize> = range;
         let (mut now, mut published) = (vec![0; STEP.min(range.len())], vec![0; STEP.min(range.len())]);
         for start in range.clone().step_by(STEP) {

@@ -46,6 +46,7 @@
 
 mod claim;
 mod compare;
+mod control;
 mod place;
 mod plan;
 mod publication;

@@ -1,7 +1,7 @@
 //! From what a user names to a directory.
 
 use crate::error::{Error, Result, printable, quote};
-use crate::map::disk::Dir;
+use crate::os::disk::Dir;
 use rustix::fs::{Mode, OFlags};
 use std::os::unix::fs::{DirBuilderExt as _, MetadataExt as _, PermissionsExt as _};
 use std::path::{Path, PathBuf};

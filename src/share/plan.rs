@@ -174,9 +174,9 @@ fn bytes(old: &Listed, live: &[usize]) -> u64 {
 
 #[cfg(test)]
 mod tests {
-    use super::super::segment::Note;
     use super::*;
     use crate::dtype::DType;
+    use crate::share::segment::Note;
     use std::collections::BTreeMap;
 
     const MIB: usize = 1 << 20;

@@ -8,12 +8,14 @@ use super::room;
 use super::segment::{self, Opened};
 use super::store::{CONTROL, Store, damaged};
 use super::user::{self, User};
+use crate::diff::{Contents, Span};
 use crate::error::{Error, Result};
 use crate::layout::Layout;
-use crate::map::disk::Dir;
-use crate::map::fork::Owner;
-use crate::map::{ExclusiveFile, Source};
-use crate::model::{Contents, ModelMut, Span};
+use crate::map::RawSlice;
+use crate::model::ModelMut;
+use crate::os::ExclusiveFile;
+use crate::os::disk::Dir;
+use crate::os::fork::Owner;
 use crate::save::{DraftOptions, Kind, Pair, fill_draft};
 use safetensors::View;
 use std::borrow::Cow;
@@ -289,12 +291,12 @@ impl Publisher {
             let (name, shape) = (pair.name.as_str(), pair.view.shape());
             match pair.view.data() {
                 Cow::Borrowed(bytes) => {
-                    borrowed.push(Candidate { name, dtype, shape, bytes: Some(Source::from(bytes)) });
+                    borrowed.push(Candidate { name, dtype, shape, bytes: Some(RawSlice::from(bytes)) });
                     places.push(i);
                 }
                 // Brought from somewhere: no two such copies exist together.
                 Cow::Owned(bytes) => {
-                    let now = Candidate { name, dtype, shape, bytes: Some(Source::from(&*bytes)) };
+                    let now = Candidate { name, dtype, shape, bytes: Some(RawSlice::from(&*bytes)) };
                     differ[i] = self.differing(&[now])? != [false];
                 }
             }
@@ -335,7 +337,7 @@ impl Publisher {
             name: tensor.name(),
             dtype: tensor.dtype(),
             shape: tensor.shape(),
-            bytes: Some(Source::from(tensor.as_bytes())),
+            bytes: Some(RawSlice::from(tensor.as_bytes())),
         });
         let (differ, edited) =
             self.edited_since(model.token(), &model.contents(), &candidates.collect::<Vec<_>>())?;

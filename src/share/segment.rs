@@ -3,8 +3,8 @@
 use crate::error::{Error, Result};
 use crate::layout::Layout;
 use crate::map::Mapping;
-use crate::map::disk::Dir;
 use crate::model::layout_of;
+use crate::os::disk::Dir;
 use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::{OsStr, OsString};

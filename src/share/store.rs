@@ -1,10 +1,10 @@
 //! A publication as it lies in its directory.
 
+use super::control::{Control, State};
 use super::segment::{self, Opened};
 use super::user;
 use crate::error::{Error, Result};
-use crate::map::control::{Control, State};
-use crate::map::disk::Dir;
+use crate::os::disk::Dir;
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::io::ErrorKind;
 use std::path::{Path, PathBuf};

@@ -3,7 +3,7 @@
 use super::subscriber::attach_own;
 use super::{PublishOptions, Publisher, Subscriber, segment};
 use crate::error::{Error, Result};
-use crate::map::disk::{self, Dir, Op, Watch};
+use crate::os::disk::{self, Dir, Op, Watch};
 use safetensors::tensor::TensorView;
 use std::collections::BTreeMap;
 use std::io;
@@ -225,7 +225,7 @@ fn a_forks_child_does_not_publish_and_does_not_give_the_lock_away() {
     let mut weights = Weights::new();
     weights.publish_all(&mut publisher).unwrap();
     // As the child of a fork has it: the same open file, in a process of another number.
-    publisher.owner = crate::map::fork::Owner::nobody();
+    publisher.owner = crate::os::fork::Owner::nobody();
     assert!(matches!(weights.publish_all(&mut publisher), Err(Error::Argument(_))));
     assert!(matches!(publisher.differing(&[]), Err(Error::Argument(_))));
     let parents = publisher.store.control.try_clone().unwrap();

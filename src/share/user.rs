@@ -1,7 +1,7 @@
 //! Whose the files of a publication are, and who may have them.
 
 use crate::error::{Error, Result, printable};
-use crate::map::disk::{self, Dir};
+use crate::os::disk::{self, Dir};
 use rustix::fs::{Gid, Uid};
 use std::ffi::OsStr;
 use std::fs::File;

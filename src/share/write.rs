@@ -1,17 +1,20 @@
 //! One generation, written: its segments, the flip, and what goes.
 
+use super::control::State;
 use super::plan::{Listed, Plan};
 use super::publisher::Publisher;
 use super::room;
 use super::segment::{self, Head, KEY, Note, Segment};
 use super::store::{Store, damaged};
-use crate::digest::CHECKSUMS;
+use crate::diff::digest::CHECKSUMS;
 use crate::error::{Error, Result};
 use crate::layout::Layout;
-use crate::map::control::State;
-use crate::map::{self, ExclusiveFile};
+use crate::map;
+use crate::os::ExclusiveFile;
+use crate::save::Create;
 use crate::save::slot::Slot;
-use crate::save::{Commit, Create, Draft};
+use crate::save::{Commit, Draft};
+use crate::work;
 use std::collections::{BTreeMap, BTreeSet};
 use std::os::unix::fs::FileExt as _;
 use std::path::{Path, PathBuf};
@@ -198,7 +201,7 @@ impl Publisher {
             for info in carried.iter().filter_map(|&place| old.layout.at(place)) {
                 let mut to = draft.tensor_mut(info.name())?;
                 let pieces = to.as_bytes_mut().chunks_mut(map::CHUNK).enumerate().collect();
-                let copied = map::each_in_parallel(pieces, |(i, piece): (usize, &mut [u8])| {
+                let copied = work::each_in_parallel(pieces, |(i, piece): (usize, &mut [u8])| {
                     from.file.read_exact_at(piece, info.offset() + (i * map::CHUNK) as u64)
                 });
                 copied.map_err(Error::io(&from.path, "carrying tensors on"))?;

@@ -3,7 +3,8 @@
 use super::{Bytes, READING, checked_len, not_utf8};
 use crate::error::{Error, Result};
 use crate::layout::Text;
-use crate::map::{StableFile, Window, read_exact_at};
+use crate::map::{StableFile, Window};
+use crate::os::read_exact_at;
 use std::fs::File;
 use std::ops::Range;
 use std::os::unix::fs::FileExt as _;

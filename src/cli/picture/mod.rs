@@ -9,7 +9,7 @@ use super::{DONE, FAILED, complain, inspect, text};
 use crate::Error;
 use crate::error::printable;
 use crate::map::cached::Album;
-use crate::map::open_regular;
+use crate::os::open_regular;
 use crate::save::{Pending, picture_may_be_at};
 use grid::{Grid, Total, cell_size};
 use kind::Kind;

@@ -26,7 +26,7 @@ use super::tensor::Tensor;
 use crate::dtype::DType;
 use crate::error::Error;
 use crate::layout::elements;
-use crate::map::{SharedMemory, Source};
+use crate::map::{RawSlice, SharedMemory};
 use base::is_tensor;
 use modes::OutOfModes;
 use pyo3::intern;
@@ -72,10 +72,10 @@ unsafe impl Sync for Data {}
 
 impl Data {
     /// The bytes, where they lie in one piece.
-    pub(super) fn source(&self) -> Option<Source<'_>> {
+    pub(super) fn source(&self) -> Option<RawSlice<'_>> {
         match self {
             // SAFETY: readable as long as `_keep` lives, which `self` owns.
-            Self::Ready { ptr, len, .. } => Some(unsafe { Source::from_raw(*ptr, *len) }),
+            Self::Ready { ptr, len, .. } => Some(unsafe { RawSlice::from_raw(*ptr, *len) }),
             Self::Strided(_) => None,
         }
     }
@@ -116,7 +116,7 @@ impl Given {
 }
 
 /// The largest byte.
-pub(super) fn largest(source: &Source<'_>) -> u8 {
+pub(super) fn largest(source: &RawSlice<'_>) -> u8 {
     let mut block = [0u8; 4096];
     let mut largest = 0;
     for from in (0..source.len()).step_by(block.len()) {

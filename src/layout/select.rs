@@ -1,0 +1,175 @@
+//! Which tensors of a model are meant.
+
+use super::Catalog;
+use crate::error::{Error, Result};
+use std::ops::{Range, RangeFull};
+
+/// Which tensors are meant: all (`..`), some by name, or those whose names satisfy a predicate.
+///
+/// ```
+/// use maptensors::{Model, Select};
+///
+/// // SAFETY: nobody writes to the file while it is mapped.
+/// let model = unsafe { Model::open("models/digits.safetensors")? };
+/// model.prefetch("fc1.weight")?.wait()?;
+/// model.prefetch(["fc1.weight", "fc1.bias"])?.wait()?;
+/// model.prefetch(Select::matching(|name| name.ends_with(".weight")))?.wait()?;
+/// model.evict(..)?;
+/// # Ok::<(), maptensors::Error>(())
+/// ```
+pub struct Select<'a>(Inner<'a>);
+
+enum Inner<'a> {
+    All,
+    Names(Vec<&'a str>),
+    Matching(Box<dyn Fn(&str) -> bool + 'a>),
+}
+
+impl<'a> Select<'a> {
+    /// The tensors of these names.
+    pub fn names<S: AsRef<str> + ?Sized + 'a>(names: impl IntoIterator<Item = &'a S>) -> Self {
+        Self(Inner::Names(names.into_iter().map(AsRef::as_ref).collect()))
+    }
+
+    /// The tensors whose names satisfy a predicate.
+    pub fn matching(predicate: impl Fn(&str) -> bool + 'a) -> Self {
+        Self(Inner::Matching(Box::new(predicate)))
+    }
+}
+
+impl From<RangeFull> for Select<'_> {
+    fn from(_: RangeFull) -> Self {
+        Self(Inner::All)
+    }
+}
+
+impl<'a> From<&'a str> for Select<'a> {
+    fn from(name: &'a str) -> Self {
+        Self(Inner::Names(vec![name]))
+    }
+}
+
+impl<'a, const N: usize> From<[&'a str; N]> for Select<'a> {
+    fn from(names: [&'a str; N]) -> Self {
+        Self(Inner::Names(names.into()))
+    }
+}
+
+impl<'a, S: AsRef<str>> From<&'a [S]> for Select<'a> {
+    fn from(names: &'a [S]) -> Self {
+        Self(Inner::Names(names.iter().map(AsRef::as_ref).collect()))
+    }
+}
+
+impl<'a> From<&'a Vec<String>> for Select<'a> {
+    fn from(names: &'a Vec<String>) -> Self {
+        Self::from(names.as_slice())
+    }
+}
+
+impl std::fmt::Debug for Select<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match &self.0 {
+            Inner::All => f.write_str("Select(..)"),
+            Inner::Names(names) => f.debug_tuple("Select").field(names).finish(),
+            Inner::Matching(_) => f.write_str("Select(matching)"),
+        }
+    }
+}
+
+/// A tensor's shard, and its place there.
+pub(crate) type Place = (usize, usize);
+
+/// Bytes of one shard's file.
+pub(crate) type Run = (usize, Range<usize>);
+
+impl Catalog {
+    /// The tensors that are meant, in file order, each once.
+    ///
+    /// # Errors
+    /// [`Error::Missing`] for a name that is not there; [`Error::Argument`] where no tensor is meant.
+    pub(crate) fn select(&self, select: &Select<'_>) -> Result<Vec<Place>> {
+        let mut places: Vec<Place> = match &select.0 {
+            Inner::All => return Ok(self.places(|_| true)),
+            Inner::Names(names) => {
+                let find = |name: &&str| self.find(name).ok_or_else(|| self.missing(name));
+                names.iter().map(find).collect::<Result<_>>()?
+            }
+            Inner::Matching(predicate) => self.places(predicate),
+        };
+        if places.is_empty() {
+            return Err(Error::Argument(format!("none of the {} tensors is selected", self.len())));
+        }
+        places.sort_unstable();
+        places.dedup();
+        Ok(places)
+    }
+
+    fn places(&self, wanted: impl Fn(&str) -> bool) -> Vec<Place> {
+        let shards = self.shards().iter().enumerate();
+        let all =
+            shards.flat_map(|(s, shard)| shard.layout.iter().enumerate().map(move |(i, info)| (s, i, info)));
+        all.filter(|(_, _, info)| wanted(info.name())).map(|(s, i, _)| (s, i)).collect()
+    }
+
+    /// The bytes of a tensor in its file.
+    pub(crate) fn bytes(&self, (shard, index): Place) -> Range<usize> {
+        self.shards()[shard].layout.at(index).map_or(0..0, |info| info.bytes())
+    }
+
+    pub(crate) fn name(&self, (shard, index): Place) -> &str {
+        self.shards()[shard].layout.at(index).map_or("", |info| info.name())
+    }
+
+    /// The bytes of tensors in file order: what touches is one run.
+    pub(crate) fn runs(&self, places: &[Place]) -> Vec<Run> {
+        let mut runs: Vec<Run> = Vec::new();
+        for &place in places {
+            let bytes = self.bytes(place);
+            match runs.last_mut() {
+                _ if bytes.is_empty() => {}
+                Some((shard, run)) if *shard == place.0 && run.end == bytes.start => run.end = bytes.end,
+                _ => runs.push((place.0, bytes)),
+            }
+        }
+        runs
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::dtype::DType;
+    use crate::layout::{Layout, Shard};
+
+    fn catalog() -> Catalog {
+        let shard = |names: [&str; 2]| {
+            let plan = Layout::builder();
+            let plan = names.iter().fold(plan, |plan, name| plan.tensor(*name, DType::U8, &[4]));
+            Shard { path: names[0].into(), layout: plan.build().unwrap() }
+        };
+        let shards = [["fc1.bias", "fc1.weight"], ["fc2.weight", "fc2.bias"]].map(shard);
+        Catalog::new(shards.into()).unwrap()
+    }
+
+    #[test]
+    fn a_selection_is_in_file_order_each_tensor_once_and_never_empty() {
+        let catalog = catalog();
+        let names = |select: Select<'_>| -> Vec<String> {
+            let places = catalog.select(&select).unwrap();
+            places.into_iter().map(|place| catalog.name(place).to_owned()).collect()
+        };
+        let all: Vec<_> = catalog.infos().map(|(_, info)| info.name().to_owned()).collect();
+        assert_eq!(names(Select::from(..)), all);
+        let backwards: Vec<_> = all.iter().chain(&all).rev().cloned().collect();
+        assert_eq!(names(Select::from(&backwards)), all);
+        assert_eq!(names(Select::from("fc1.bias")), ["fc1.bias"]);
+        let weights = names(Select::matching(|name| name.ends_with("weight")));
+        assert_eq!(weights.len(), 2);
+        let missing = catalog.select(&Select::from(["fc1.bias", "fc1.bais"])).unwrap_err();
+        assert!(matches!(missing, Error::Missing { name, .. } if name == "fc1.bais"));
+        for none in [Select::matching(|_| false), Select::from([])] {
+            assert!(matches!(catalog.select(&none), Err(Error::Argument(_))));
+        }
+    }
+}
