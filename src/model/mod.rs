@@ -26,11 +26,11 @@ pub use stream::Stream;
 
 use crate::diff::Contents;
 use crate::error::Result;
-use crate::layout::{Catalog, Layout, TensorInfo};
+use crate::layout::{Catalog, Layout, Metadata, TensorInfo};
 use crate::map::{Mapping, Memory};
 use crate::paging::Locks;
 use crate::tensor::TensorView;
-use std::collections::{BTreeMap, HashMap};
+use std::collections::HashMap;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -224,7 +224,7 @@ impl Model {
 
     /// The metadata of the file; of a sharded set, of all files together (the first shard to name a key
     /// wins).
-    pub fn metadata(&self) -> &BTreeMap<String, String> {
+    pub fn metadata(&self) -> &Metadata {
         self.catalog.metadata()
     }
 
