@@ -175,7 +175,9 @@ pub use dtype::{
 };
 pub use error::{Error, Result};
 pub use half::{bf16, f16};
-pub use layout::{Format, Layout, LayoutBuilder, MAX_RANK, Select, TensorInfo};
+pub use layout::{
+    Array, Format, Item, Layout, LayoutBuilder, MAX_RANK, Metadata, MetadataIter, Select, TensorInfo, Value,
+};
 pub use map::{Advice, Backing, Evicted, MapOptions, Mapping, Residency, SharedMemory};
 #[cfg(target_os = "linux")]
 pub use map::{Memfd, SealedMemfd};

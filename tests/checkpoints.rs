@@ -217,7 +217,7 @@ fn milestones_stay_and_metadata_comes_back() {
     let checkpoints = CheckpointOptions::new().keep(1).keep_every(3).open(dir.path()).unwrap();
     let bytes = vec![7u8; LEN];
     for step in 1..=7 {
-        let metadata = [("loss".to_owned(), format!("0.{step}"))].into();
+        let metadata = [("loss", format!("0.{step}"))];
         checkpoints.save_with(views(&bytes), metadata, step).unwrap();
     }
     assert_eq!(checkpoints.steps().unwrap(), [3, 6, 7]);

@@ -169,7 +169,7 @@ proptest! {
             }
             // A link that is left out is noticed, whatever it would do.
             let id = |delta: &Model, key: &str| -> String {
-                let text: serde_json::Value = serde_json::from_str(&delta.metadata()["maptensors.delta"]).unwrap();
+                let text: serde_json::Value = serde_json::from_str(delta.metadata().text("maptensors.delta").unwrap()).unwrap();
                 text[key].as_str().unwrap().to_owned()
             };
             if id(&deltas[0], "base") != id(&deltas[1], "base") {
@@ -290,7 +290,7 @@ fn every_lie_of_a_delta_is_an_error_with_a_name() {
     let mut model = open(at("base"));
     model.tensor_mut("w").unwrap().as_bytes_mut()[7] = 1;
     save_delta(&model, at("d")).unwrap();
-    let honest = Model::read(at("d")).unwrap().metadata()["maptensors.delta"].clone();
+    let honest = Model::read(at("d")).unwrap().metadata().text("maptensors.delta").unwrap().to_owned();
     let list = |name, dtype: DType, bytes: &[u8]| {
         (name, dtype, vec![bytes.len() / dtype.block().bytes * dtype.block().elements], bytes.to_vec())
     };

@@ -25,7 +25,7 @@ fn save(dir: &Path, generation: u8, len: usize, options: &SaveOptions) -> Result
 /// The generation of the whole model in `dir`; fails on a mixture.
 fn generation(dir: &Path) -> u8 {
     let model = Model::read(dir).unwrap();
-    let said: u8 = model.metadata()["generation"].parse().unwrap();
+    let said: u8 = model.metadata().text("generation").unwrap().parse().unwrap();
     assert_eq!(model.len(), 2);
     for tensor in model.tensors() {
         assert!(tensor.as_bytes().iter().all(|&byte| byte == said), "a mixture of generations");

@@ -265,7 +265,7 @@ impl Writer {
             Self::SetDiff => assert!(applied(open(&root.join("set"))) == tensors(2)),
             Self::Header | Self::CommandEdit => {
                 let model = Model::read(out).unwrap();
-                assert_eq!(model.metadata().get("k").map(String::as_str), Some("v"));
+                assert_eq!(model.metadata().text("k"), Some("v"));
                 // The tensors are those that it had.
                 let was = Model::from_bytes(before).unwrap();
                 assert!(was.tensors().all(|t| model.tensor(t.name()).unwrap().as_bytes() == t.as_bytes()));

@@ -28,10 +28,7 @@ fn a_generation_has_what_was_published_and_shares_what_was_not() {
     assert_eq!(publisher.publish([("a", bytes_tensor(&a)), ("b", bytes_tensor(&b))]).unwrap(), 1);
     let mut reader = attach(&place);
     assert_eq!((reader.generation(), reader.model().len()), (1, 2));
-    assert_eq!(
-        reader.model().metadata().iter().collect::<Vec<_>>(),
-        [(&"step".to_owned(), &"10".to_owned())]
-    );
+    assert_eq!(reader.model().metadata().iter().collect::<Vec<_>>(), [("step", &"10".into())]);
     let first = reader.model().clone();
 
     let c = vec![3; 10_000];
@@ -260,7 +257,7 @@ fn thousands_of_generations_are_never_torn_and_leave_few_bytes() {
                     let mut reader = attach(&place);
                     let mut seen = 0;
                     let values = |model: &Model| -> Vec<u8> {
-                        serde_json::from_str(&model.metadata()["values"]).unwrap()
+                        serde_json::from_str(model.metadata().text("values").unwrap()).unwrap()
                     };
                     let mut before = values(reader.model());
                     while !done.load(std::sync::atomic::Ordering::Relaxed) {

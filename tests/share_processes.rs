@@ -233,7 +233,7 @@ fn readers_notice_by_themselves() {
             assert!(weights.wait(None).unwrap());
             let noticed = now();
             weights.refresh().unwrap().unwrap();
-            let stamp: u64 = weights.model().metadata()["stamp"].parse().unwrap();
+            let stamp: u64 = weights.model().metadata().text("stamp").unwrap().parse().unwrap();
             times.push((noticed.saturating_sub(Duration::from_nanos(stamp))).as_micros().to_string());
         }
         std::fs::write(dir.join(format!("times-{}", number())), times.join(" ")).unwrap();

@@ -37,14 +37,13 @@ mod tests;
 pub use queue::{Saved, Saving};
 
 use crate::error::{Error, Result};
-use crate::layout::Layout;
+use crate::layout::{Layout, Metadata, Value};
 use crate::model::Model;
 use crate::save::over::Kind;
 use crate::save::{Commit, Create, DraftOptions, Pair, SaveOptions, fill_draft, sharded, sizes, total};
 use crate::work::Patience;
 use queue::Queue;
 use safetensors::View;
-use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 use std::time::Instant;
@@ -68,11 +67,19 @@ pub struct CheckpointOptions {
     prepare: bool,
     draft: DraftOptions,
     max_shard_size: Option<u64>,
+    metadata: Metadata,
 }
 
 impl Default for CheckpointOptions {
     fn default() -> Self {
-        Self { keep: None, keep_every: None, prepare: true, draft: DraftOptions::new(), max_shard_size: None }
+        Self {
+            keep: None,
+            keep_every: None,
+            prepare: true,
+            draft: DraftOptions::new(),
+            max_shard_size: None,
+            metadata: Metadata::new(),
+        }
     }
 }
 
@@ -94,6 +101,35 @@ impl CheckpointOptions {
     #[must_use]
     pub fn keep_every(mut self, steps: u64) -> Self {
         self.keep_every = Some(steps.max(1));
+        self
+    }
+
+    /// Adds one entry to the metadata of every checkpoint; a key given again is replaced, here and by
+    /// [`Checkpointer::save_with`].
+    ///
+    /// ```
+    /// use maptensors::CheckpointOptions;
+    ///
+    /// # let model = maptensors::Model::read("models/digits.safetensors")?;
+    /// # let dir = std::env::temp_dir().join("maptensors-doc-checkpoint-metadata");
+    /// let checkpoints = CheckpointOptions::new().metadata("format", "pt").open(&dir)?;
+    /// checkpoints.save_with(model.tensors().map(|t| (t.name(), t)), [("loss", "0.1")], 100)?;
+    /// assert_eq!(checkpoints.read(None)?.metadata()["format"], "pt");
+    /// assert_eq!(checkpoints.read(None)?.metadata()["loss"], "0.1");
+    /// # checkpoints.close()?;
+    /// # std::fs::remove_dir_all(dir).unwrap();
+    /// # Ok::<(), maptensors::Error>(())
+    /// ```
+    #[must_use]
+    pub fn metadata(mut self, key: impl Into<String>, value: impl Into<Value>) -> Self {
+        self.metadata.insert(key, value);
+        self
+    }
+
+    /// Replaces all of that metadata.
+    #[must_use]
+    pub fn all_metadata(mut self, metadata: impl Into<Metadata>) -> Self {
+        self.metadata = metadata.into();
         self
     }
 
@@ -323,7 +359,7 @@ impl Checkpointer {
         tensors: impl IntoIterator<Item = (N, V)>,
         step: u64,
     ) -> Result<Saved> {
-        self.save_with(tensors, BTreeMap::new(), step)
+        self.save_with(tensors, Metadata::new(), step)
     }
 
     /// As [`Checkpointer::save`], with metadata.
@@ -333,10 +369,10 @@ impl Checkpointer {
     pub fn save_with<N: Into<String>, V: View>(
         &self,
         tensors: impl IntoIterator<Item = (N, V)>,
-        metadata: BTreeMap<String, String>,
+        metadata: impl Into<Metadata>,
         step: u64,
     ) -> Result<Saved> {
-        self.begin(tensors, metadata, step, true)?.wait()
+        self.begin(tensors, metadata.into(), step, true)?.wait()
     }
 
     /// Copies tensors into the output and returns; in the background it is synced and becomes visible. What
@@ -365,7 +401,7 @@ impl Checkpointer {
         tensors: impl IntoIterator<Item = (N, V)>,
         step: u64,
     ) -> Result<Saving> {
-        self.save_async_with(tensors, BTreeMap::new(), step)
+        self.save_async_with(tensors, Metadata::new(), step)
     }
 
     /// As [`Checkpointer::save_async`], with metadata.
@@ -375,22 +411,24 @@ impl Checkpointer {
     pub fn save_async_with<N: Into<String>, V: View>(
         &self,
         tensors: impl IntoIterator<Item = (N, V)>,
-        metadata: BTreeMap<String, String>,
+        metadata: impl Into<Metadata>,
         step: u64,
     ) -> Result<Saving> {
-        self.begin(tensors, metadata, step, false)
+        self.begin(tensors, metadata.into(), step, false)
     }
 
     fn begin<N: Into<String>, V: View>(
         &self,
         tensors: impl IntoIterator<Item = (N, V)>,
-        metadata: BTreeMap<String, String>,
+        metadata: Metadata,
         step: u64,
         inline: bool,
     ) -> Result<Saving> {
         let tensors: Vec<Pair<V>> =
             tensors.into_iter().map(|(name, view)| Pair { name: name.into(), view }).collect();
-        let options = SaveOptions { metadata: Some(metadata), ..SaveOptions::new() };
+        let mut all = self.options.metadata.clone();
+        all.extend(metadata);
+        let options = SaveOptions { metadata: Some(all), ..SaveOptions::new() };
         let stage = |tensors: &[Pair<V>], path: &Path, create: Create<'_>| -> Result<Commit> {
             let mut draft = create(path, &options.plan(tensors)?)?;
             fill_draft(&mut draft, tensors)?;
@@ -405,7 +443,7 @@ impl Checkpointer {
     pub(crate) fn run<E: From<Error>>(
         &self,
         tensors: &[(&str, u64)],
-        metadata: Option<&BTreeMap<String, String>>,
+        metadata: Option<&Metadata>,
         step: u64,
         inline: bool,
         stage: impl Fn(std::ops::Range<usize>, &Path, Create<'_>) -> Result<Commit, E>,
@@ -415,9 +453,9 @@ impl Checkpointer {
         let dir = self.queue.store().make()?;
         self.queue.make_room(inline)?;
         let turn = self.queue.store().turn(dir, step)?;
-        let numbered = |metadata: &BTreeMap<String, String>| {
+        let numbered = |metadata: &Metadata| {
             let mut metadata = metadata.clone();
-            metadata.insert(order::KEY.into(), turn.sequence.to_string());
+            metadata.insert(order::KEY, turn.sequence.to_string());
             metadata
         };
         let path = self.path(step);
@@ -432,7 +470,7 @@ impl Checkpointer {
                     draft.create(path, &layout)
                 };
                 let write = |part, path: &Path| stage(part, path, &new);
-                let mut metadata = numbered(metadata.unwrap_or(&BTreeMap::new()));
+                let mut metadata = numbered(metadata.unwrap_or(&Metadata::new()));
                 // Those of each file.
                 metadata.remove(crate::diff::digest::CHECKSUMS);
                 let durable = draft.is_durable();

@@ -1,6 +1,6 @@
 //! What there is to say about a model: what `--json` prints, and what the tables are made from.
 
-use crate::{DType, Model, TensorView};
+use crate::{DType, Metadata, Model, TensorView};
 use globset::GlobSet;
 use serde::Serialize;
 use std::borrow::Cow;
@@ -17,7 +17,8 @@ pub(super) struct Report<'a> {
     pub(super) shards: Vec<Shard<'a>>,
     /// `None`: not to be listed.
     pub(super) tensors: Option<Vec<Tensor<'a>>>,
-    pub(super) metadata: &'a BTreeMap<String, String>,
+    #[serde(serialize_with = "texts")]
+    pub(super) metadata: &'a Metadata,
     pub(super) totals: Totals,
 }
 
@@ -163,6 +164,10 @@ fn file_name(path: &Path) -> Cow<'_, str> {
 }
 
 #[allow(clippy::trivially_copy_pass_by_ref)] // serde's signature
+fn texts<S: serde::Serializer>(metadata: &Metadata, serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.collect_map(metadata.iter().map(|(key, value)| (key, value.to_string())))
+}
+
 fn dtype_name<S: serde::Serializer>(dtype: &DType, serializer: S) -> Result<S::Ok, S::Error> {
     serializer.serialize_str(dtype.name())
 }

@@ -31,11 +31,12 @@ pub(super) fn show(
     }
     if !report.metadata.is_empty() {
         writeln!(out, "\nmetadata")?;
-        let keys: Vec<String> = report.metadata.keys().map(|key| text::short_name(key)).collect();
+        let keys: Vec<String> = report.metadata.iter().map(|(key, _)| text::short_name(key)).collect();
         // One long key does not push all values to the right.
         let widest = keys.iter().map(|key| key.chars().count()).max().unwrap_or(0).min(20);
-        for (key, value) in keys.iter().zip(report.metadata.values()) {
-            writeln!(out, "{}", format!("  {key:<widest$}  {}", printable(value)).trim_end())?;
+        for (key, (_, value)) in keys.iter().zip(report.metadata) {
+            let value = printable(&value.to_string());
+            writeln!(out, "{}", format!("  {key:<widest$}  {value}").trim_end())?;
         }
     }
     if report.totals.tensors > 0 {

@@ -166,7 +166,7 @@ fn generation(path: &Path, data: Option<u8>) -> Result<u8, String> {
         Err(Error::Io { .. }) if !path.exists() => return Ok(0),
         Err(error) => return Err(error.to_string()),
     };
-    let said = model.metadata().get("generation").and_then(|text| text.parse().ok());
+    let said = model.metadata().text("generation").and_then(|text| text.parse().ok());
     let said: u8 = said.ok_or("no generation in the metadata")?;
     let expected = data.unwrap_or(said);
     if model.len() != 2 || model.tensors().any(|t| t.as_bytes().iter().any(|&byte| byte != expected)) {

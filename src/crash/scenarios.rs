@@ -315,7 +315,7 @@ fn save_steps(
 ) -> Result<()> {
     for i in steps {
         let (a, b) = (vec![i; A], vec![i; B]);
-        let metadata = [("generation".to_owned(), i.to_string())].into();
+        let metadata = [("generation", i.to_string())];
         checkpoints.save_with([("a", tensor(&a)), ("b", tensor(&b))], metadata, i.into())?;
         saved(i);
     }
@@ -354,7 +354,7 @@ pub(super) fn read_checkpoints(dir: &Path) -> Result<u8, String> {
 pub(super) fn read_edited(dir: &Path) -> Result<u8, String> {
     let said = generation(&model(dir), Some(1))?;
     let model = Model::read(model(dir)).map_err(|error| error.to_string())?;
-    match model.metadata().get("zz") {
+    match model.metadata().text("zz") {
         Some(other) if *other != said.to_string() => Err(format!("{said} here and {other} there")),
         _ => Ok(said),
     }

@@ -5,7 +5,7 @@ use super::invalid;
 use crate::diff::Until;
 use crate::diff::digest::{self, CHECKSUMS};
 use crate::error::{Error, Result};
-use crate::layout::{Catalog, Shard};
+use crate::layout::{Catalog, Metadata, Shard};
 use crate::layout::{Layout, TensorInfo};
 use crate::map::{Mapping, RawSlice};
 use crate::model::{Model, ModelMut};
@@ -41,10 +41,10 @@ pub(crate) fn apply(mut model: ModelMut, deltas: &[Model]) -> Result<ModelMut> {
         let what = format!("what comes out is {found}, and was to be {expected}: it is damaged");
         return Err(invalid(last.path, "", what));
     }
-    let mut metadata = last.metadata.clone();
+    let mut metadata = last.metadata.clone().map(Metadata::from);
     if last.checksums {
         let text = digest::encode(model.names().zip(sums));
-        metadata.get_or_insert_default().insert(CHECKSUMS.into(), text);
+        metadata.get_or_insert_default().insert(CHECKSUMS, text);
     }
     model.set_metadata(metadata);
     Ok(model)

@@ -53,7 +53,7 @@ impl<'a> Delta<'a> {
         let fault = |what: String| invalid(path, "", what);
         let text = model
             .metadata()
-            .get(DELTA)
+            .text(DELTA)
             .ok_or_else(|| fault(format!("there is no {DELTA:?} in its metadata")))?;
         let header: Header =
             serde_json::from_str(text).map_err(|error| fault(format!("{DELTA:?}: {error}")))?;

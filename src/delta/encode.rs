@@ -5,6 +5,7 @@ use crate::diff::digest::{self, CHECKSUMS};
 use crate::diff::{Contents, Difference, Found, Span, Until, compare_contents, hash_all};
 use crate::dtype::DType;
 use crate::error::{Error, Result};
+use crate::format::safetensors::texts;
 use crate::layout::{Layout, TensorInfo};
 use crate::map::RawSlice;
 use crate::save::DELTA;
@@ -12,7 +13,7 @@ use crate::save::SaveOptions;
 use crate::save::over::Made;
 use crate::tensor::TensorViewMut;
 use crate::work;
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::ops::Range;
 use std::path::Path;
 
@@ -25,7 +26,7 @@ pub(crate) fn write_delta(contents: &Contents<'_>, path: &Path, options: &SaveOp
     for found in &found {
         after[found.place] = after[found.place].wrapping_add(found.difference.shift);
     }
-    let header = header(contents, contents.id(&before), contents.id(&after), Vec::new());
+    let header = header(contents, contents.id(&before), contents.id(&after), Vec::new())?;
     write(&header, &changed(contents, &found), Vec::new(), path, options)
 }
 
@@ -66,17 +67,19 @@ pub(crate) fn write_diff<'a>(
         after[found.place] = after[found.place].wrapping_add(found.difference.shift);
     }
     let removed = compared.removed.iter().map(|&name| name.to_owned()).collect();
-    let header = header(b, a.id(&before), b.id(&after), removed);
+    let header = header(b, a.id(&before), b.id(&after), removed)?;
     write(&header, &changed(b, &compared.found), wholes, path, options)
 }
 
-fn header(result: &Contents<'_>, base: u128, id: u128, removed: Vec<String>) -> Header {
+fn header(result: &Contents<'_>, base: u128, id: u128, removed: Vec<String>) -> Result<Header> {
     let mut metadata = result.catalog.metadata().clone();
     let has = result.catalog.shards().iter().any(|shard| shard.layout.has_metadata());
     let carries = |shard: &crate::layout::Shard| shard.layout.metadata().contains_key(CHECKSUMS);
     let checksums = result.catalog.shards().iter().any(carries);
     metadata.remove(CHECKSUMS);
-    Header {
+    let metadata: BTreeMap<String, String> =
+        texts(&metadata)?.into_iter().map(|(key, text)| (key.into(), text.into())).collect();
+    Ok(Header {
         version: VERSION,
         base: digest::hex(base),
         result: digest::hex(id),
@@ -84,7 +87,7 @@ fn header(result: &Contents<'_>, base: u128, id: u128, removed: Vec<String>) -> 
         // An entry that was there for the checksums alone is not there without them.
         metadata: (has && !(checksums && metadata.is_empty())).then_some(metadata),
         checksums,
-    }
+    })
 }
 
 /// A tensor that changed, and how to say so.

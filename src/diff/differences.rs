@@ -132,9 +132,9 @@ pub(crate) fn compare_contents<'a>(a: &Contents<'a>, b: &Contents<'a>, hash: boo
 /// Keys whose values differ.
 fn metadata(a: &Contents<'_>, b: &Contents<'_>) -> Vec<String> {
     let (a, b) = (a.catalog.metadata(), b.catalog.metadata());
-    let keys: BTreeSet<&String> = a.keys().chain(b.keys()).collect();
-    let differ = keys.into_iter().filter(|key| key.as_str() != CHECKSUMS && a.get(*key) != b.get(*key));
-    differ.cloned().collect()
+    let keys: BTreeSet<&str> = a.iter().chain(b).map(|(key, _)| key).collect();
+    let differ = keys.into_iter().filter(|&key| key != CHECKSUMS && a.get(key) != b.get(key));
+    differ.map(str::to_owned).collect()
 }
 
 impl Compared<'_> {

@@ -25,7 +25,7 @@ impl Catalog {
     pub(crate) fn stated_sums(&self) -> Result<Option<HashMap<String, u128>>> {
         let mut stated = None;
         for shard in self.shards() {
-            if let Some(text) = shard.layout.metadata().get(CHECKSUMS) {
+            if let Some(text) = shard.layout.metadata().text(CHECKSUMS) {
                 stated.get_or_insert_with(HashMap::new).extend(digest::decode(text, &shard.path)?);
             }
         }

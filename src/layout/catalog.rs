@@ -1,9 +1,8 @@
 //! Which tensors a model has, over all its files.
 
-use super::{Layout, TensorInfo};
+use super::{Layout, Metadata, TensorInfo};
 use crate::error::{Error, Result};
 use hashbrown::{DefaultHashBuilder, HashTable, hash_table::Entry};
-use std::collections::BTreeMap;
 use std::hash::BuildHasher;
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
@@ -22,7 +21,7 @@ pub(crate) struct Catalog {
     lookup: HashTable<(u32, u32)>,
     hasher: DefaultHashBuilder,
     /// For several shards; one has its layout's own metadata.
-    metadata: BTreeMap<String, String>,
+    metadata: Metadata,
     /// The checksum of every tensor, in file order, as the files hold them: once somebody asked.
     pub(crate) sums: OnceLock<Vec<u128>>,
     /// The index that names the shards, if they were opened by one.
@@ -39,7 +38,7 @@ impl Catalog {
             shards: Vec::new(),
             lookup: HashTable::new(),
             hasher: DefaultHashBuilder::default(),
-            metadata: BTreeMap::new(),
+            metadata: Metadata::new(),
             sums: OnceLock::new(),
             index: None,
             stated_size: None,
@@ -62,7 +61,7 @@ impl Catalog {
                     };
                 }
                 for (key, value) in shard.layout.metadata() {
-                    catalog.metadata.entry(key.clone()).or_insert_with(|| value.clone());
+                    catalog.metadata.insert_new(key, value);
                 }
             }
         }
@@ -95,7 +94,7 @@ impl Catalog {
         self.shards.iter().enumerate().flat_map(|(s, shard)| shard.layout.iter().map(move |info| (s, info)))
     }
 
-    pub(crate) fn metadata(&self) -> &BTreeMap<String, String> {
+    pub(crate) fn metadata(&self) -> &Metadata {
         match self.shards.as_slice() {
             [only] => only.layout.metadata(),
             _ => &self.metadata,
@@ -103,7 +102,7 @@ impl Catalog {
     }
 
     /// Other metadata, in place of that of all files.
-    pub(crate) fn set_metadata(&mut self, metadata: Option<BTreeMap<String, String>>) {
+    pub(crate) fn set_metadata(&mut self, metadata: Option<Metadata>) {
         let mut given = Some(metadata.clone());
         for shard in &mut self.shards {
             shard.layout.set_metadata(given.take().flatten());

@@ -1,10 +1,9 @@
 //! What a file says of its tensors, checked: sizes, names, and places by the rules of its format.
 
-use super::{Entry, Layout, MAX_RANK, Text};
+use super::{Entry, Layout, MAX_RANK, Metadata, Text};
 use crate::dtype::DType;
 use crate::error::{Error, Result};
 use hashbrown::{DefaultHashBuilder, HashTable};
-use std::collections::BTreeMap;
 use std::hash::BuildHasher;
 use std::ops::Range;
 use std::path::Path;
@@ -49,7 +48,7 @@ pub(crate) struct Parts {
     text: Text,
     dims: Vec<usize>,
     entries: Vec<Entry>,
-    pub(crate) metadata: Option<BTreeMap<String, String>>,
+    pub(crate) metadata: Option<Metadata>,
 }
 
 impl Parts {

@@ -5,22 +5,24 @@ mod check;
 mod format;
 #[cfg(any(feature = "cli", feature = "python"))]
 pub(crate) mod glob;
+mod metadata;
 mod plan;
 mod select;
+mod value;
 
 pub(crate) use catalog::{Catalog, Shard};
-pub use select::Select;
-pub(crate) use select::{Place, Run};
-
 #[cfg(feature = "python")]
 pub(crate) use check::elements;
 pub(crate) use check::{Parts, Rules};
 pub use format::Format;
+pub use metadata::{Metadata, MetadataIter};
 pub use plan::LayoutBuilder;
+pub use select::Select;
+pub(crate) use select::{Place, Run};
+pub use value::{Array, Item, Value};
 
 use crate::dtype::DType;
 use hashbrown::{DefaultHashBuilder, HashTable};
-use std::collections::BTreeMap;
 use std::hash::BuildHasher;
 use std::ops::Range;
 use std::sync::Arc;
@@ -160,7 +162,7 @@ pub struct Layout {
     entries: Vec<Entry>,
     lookup: HashTable<u32>,
     hasher: DefaultHashBuilder,
-    metadata: Option<BTreeMap<String, String>>,
+    metadata: Option<Metadata>,
     format: Option<Format>,
     data_start: u64,
     data_len: u64,
@@ -203,9 +205,9 @@ impl Layout {
         self.data_start as usize..self.file_len() as usize
     }
 
-    /// The file's string-to-string metadata, empty if it has none.
-    pub fn metadata(&self) -> &BTreeMap<String, String> {
-        static NONE: BTreeMap<String, String> = BTreeMap::new();
+    /// The file's metadata, empty if it has none.
+    pub fn metadata(&self) -> &Metadata {
+        static NONE: Metadata = Metadata::new();
         self.metadata.as_ref().unwrap_or(&NONE)
     }
 
@@ -276,7 +278,7 @@ impl Layout {
     }
 
     /// Other metadata, in place of what there is.
-    pub(crate) fn set_metadata(&mut self, metadata: Option<BTreeMap<String, String>>) {
+    pub(crate) fn set_metadata(&mut self, metadata: Option<Metadata>) {
         self.metadata = metadata;
     }
 

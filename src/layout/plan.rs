@@ -1,10 +1,9 @@
 //! The order and the places of the tensors of a new file.
 
 use super::check::checked_nbytes;
-use super::{Layout, Parts, Rules};
+use super::{Layout, Metadata, Parts, Rules, Value};
 use crate::dtype::DType;
 use crate::error::{Error, Result};
-use std::collections::BTreeMap;
 use std::path::Path;
 
 /// What is planned lies end to end.
@@ -14,7 +13,7 @@ const RULES: Rules = Rules { gaps: false, overlaps: false, trailing: false };
 #[derive(Debug, Default, Clone)]
 pub struct LayoutBuilder {
     tensors: Vec<(String, DType, Vec<usize>)>,
-    metadata: Option<BTreeMap<String, String>>,
+    metadata: Option<Metadata>,
 }
 
 impl LayoutBuilder {
@@ -27,14 +26,29 @@ impl LayoutBuilder {
 
     /// Adds one metadata entry; a key given again is replaced.
     #[must_use]
-    pub fn metadata(mut self, key: impl Into<String>, value: impl Into<String>) -> Self {
-        self.metadata.get_or_insert_default().insert(key.into(), value.into());
+    pub fn metadata(mut self, key: impl Into<String>, value: impl Into<Value>) -> Self {
+        self.metadata.get_or_insert_default().insert(key, value);
         self
     }
 
-    /// Replaces all metadata; `Some` of nothing writes an entry without keys.
+    /// Replaces all metadata. Where it has no keys, an entry without keys is written.
+    ///
+    /// ```
+    /// use maptensors::Layout;
+    ///
+    /// let layout = Layout::builder().all_metadata([("a", "1"), ("b", "2")]).build()?;
+    /// assert_eq!(layout.metadata().len(), 2);
+    /// # Ok::<(), maptensors::Error>(())
+    /// ```
     #[must_use]
-    pub(crate) fn all_metadata(mut self, metadata: Option<BTreeMap<String, String>>) -> Self {
+    pub fn all_metadata(mut self, metadata: impl Into<Metadata>) -> Self {
+        self.metadata = Some(metadata.into());
+        self
+    }
+
+    /// As [`LayoutBuilder::all_metadata`]; `None` where there is to be no entry at all.
+    #[must_use]
+    pub(crate) fn with_metadata(mut self, metadata: Option<Metadata>) -> Self {
         self.metadata = metadata;
         self
     }

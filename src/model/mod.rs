@@ -29,11 +29,11 @@ pub use stream::Stream;
 use crate::diff::Contents;
 use crate::error::Result;
 use crate::format;
-use crate::layout::{Catalog, Layout, Shard, TensorInfo};
+use crate::layout::{Catalog, Layout, Metadata, Shard, TensorInfo};
 use crate::map::{Mapping, Memory};
 use crate::paging::Locks;
 use crate::tensor::{Tensor, TensorView};
-use std::collections::{BTreeMap, HashMap};
+use std::collections::HashMap;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -268,7 +268,7 @@ impl Model {
 
     /// The metadata of the file; of a sharded set, of all files together (the first shard to name a key
     /// wins).
-    pub fn metadata(&self) -> &BTreeMap<String, String> {
+    pub fn metadata(&self) -> &Metadata {
         self.catalog.metadata()
     }
 

@@ -202,7 +202,7 @@ impl ModelMut {
     }
 
     /// Other metadata, in place of that of all files.
-    pub(crate) fn set_metadata(&mut self, metadata: Option<std::collections::BTreeMap<String, String>>) {
+    pub(crate) fn set_metadata(&mut self, metadata: Option<crate::layout::Metadata>) {
         self.model.catalog.set_metadata(metadata);
     }
 

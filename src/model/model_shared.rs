@@ -3,11 +3,11 @@
 use super::{Guards, OpenOptions};
 use crate::diff::Contents;
 use crate::error::{Error, Result};
-use crate::layout::Catalog;
+use crate::layout::{Catalog, Metadata};
 use crate::layout::{Layout, TensorInfo};
 use crate::map::{Memory, Residency, SharedMemory};
 use crate::tensor::TensorShared;
-use std::collections::{BTreeMap, HashMap};
+use std::collections::HashMap;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -121,7 +121,7 @@ impl ModelShared {
     }
 
     /// The metadata, as for [`Model::metadata`](crate::Model::metadata).
-    pub fn metadata(&self) -> &BTreeMap<String, String> {
+    pub fn metadata(&self) -> &Metadata {
         self.catalog.metadata()
     }
 

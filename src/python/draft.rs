@@ -248,7 +248,7 @@ pub(super) fn create(
 
 /// The layout of a spec: names, and what each tensor is.
 pub(super) fn planned(spec: &Bound<'_, PyAny>, metadata: Metadata) -> PyResult<Layout> {
-    let mut builder = Layout::builder().all_metadata(metadata);
+    let mut builder = Layout::builder().with_metadata(metadata);
     let mut declarations = Vec::new();
     for item in spec.call_method0("items")?.try_iter()? {
         let (name, what): (String, Bound<'_, PyAny>) = item?.extract()?;

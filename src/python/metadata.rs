@@ -1,18 +1,19 @@
 //! A file's metadata, as Python gives it.
 
 use crate::error::{Error, quote};
+use crate::layout;
 use pyo3::prelude::*;
 use pyo3::types::{PyMapping, PyString};
 use std::collections::BTreeMap;
 
-pub(super) type Metadata = Option<BTreeMap<String, String>>;
+pub(super) type Metadata = Option<layout::Metadata>;
 
 /// Text by text; `None` where there is to be no metadata.
 ///
 /// # Errors
 /// `MapTensorsError` that says which entry is none.
 pub(super) fn metadata(object: &Bound<'_, PyAny>) -> PyResult<Metadata> {
-    if object.is_none() { Ok(None) } else { entries(object).map(Some) }
+    if object.is_none() { Ok(None) } else { entries(object).map(|entries| Some(entries.into())) }
 }
 
 /// As [`metadata`], where there is some.

@@ -173,7 +173,9 @@ impl Model {
     /// The file's string metadata; of a sharded set, of all its files together.
     #[getter]
     fn metadata(&self) -> PyResult<BTreeMap<String, String>> {
-        Ok(self.parts()?.catalog.metadata().clone())
+        let parts = self.parts()?;
+        let texts = parts.catalog.metadata().texts();
+        Ok(texts.map(|(key, text)| (key.to_owned(), text.to_owned())).collect())
     }
 
     /// Whether any file has a metadata entry at all (it may be there and empty).

@@ -23,7 +23,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 fn plan(tensors: &[(String, Given)], metadata: &Metadata) -> Result<Layout, Error> {
-    let mut builder = Layout::builder().all_metadata(metadata.clone());
+    let mut builder = Layout::builder().with_metadata(metadata.clone());
     for (name, given) in tensors {
         builder = builder.tensor(name, given.dtype, &given.shape);
     }

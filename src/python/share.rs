@@ -6,6 +6,7 @@ use super::model::Model;
 use super::save::stage_one;
 use crate::diff::Contents;
 use crate::error::Error;
+use crate::layout::Metadata;
 use crate::map::Backing;
 use crate::share::{self, AttachOptions, Candidate, Publication, PublishOptions};
 use pyo3::prelude::*;
@@ -57,7 +58,7 @@ impl Publisher {
         publisher: &mut share::Publisher,
         py: Python<'_>,
         tensors: &Bound<'_, PyAny>,
-        metadata: &BTreeMap<String, String>,
+        metadata: &Metadata,
         changed: Option<&[String]>,
         compare: bool,
     ) -> PyResult<u64> {
@@ -161,7 +162,7 @@ impl Publisher {
         compare: bool,
     ) -> PyResult<u64> {
         let mut publisher = self.take()?;
-        let done = Self::through(&mut publisher, py, tensors, &metadata, changed.as_deref(), compare);
+        let done = Self::through(&mut publisher, py, tensors, &metadata.into(), changed.as_deref(), compare);
         self.generation.store(publisher.generation(), Ordering::Relaxed);
         *self.state() = State::Open(publisher);
         done

@@ -28,7 +28,7 @@ pub(crate) fn stated(layout: &Layout, sums: &[u128]) -> Layout {
     let names = layout.iter().map(|info| info.name());
     let text = digest::encode(names.zip(sums.iter().copied()));
     let mut metadata = layout.metadata().clone();
-    metadata.insert(CHECKSUMS.into(), text);
+    metadata.insert(CHECKSUMS, text);
     layout.set_metadata(Some(metadata));
     layout
 }

@@ -218,8 +218,8 @@ impl Plan {
         // then the data's blocks can be shared.
         let anew = |len| if len <= old.len() { old.len() } else { safetensors::padded(len, data_len) };
         let mut header = kept.unwrap_or_else(|| whole(pieces.compact(anew)));
-        let set = changes.metadata.iter().filter_map(|(key, value)| Some((key, value.as_ref()?)));
-        let metadata = safetensors::metadata_len(layout.metadata()) + safetensors::metadata_len(set);
+        let set = changes.metadata.iter().filter_map(|(key, value)| Some((key.as_str(), value.as_deref()?)));
+        let metadata = safetensors::metadata_len(layout.metadata().texts()) + safetensors::metadata_len(set);
         safetensors::finish(&mut header, metadata, path)?;
         let new = safetensors::parse(header[PREFIX_LEN..].to_vec(), header.len() as u64 + data_len, path)?;
         verify(&layout, &new, changes, path)?;
@@ -244,7 +244,7 @@ fn read_header(file: &File, file_len: u64, path: &Path) -> Result<Vec<u8>> {
 /// The changes, and those that checksums by the old names ask for.
 fn with_checksums(layout: &Layout, changes: &Changes, path: &Path) -> Result<Changes> {
     let mut changes = changes.clone();
-    let text = layout.metadata().get(CHECKSUMS);
+    let text = layout.metadata().text(CHECKSUMS);
     if let (Some(text), false) = (text, changes.names.is_empty() || changes.metadata.contains_key(CHECKSUMS))
     {
         let sums = digest::decode(text, path)?;
@@ -282,7 +282,7 @@ fn verify(old: &Layout, new: &Layout, changes: &Changes, path: &Path) -> Result<
     let mut metadata = old.metadata().clone();
     for (key, value) in &changes.metadata {
         match value {
-            Some(value) => metadata.insert(key.clone(), value.clone()),
+            Some(value) => metadata.insert(key, value),
             None => metadata.remove(key),
         };
     }
@@ -385,7 +385,7 @@ mod tests {
             let data = |model: &Model| model.tensors().map(|t| t.as_bytes().to_vec()).collect::<Vec<_>>();
             assert_eq!(data(&after), data(&before), "{what}");
             for (key, value) in &edit.changes.metadata {
-                assert_eq!(after.metadata().get(key), value.as_ref(), "{what}");
+                assert_eq!(after.metadata().text(key), value.as_deref(), "{what}");
             }
             for (old, new) in &edit.changes.names {
                 assert!(after.contains(new) && !after.contains(old), "{what}");

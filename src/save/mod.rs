@@ -69,13 +69,12 @@ pub(crate) use sharded::Commit;
 
 use crate::dtype::DType;
 use crate::error::{Error, Result};
-use crate::layout::{Layout, LayoutBuilder};
+use crate::layout::{Layout, LayoutBuilder, Metadata, Value};
 use crate::map::RawSlice;
 use crate::model::{Model, ModelMut};
 use crate::os::disk::Dir;
 use safetensors::View;
 use std::borrow::Cow;
-use std::collections::BTreeMap;
 use std::ops::Range;
 use std::path::Path;
 use std::sync::Arc;
@@ -125,7 +124,7 @@ pub fn save<N: Into<String>, V: View>(
 /// ```
 #[derive(Debug, Clone, Default)]
 pub struct SaveOptions {
-    pub(crate) metadata: Option<BTreeMap<String, String>>,
+    pub(crate) metadata: Option<Metadata>,
     pub(crate) max_shard_size: Option<u64>,
     pub(crate) draft: DraftOptions,
 }
@@ -138,15 +137,15 @@ impl SaveOptions {
 
     /// Adds one metadata entry; a key given again is replaced.
     #[must_use]
-    pub fn metadata(mut self, key: impl Into<String>, value: impl Into<String>) -> Self {
-        self.metadata.get_or_insert_default().insert(key.into(), value.into());
+    pub fn metadata(mut self, key: impl Into<String>, value: impl Into<Value>) -> Self {
+        self.metadata.get_or_insert_default().insert(key, value);
         self
     }
 
     /// Replaces all metadata.
     #[must_use]
-    pub fn all_metadata(mut self, metadata: BTreeMap<String, String>) -> Self {
-        self.metadata = Some(metadata);
+    pub fn all_metadata(mut self, metadata: impl Into<Metadata>) -> Self {
+        self.metadata = Some(metadata.into());
         self
     }
 
@@ -234,7 +233,7 @@ impl SaveOptions {
     }
 
     pub(crate) fn plan<V: View>(&self, tensors: &[Pair<V>]) -> Result<Layout> {
-        let mut builder = Layout::builder().all_metadata(self.metadata.clone());
+        let mut builder = Layout::builder().with_metadata(self.metadata.clone());
         for tensor in tensors {
             builder = tensor.declare(builder)?;
         }

@@ -5,6 +5,8 @@ use super::over::Kind;
 use super::pending::{file_name, replaced_mode};
 use crate::error::{Error, Result};
 use crate::format::index::{self, Index, Truth};
+use crate::format::safetensors;
+use crate::layout::Metadata;
 use crate::map::Mapping;
 use crate::os;
 use crate::os::disk::Dir;
@@ -28,7 +30,7 @@ pub(crate) fn save<E: From<Error>>(
     tensors: &[(&str, u64)],
     path: &Path,
     limit: u64,
-    metadata: Option<&BTreeMap<String, String>>,
+    metadata: Option<&Metadata>,
     durable: bool,
     write: impl Fn(Range<usize>, &Path, &Arc<Dir>) -> Result<(), E>,
 ) -> Result<(), E> {
@@ -60,7 +62,7 @@ pub(crate) fn save_in<E: From<Error>>(
     tensors: &[(&str, u64)],
     path: &Path,
     limit: u64,
-    metadata: Option<&BTreeMap<String, String>>,
+    metadata: Option<&Metadata>,
     durable: bool,
     write: impl Fn(Range<usize>, &Path, &Arc<Dir>) -> Result<(), E>,
 ) -> Result<(), E> {
@@ -84,7 +86,7 @@ pub(crate) fn stage<E: From<Error>>(
     tensors: &[(&str, u64)],
     path: &Path,
     limit: u64,
-    metadata: Option<&BTreeMap<String, String>>,
+    metadata: Option<&Metadata>,
     durable: bool,
     write: impl Fn(Range<usize>, &Path) -> Result<Commit, E>,
 ) -> Result<Set, E> {
@@ -97,7 +99,7 @@ fn stage_at<E: From<Error>>(
     tensors: &[(&str, u64)],
     path: &Path,
     limit: u64,
-    metadata: Option<&BTreeMap<String, String>>,
+    metadata: Option<&Metadata>,
     durable: bool,
     write: impl Fn(Range<usize>, &Path, &Arc<Dir>) -> Result<Commit, E>,
 ) -> Result<Set, E> {
@@ -144,7 +146,7 @@ fn encode_index(
     tensors: &[(&str, u64)],
     groups: &[Range<usize>],
     names: &[String],
-    metadata: Option<&BTreeMap<String, String>>,
+    metadata: Option<&Metadata>,
     path: &Path,
 ) -> Result<String> {
     let mut weight_map = BTreeMap::new();
@@ -156,7 +158,8 @@ fn encode_index(
         }
     }
     let total_size = tensors.iter().map(|(_, size)| size).sum();
-    Ok(index::encode(&weight_map, metadata.unwrap_or(&BTreeMap::new()), total_size))
+    let metadata = metadata.map(safetensors::texts).transpose()?;
+    Ok(index::encode(&weight_map, &metadata.unwrap_or_default(), total_size))
 }
 
 /// A model over several files, filled and not yet visible; one file, if all fits.

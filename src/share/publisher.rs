@@ -10,7 +10,7 @@ use super::store::{CONTROL, Store, damaged};
 use super::user::{self, User};
 use crate::diff::{Contents, Span};
 use crate::error::{Error, Result};
-use crate::layout::Layout;
+use crate::layout::{Layout, Metadata};
 use crate::map::RawSlice;
 use crate::model::ModelMut;
 use crate::os::ExclusiveFile;
@@ -19,7 +19,7 @@ use crate::os::fork::Owner;
 use crate::save::{DraftOptions, Kind, Pair, fill_draft};
 use safetensors::View;
 use std::borrow::Cow;
-use std::collections::{BTreeMap, BTreeSet, HashSet};
+use std::collections::{BTreeSet, HashSet};
 use std::path::Path;
 use std::sync::Arc;
 
@@ -109,7 +109,7 @@ pub struct Publisher {
     pub(super) belongs_to: Option<User>,
     pub(super) recycle: bool,
     pub(super) draft: DraftOptions,
-    metadata: BTreeMap<String, String>,
+    metadata: Metadata,
     pub(super) generation: u64,
     /// The number of the next segment.
     pub(super) next: u64,
@@ -160,7 +160,7 @@ impl Publisher {
             belongs_to,
             recycle: options.recycle && cfg!(target_os = "linux"),
             draft: DraftOptions::new().durable(false).mode(options.mode),
-            metadata: BTreeMap::new(),
+            metadata: Metadata::new(),
             generation: state.generation,
             next: 0,
             listed: Vec::new(),
@@ -232,8 +232,8 @@ impl Publisher {
     }
 
     /// The metadata of the generations published from now on.
-    pub fn set_metadata(&mut self, metadata: BTreeMap<String, String>) {
-        self.metadata = metadata;
+    pub fn set_metadata(&mut self, metadata: impl Into<Metadata>) {
+        self.metadata = metadata.into();
     }
 
     /// Publishes these tensors, and no others, as the next generation, and returns its number. All are copied.
@@ -390,7 +390,7 @@ impl Publisher {
     fn copy_with<V: View>(
         &mut self,
         tensors: &[Pair<V>],
-        metadata: &BTreeMap<String, String>,
+        metadata: &Metadata,
         keeps: &(dyn Fn(&str) -> bool + Sync),
     ) -> Result<u64> {
         let mut layout = Layout::builder();

@@ -55,7 +55,7 @@ impl Note {
 
     fn parse(layout: &Layout, number: u64, path: &Path) -> Result<Self> {
         let damaged = |what: String| Error::Publication { path: path.into(), what };
-        let text = layout.metadata().get(KEY).ok_or_else(|| damaged(format!("there is no {KEY}")))?;
+        let text = layout.metadata().text(KEY).ok_or_else(|| damaged(format!("there is no {KEY}")))?;
         let json = |source| Error::Json { path: path.into(), what: "the note of a segment", source };
         let note: Self = serde_json::from_str(text).map_err(json)?;
         if note.number != number {

@@ -4,8 +4,9 @@ use super::control::{Control, State};
 use super::segment::{self, Opened};
 use super::user;
 use crate::error::{Error, Result};
+use crate::layout::Metadata;
 use crate::os::disk::Dir;
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeSet, HashMap};
 use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -30,7 +31,7 @@ pub(super) struct Generation {
     pub(super) segments: Vec<Arc<Opened>>,
     /// Names that live in none of them.
     pub(super) removed: BTreeSet<String>,
-    pub(super) metadata: BTreeMap<String, String>,
+    pub(super) metadata: Metadata,
 }
 
 impl Generation {

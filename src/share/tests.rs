@@ -48,7 +48,8 @@ impl Weights {
 /// Fails on a mixture.
 fn assert_whole(reader: &Subscriber, what: &str) {
     let model = reader.model();
-    let values: Vec<u8> = model.metadata()["values"].split(',').map(|value| value.parse().unwrap()).collect();
+    let values: Vec<u8> =
+        model.metadata().text("values").unwrap().split(',').map(|value| value.parse().unwrap()).collect();
     assert_eq!(model.len(), TENSORS, "{what}");
     for (i, value) in values.into_iter().enumerate() {
         let tensor = model.tensor(&format!("t{i}")).unwrap();

@@ -8,7 +8,7 @@ use super::segment::{self, Head, KEY, Note, Segment};
 use super::store::{Store, damaged};
 use crate::diff::digest::CHECKSUMS;
 use crate::error::{Error, Result};
-use crate::layout::Layout;
+use crate::layout::{Layout, Metadata};
 use crate::map;
 use crate::os::ExclusiveFile;
 use crate::save::Create;
@@ -41,7 +41,7 @@ impl Publisher {
     /// Of those that the current generation has beside them, those stay that `keeps` says.
     pub(crate) fn run<E: From<Error>>(
         &mut self,
-        metadata: &BTreeMap<String, String>,
+        metadata: &Metadata,
         keeps: &(dyn Fn(&str) -> bool + Sync),
         stage: impl FnOnce(&Path, Create<'_>) -> Result<Commit, E>,
     ) -> Result<u64, E> {
@@ -104,7 +104,7 @@ impl Publisher {
         number: u64,
         path: &Path,
         layout: &Layout,
-        metadata: &BTreeMap<String, String>,
+        metadata: &Metadata,
         keeps: &dyn Fn(&str) -> bool,
         spare: &Mutex<Spare>,
     ) -> Result<(Draft, Made)> {
@@ -125,7 +125,7 @@ impl Publisher {
         let mut metadata = metadata.clone();
         // They would be those of this segment's tensors alone.
         metadata.remove(CHECKSUMS);
-        metadata.insert(KEY.into(), note.encode(path)?);
+        metadata.insert(KEY, note.encode(path)?);
         let mut layout = layout.clone();
         layout.set_metadata(Some(metadata));
         let draft = self.draft(spare, path, &layout).map_err(room::told(path, layout.data_len()))?;

@@ -96,7 +96,7 @@ pub(crate) fn parse(bytes: &[u8], path: &Path) -> Result<Index> {
 /// The text of an index for these tensors; deterministic.
 pub(crate) fn encode(
     weight_map: &BTreeMap<&str, &str>,
-    metadata: &BTreeMap<String, String>,
+    metadata: &BTreeMap<&str, &str>,
     total_size: u64,
 ) -> String {
     #[derive(Serialize)]
@@ -105,7 +105,7 @@ pub(crate) fn encode(
         weight_map: &'a BTreeMap<&'a str, &'a str>,
     }
     let mut entries: BTreeMap<&str, serde_json::Value> =
-        metadata.iter().map(|(k, v)| (k.as_str(), v.as_str().into())).collect();
+        metadata.iter().map(|(&key, &text)| (key, text.into())).collect();
     entries.insert("total_size", total_size.into());
     // Maps with string keys always serialize.
     let mut text =

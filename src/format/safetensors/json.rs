@@ -3,11 +3,9 @@
 use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::format::JsonString;
-use crate::layout::Parts;
+use crate::layout::{self, Parts};
 use serde::de::{self, DeserializeSeed, Deserializer, IgnoredAny, MapAccess, SeqAccess, Visitor};
 use std::cell::RefCell;
-use std::collections::BTreeMap;
-use std::collections::btree_map::Entry;
 use std::fmt;
 use std::path::Path;
 
@@ -207,14 +205,14 @@ struct Metadata<'h, 'p> {
 }
 
 impl<'de> DeserializeSeed<'de> for Metadata<'_, '_> {
-    type Value = Option<BTreeMap<String, String>>;
+    type Value = Option<layout::Metadata>;
     fn deserialize<D: Deserializer<'de>>(self, d: D) -> Result<Self::Value, D::Error> {
         d.deserialize_option(self)
     }
 }
 
 impl<'de> Visitor<'de> for Metadata<'_, '_> {
-    type Value = Option<BTreeMap<String, String>>;
+    type Value = Option<layout::Metadata>;
     fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str("an object of strings")
     }
@@ -233,7 +231,7 @@ impl<'de> Visitor<'de> for Metadata<'_, '_> {
 }
 
 /// An object of strings with no key twice: what the fast way reads metadata with.
-pub(super) struct MetadataMap(pub(super) BTreeMap<String, String>);
+pub(super) struct MetadataMap(pub(super) layout::Metadata);
 
 impl<'de> de::Deserialize<'de> for MetadataMap {
     fn deserialize<D: Deserializer<'de>>(d: D) -> Result<Self, D::Error> {
@@ -254,15 +252,13 @@ impl<'de> de::Deserialize<'de> for MetadataMap {
 fn strings<'de, A: MapAccess<'de>>(
     mut map: A,
     duplicate: impl Fn(&str) -> A::Error,
-) -> Result<BTreeMap<String, String>, A::Error> {
-    let mut strings = BTreeMap::new();
+) -> Result<layout::Metadata, A::Error> {
+    let mut strings = layout::Metadata::new();
     while let Some((key, value)) = map.next_entry::<String, String>()? {
-        match strings.entry(key) {
-            Entry::Occupied(entry) => return Err(duplicate(entry.key())),
-            Entry::Vacant(entry) => {
-                entry.insert(value);
-            }
+        if strings.contains_key(&key) {
+            return Err(duplicate(&key));
         }
+        strings.insert(key, value);
     }
     Ok(strings)
 }

@@ -27,7 +27,7 @@ mod scan;
 mod write;
 
 pub(crate) use edit::{Changes, Pieces};
-pub(crate) use write::{encode, encode_placed, finish, metadata_len, padded};
+pub(crate) use write::{encode, encode_placed, finish, metadata_len, padded, texts};
 
 use crate::error::{Error, Result};
 use crate::format::{Read, foreign};

@@ -6,7 +6,7 @@
 
 use super::json::MetadataMap;
 use crate::dtype::DType;
-use crate::layout::Parts;
+use crate::layout::{Metadata, Parts};
 use std::ops::Range;
 
 pub(super) fn scan(text: &str) -> Option<Parts> {
@@ -201,7 +201,7 @@ impl Cursor<'_> {
     }
 
     /// Free-form strings are full of escapes, and rare: left to the JSON crate.
-    fn metadata(&mut self) -> Option<std::collections::BTreeMap<String, String>> {
+    fn metadata(&mut self) -> Option<Metadata> {
         let mut values =
             serde_json::Deserializer::from_str(&self.text[self.pos..]).into_iter::<MetadataMap>();
         let map = values.next()?.ok()?;

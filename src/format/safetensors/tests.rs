@@ -293,6 +293,27 @@ proptest! {
             prop_assert_eq!(theirs.dtype, info.dtype().into());
         }
         let theirs = reference.metadata().clone().unwrap_or_default();
-        prop_assert_eq!(placed.metadata().clone(), theirs.into_iter().collect());
+        prop_assert_eq!(placed.metadata(), &theirs.into_iter().collect::<std::collections::BTreeMap<_, _>>());
+    }
+}
+
+#[test]
+fn metadata_that_is_no_string_is_refused_by_its_key() {
+    let array = crate::Array::from(vec![1.5f32]);
+    for (value, kind) in
+        [(crate::Value::from(100u32), "a number"), (true.into(), "a bool"), (array.into(), "an array")]
+    {
+        let layout = Layout::builder().metadata("a", "1").metadata("step", value).build().unwrap();
+        for error in [
+            encode(&layout, Path::new("")).map(drop).unwrap_err(),
+            encode_placed(&layout, Path::new("")).map(drop).unwrap_err(),
+        ] {
+            let text = error.to_string();
+            assert_eq!(error.kind(), "Argument");
+            assert!(
+                text.contains("\"step\"") && text.contains(kind) && text.contains("to_string()"),
+                "{text}"
+            );
+        }
     }
 }

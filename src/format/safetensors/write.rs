@@ -1,8 +1,9 @@
 //! A header for a planned layout.
 
 use super::{MAX_HEADER_LEN, PREFIX_LEN};
-use crate::error::{Error, Result};
-use crate::layout::Layout;
+use crate::error::{Error, Result, quote};
+use crate::layout::{Layout, Metadata, Value};
+use std::collections::BTreeMap;
 use std::io::Write as _;
 use std::path::Path;
 
@@ -20,12 +21,29 @@ pub(crate) fn encode(layout: &Layout, path: &Path) -> Result<(Vec<u8>, Layout)> 
     let mut json = Vec::with_capacity(PREFIX_LEN + 128 * layout.len() + 64);
     json.extend([0; PREFIX_LEN]);
     // Writing to memory and serializing strings cannot fail; the error type says otherwise.
-    write_json(&mut json, layout).map_err(Error::io(path, "encoding the header"))?;
+    let metadata = texts(layout.metadata())?;
+    write_json(&mut json, layout, &metadata).map_err(Error::io(path, "encoding the header"))?;
 
     json.resize(padded(json.len(), layout.data_len()), b' ');
-    finish(&mut json, metadata_len(layout.metadata()), path)?;
+    finish(&mut json, metadata_len(metadata), path)?;
     let placed = layout.clone().placed_at(json.len() as u64);
     Ok((json, placed))
+}
+
+/// Metadata as the format holds it: text by text.
+///
+/// # Errors
+/// [`Error::Argument`] for a value that is no string.
+pub(crate) fn texts(metadata: &Metadata) -> Result<BTreeMap<&str, &str>> {
+    let refused = |key: &str, value: &Value| {
+        Error::Argument(format!(
+            "metadata {} is {}, and safetensors holds strings alone: give it as text (such as its to_string())",
+            quote(key),
+            value.kind()
+        ))
+    };
+    let text = |(key, value)| Value::as_str(value).map(|text| (key, text)).ok_or_else(|| refused(key, value));
+    metadata.iter().map(text).collect()
 }
 
 /// The length of a header (length field included) once it is padded, before so much data.
@@ -35,7 +53,7 @@ pub(crate) fn padded(unpadded: usize, data_len: u64) -> usize {
 }
 
 /// The bytes of metadata, about.
-pub(crate) fn metadata_len<'a>(entries: impl IntoIterator<Item = (&'a String, &'a String)>) -> u64 {
+pub(crate) fn metadata_len<'a>(entries: impl IntoIterator<Item = (&'a str, &'a str)>) -> u64 {
     entries.into_iter().map(|(key, value)| (key.len() + value.len()) as u64).sum()
 }
 
@@ -63,7 +81,8 @@ pub(crate) fn finish(header: &mut [u8], metadata: u64, path: &Path) -> Result<()
 /// not fit.
 pub(crate) fn encode_placed(layout: &Layout, path: &Path) -> Result<Option<Vec<u8>>> {
     let mut json = vec![0; PREFIX_LEN];
-    write_json(&mut json, layout).map_err(Error::io(path, "encoding the header"))?;
+    let metadata = texts(layout.metadata())?;
+    write_json(&mut json, layout, &metadata).map_err(Error::io(path, "encoding the header"))?;
     let room = usize::try_from(layout.data_start()).unwrap_or_default();
     if json.len() > room {
         return Ok(None);
@@ -73,12 +92,12 @@ pub(crate) fn encode_placed(layout: &Layout, path: &Path) -> Result<Option<Vec<u
     Ok(Some(json))
 }
 
-fn write_json(out: &mut Vec<u8>, layout: &Layout) -> std::io::Result<()> {
+fn write_json(out: &mut Vec<u8>, layout: &Layout, metadata: &BTreeMap<&str, &str>) -> std::io::Result<()> {
     out.push(b'{');
     let mut separator = "";
     if layout.has_metadata() {
         out.extend(b"\"__metadata__\":");
-        serde_json::to_writer(&mut *out, layout.metadata())?;
+        serde_json::to_writer(&mut *out, metadata)?;
         separator = ",";
     }
     for info in layout.iter() {
