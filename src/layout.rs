@@ -1,5 +1,8 @@
 //! Which tensors there are and where: plain data, the same for a file read and a file about to be written.
 
+#[cfg(feature = "serde")]
+mod serialize;
+
 use crate::dtype::DType;
 use crate::error::{Error, Result};
 use hashbrown::{DefaultHashBuilder, HashTable};

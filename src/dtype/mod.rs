@@ -2,6 +2,8 @@
 
 mod element;
 mod packed;
+#[cfg(feature = "serde")]
+mod serialize;
 
 pub use element::Element;
 pub use packed::{F4x2, F6E2M3x4, F6E3M2x4, F8E4M3, F8E4M3Fnuz, F8E5M2, F8E5M2Fnuz, F8E8M0};

@@ -27,6 +27,7 @@ use std::sync::Arc;
 /// # Ok::<(), maptensors::Error>(())
 /// ```
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 #[non_exhaustive]
 pub enum Backing {
     /// A file, `MAP_PRIVATE` and `PROT_READ`.
