@@ -1,7 +1,10 @@
 //! Which tensors there are and where: plain data, the same for a file read and a file about to be written.
 
+mod iter;
 #[cfg(feature = "serde")]
 mod serialize;
+
+pub use iter::TensorInfos;
 
 use crate::dtype::DType;
 use crate::error::{Error, Result};
@@ -213,8 +216,8 @@ impl Layout {
     }
 
     /// All tensors, in file order.
-    pub fn iter(&self) -> impl ExactSizeIterator<Item = TensorInfo<'_>> + DoubleEndedIterator + Clone {
-        self.entries.iter().map(|entry| self.info(entry))
+    pub fn iter(&self) -> TensorInfos<'_> {
+        TensorInfos::new(self)
     }
 
     fn name_of(&self, entry: &Entry) -> &str {

@@ -165,13 +165,13 @@ pub use dtype::{
 };
 pub use error::{Error, ErrorKind, Result};
 pub use half::{bf16, f16};
-pub use layout::{Layout, LayoutBuilder, MAX_RANK, TensorInfo};
+pub use layout::{Layout, LayoutBuilder, MAX_RANK, TensorInfo, TensorInfos};
 pub use map::{Advice, Backing, Evicted, MapOptions, Mapping, Residency, SharedMemory};
 #[cfg(target_os = "linux")]
 pub use map::{Memfd, SealedMemfd};
 pub use model::{
     Change, Changes, Differences, Model, ModelMut, ModelShard, ModelShared, OpenOptions, Order, Prefetch,
-    Reshaped, Select, ShardPlan, Split, Stream, StreamOptions, Verify, diff,
+    Reshaped, Select, ShardPlan, Split, Stream, StreamOptions, Tensors, Verify, diff,
 };
 pub use num_complex::Complex32;
 pub use save::{

@@ -91,6 +91,120 @@ fn options_cloned_with_a_predicate_select_the_same() {
     assert_eq!(model.shard(1, 2, &theirs).unwrap().tensor("fc1.weight").unwrap().shape(), [32, 64]);
 }
 
+/// A copy of a model that a test may edit.
+fn copied() -> (tempfile::TempDir, std::path::PathBuf) {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("model.safetensors");
+    std::fs::copy("models/digits.safetensors", &path).unwrap();
+    (dir, path)
+}
+
+#[test]
+#[allow(unsafe_code)]
+fn a_clone_of_a_model_is_of_the_same_memory_and_outlives_it() {
+    let (_dir, path) = copied();
+    // SAFETY: nobody writes to the file.
+    let model = unsafe { Model::open(&path) }.unwrap();
+    let first = model.tensor("fc1.weight").unwrap().as_bytes().as_ptr();
+    let clone = model.clone();
+    drop(model);
+    let tensor = clone.tensor("fc1.weight").unwrap();
+    assert_eq!(tensor.as_bytes().as_ptr(), first);
+    assert_eq!(tensor.to_vec::<f32>().unwrap().len(), 64 * 64);
+}
+
+#[test]
+#[allow(unsafe_code)]
+fn nothing_is_written_while_a_clone_reads_the_same_memory() {
+    let (_dir, path) = copied();
+    // SAFETY: nobody writes to the file.
+    let mut tuned = unsafe { OpenOptions::new().dense_edits(true).open_mut(&path) }.unwrap();
+    tuned.tensor_mut("fc1.bias").unwrap().as_mut_slice::<f32>().unwrap()[0] = 5.0;
+    let clone: Model = tuned.clone();
+    assert_eq!(clone.tensor("fc1.bias").unwrap().as_slice::<f32>().unwrap()[0], 5.0);
+    let refused = [
+        tuned.tensor_mut("fc1.bias").err(),
+        tuned.get_mut("fc1.bias").err(),
+        tuned.tensors_mut().err(),
+        tuned.promote().err(),
+        tuned.promote_tensor("fc1.bias").err(),
+    ];
+    for error in refused {
+        let error = error.unwrap();
+        assert!(error.kind() == ErrorKind::Busy && error.to_string().contains("clone"), "{error}");
+    }
+    drop(clone);
+    tuned.tensor_mut("fc1.bias").unwrap().as_mut_slice::<f32>().unwrap()[0] = 6.0;
+}
+
+#[test]
+#[allow(unsafe_code)]
+fn get_asks_a_guard_as_tensor_does() {
+    let (_dir, path) = copied();
+    // SAFETY: no view is held while the file changes.
+    let (model, shared) = unsafe {
+        let options = OpenOptions::new().guard(true);
+        (options.open(&path).unwrap(), options.open_shared(&path).unwrap())
+    };
+    assert!(model.get("fc1.bias").unwrap().is_some() && model.get("fc3.bias").unwrap().is_none());
+    assert!(shared.get("fc1.bias").unwrap().is_some() && shared.get("fc3.bias").unwrap().is_none());
+    std::fs::File::options().write(true).open(&path).unwrap().set_len(100).unwrap();
+    assert_eq!(model.get("fc1.bias").unwrap_err().kind(), ErrorKind::Changed);
+    assert_eq!(model.clone().get("fc1.bias").unwrap_err().kind(), ErrorKind::Changed);
+    assert_eq!(shared.get("fc1.bias").unwrap_err().kind(), ErrorKind::Changed);
+}
+
+#[test]
+fn models_and_layouts_are_gone_through_by_reference() {
+    let model = Model::read("models/digits-sharded").unwrap();
+    let names: Vec<_> = model.names().collect();
+    assert_eq!((&model).into_iter().map(|tensor| tensor.name()).collect::<Vec<_>>(), names);
+    let mut tensors = model.tensors();
+    for left in (0..names.len()).rev() {
+        assert!(tensors.next().is_some());
+        assert_eq!(tensors.len(), left);
+    }
+    assert!(tensors.next().is_none() && tensors.next().is_none());
+
+    let edited = ModelMut::read("models/digits-sharded").unwrap();
+    assert_eq!((&edited).into_iter().count(), 4);
+
+    let layout = model.layout(0).unwrap();
+    let mut infos = layout.into_iter();
+    assert_eq!(infos.len(), layout.len());
+    assert_eq!(infos.next_back(), layout.at(layout.len() - 1));
+    assert!(layout.into_iter().rev().eq((0..layout.len()).rev().filter_map(|i| layout.at(i))));
+}
+
+#[test]
+fn a_layout_is_planned_and_a_selection_made_from_what_an_iterator_gives() {
+    let model = Model::read("models/digits.safetensors").unwrap();
+    let tensors = || model.tensors().map(|tensor| (tensor.name(), tensor.dtype(), tensor.shape()));
+    let mut plan: LayoutBuilder = tensors().take(2).collect();
+    plan.extend(tensors().skip(2));
+    let planned = plan.build().unwrap();
+    assert_eq!(planned.len(), model.len());
+    for (name, dtype, shape) in tensors() {
+        assert_eq!(planned.get(name).map(|info| (info.dtype(), info.shape())), Some((dtype, shape)));
+    }
+
+    let select: Select<'_> = model.names().filter(|name| name.ends_with("bias")).collect();
+    assert_eq!(model.stream(StreamOptions::new().select(select)).unwrap().count(), 2);
+}
+
+#[test]
+fn tensors_and_mappings_are_bytes_to_whoever_takes_those() {
+    fn len(bytes: impl AsRef<[u8]>) -> usize {
+        bytes.as_ref().len()
+    }
+    let mut model = ModelMut::read("models/digits.safetensors").unwrap();
+    assert_eq!(len(model.tensor("fc1.bias").unwrap()), 256);
+    assert_eq!(len(model.mapping(0).unwrap()), std::fs::read("models/digits.safetensors").unwrap().len());
+    let mut bias = model.tensor_mut("fc1.bias").unwrap();
+    bias.as_mut().fill(0);
+    assert!(bias.as_ref().iter().all(|&byte| byte == 0));
+}
+
 #[cfg(feature = "serde")]
 mod serialized {
     use super::*;

@@ -41,9 +41,9 @@ impl Model {
     }
 
     fn of(
-        catalog: Catalog,
+        catalog: Arc<Catalog>,
         memories: Vec<Arc<SharedMemory>>,
-        guards: Option<Guards>,
+        guards: Option<Arc<Guards>>,
         mode: &'static str,
         dense_edits: bool,
     ) -> Self {
