@@ -29,6 +29,7 @@ __all__ = [
     "loads",
     "materialize",
     "open",
+    "open_whole",
     "planned_size",
     "prefetch",
     "publications",
