@@ -30,6 +30,7 @@ use std::sync::Arc;
 /// # Ok::<(), maptensors::Error>(())
 /// ```
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 #[non_exhaustive]
 pub enum Backing {
     /// A file, `MAP_PRIVATE` and `PROT_READ`.
@@ -372,6 +373,13 @@ impl Mapping {
 /// Device and inode of a file.
 pub(super) fn identity(file: &File) -> Option<(u64, u64)> {
     file.metadata().ok().map(|metadata| (metadata.dev(), metadata.ino()))
+}
+
+impl AsRef<[u8]> for Mapping {
+    /// As [`Mapping::as_bytes`].
+    fn as_ref(&self) -> &[u8] {
+        self.as_bytes()
+    }
 }
 
 impl std::fmt::Debug for Mapping {

@@ -46,6 +46,8 @@ pub(crate) struct Pages {
 /// # Ok::<(), maptensors::Error>(())
 /// ```
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+#[cfg_attr(feature = "serde", serde(default))]
 #[non_exhaustive]
 pub struct Evicted {
     /// Bytes that are no longer in memory.

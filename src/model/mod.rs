@@ -11,6 +11,7 @@ mod model_ref;
 mod model_shared;
 mod open;
 mod stream;
+mod tensors;
 mod verify;
 
 pub(crate) use assemble::layout_of;
@@ -25,6 +26,7 @@ pub use model_ref::ModelRef;
 pub use model_shared::ModelShared;
 pub use open::OpenOptions;
 pub use stream::Stream;
+pub use tensors::Tensors;
 
 use crate::diff::Contents;
 use crate::error::Result;
@@ -39,6 +41,8 @@ use std::sync::Arc;
 
 /// A model, to read. Opening costs the header; data pages are read when they are touched.
 ///
+/// A clone is of the same memory: it copies no data, and what is locked, guarded and in memory is one for both.
+///
 /// ```
 /// use maptensors::Model;
 ///
@@ -50,15 +54,16 @@ use std::sync::Arc;
 /// }
 /// # Ok::<(), maptensors::Error>(())
 /// ```
+#[derive(Clone)]
 pub struct Model {
-    pub(crate) catalog: Catalog,
+    pub(crate) catalog: Arc<Catalog>,
     // INVARIANT: one for each shard of the catalog, as long as its layout's file.
-    // Counted: generations of a publication share theirs.
+    // Counted: generations of a publication share theirs, and so do clones.
     pub(crate) mappings: Vec<Arc<Mapping>>,
     /// What [`Model::lock`] holds.
     locks: Arc<Locks>,
     /// Under [`OpenOptions::guard`].
-    guards: Option<Guards>,
+    guards: Option<Arc<Guards>>,
 }
 
 impl Model {
@@ -154,16 +159,16 @@ impl Model {
 
     pub(crate) fn new(catalog: Catalog, mappings: Vec<Arc<Mapping>>) -> Self {
         debug_assert_eq!(catalog.shards().len(), mappings.len());
-        Self { catalog, mappings, locks: Arc::default(), guards: None }
+        Self { catalog: Arc::new(catalog), mappings, locks: Arc::default(), guards: None }
     }
 
     pub(crate) fn guarded(mut self, guards: Option<Guards>) -> Self {
-        self.guards = guards;
+        self.guards = guards.map(Arc::new);
         self
     }
 
     #[cfg(feature = "python")]
-    pub(crate) fn take_guards(&mut self) -> Option<Guards> {
+    pub(crate) fn take_guards(&mut self) -> Option<Arc<Guards>> {
         self.guards.take()
     }
 
@@ -185,7 +190,7 @@ impl Model {
 
     /// What there is, and where it lies in memory.
     #[cfg(feature = "python")]
-    pub(crate) fn into_parts(self) -> (Catalog, Vec<Arc<Mapping>>) {
+    pub(crate) fn into_parts(self) -> (Arc<Catalog>, Vec<Arc<Mapping>>) {
         (self.catalog, self.mappings)
     }
 
@@ -219,20 +224,31 @@ impl Model {
     /// # Errors
     /// [`Error::Missing`], with near names; those of [`OpenOptions::guard`] where that is on.
     pub fn tensor(&self, name: &str) -> Result<TensorView<'_>> {
-        if self.guards.is_some()
-            && let Some((shard, index)) = self.catalog.find(name)
-            && let Some(info) = self.catalog.shards()[shard].layout.at(index)
-        {
-            self.hand_out(shard, &info)?;
-        }
-        self.get(name).ok_or_else(|| self.catalog.missing(name))
+        self.get(name)?.ok_or_else(|| self.catalog.missing(name))
     }
 
-    /// The tensor called `name`, if there is one. Not guarded, as [`Model::tensors`] is not.
-    pub fn get(&self, name: &str) -> Option<TensorView<'_>> {
+    /// The tensor called `name`, if there is one.
+    ///
+    /// # Errors
+    /// Those of [`OpenOptions::guard`] where that is on; else none.
+    ///
+    /// ```
+    /// let model = maptensors::Model::read("models/digits.safetensors")?;
+    /// assert!(model.get("fc1.weight")?.is_some() && model.get("lm_head.weight")?.is_none());
+    /// # Ok::<(), maptensors::Error>(())
+    /// ```
+    pub fn get(&self, name: &str) -> Result<Option<TensorView<'_>>> {
+        let found = self.catalog.find(name);
+        let found = found.and_then(|(s, i)| Some((s, self.catalog.shards()[s].layout.at(i)?)));
+        let Some((shard, info)) = found else { return Ok(None) };
+        self.hand_out(shard, &info)?;
+        Ok(Some(view(info, &self.mappings[shard])))
+    }
+
+    /// What the tensor called `name` is, and where.
+    pub(crate) fn info(&self, name: &str) -> Option<TensorInfo<'_>> {
         let (shard, index) = self.catalog.find(name)?;
-        let info = self.catalog.shards()[shard].layout.at(index)?;
-        Some(view(info, &self.mappings[shard]))
+        self.catalog.shards()[shard].layout.at(index)
     }
 
     /// The tensor called `name`, with its own share of the memory: it may outlive the model, and go to other threads.
@@ -253,12 +269,11 @@ impl Model {
     }
 
     /// All tensors, shard by shard, in file order.
-    pub fn tensors(&self) -> impl Iterator<Item = TensorView<'_>> {
-        self.catalog
-            .shards()
-            .iter()
-            .zip(&self.mappings)
-            .flat_map(|(shard, mapping)| shard.layout.iter().map(move |info| view(info, mapping)))
+    ///
+    /// This asks no [`OpenOptions::guard`], as it gives no error: [`Model::stream`] asks for each tensor, and
+    /// [`Model::check`] for all files.
+    pub fn tensors(&self) -> Tensors<'_> {
+        Tensors::new(self)
     }
 
     /// All names, shard by shard, in file order.
