@@ -193,7 +193,8 @@ mod skips {
         let _ = writeln!(std::io::stderr(), "\n!!! SKIPPED: {line}\n");
         if let Some(path) = std::env::var_os("MAPTENSORS_SKIPS") {
             let file = std::fs::File::options().append(true).create(true).open(path);
-            file.and_then(|mut file| file.write_all(format!("{line}\n").as_bytes())).expect("MAPTENSORS_SKIPS");
+            file.and_then(|mut file| file.write_all(format!("{line}\n").as_bytes()))
+                .expect("MAPTENSORS_SKIPS");
         }
     }
 }

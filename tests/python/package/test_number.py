@@ -50,7 +50,9 @@ def test_every_bit_pattern_is_the_number_that_numpy_reads(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "how", [int, float, complex, operator.index, round, lambda t: f"{t:.2f}", math.trunc], ids=str
+    "how",
+    [int, float, complex, operator.index, round, lambda t: f"{t:.2f}", math.trunc],
+    ids=lambda how: how.__name__,
 )
 @pytest.mark.parametrize(
     "array", [np.zeros(2), np.zeros(0), np.zeros((2, 3), "i1")], ids=lambda a: str(a.shape)
