@@ -11,44 +11,62 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 SOURCES := $(shell find src python/maptensors examples models -name '*.rs' -o -name '*.py' -o -name '*.pyi' \
 	-o -name '*.safetensors') Cargo.toml pyproject.toml README.md
 
-.PHONY: help demo test test-rust test-python lint fmt models bench fuzz crash kill interleavings sanitize clean
+.PHONY: help demo test test-rust test-python check lint ci fmt models bench fuzz crash kill interleavings sanitize \
+	semver clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
-demo: $(VENV)/.wheel ## Map, run, fine-tune and save a real model
+demo: $(VENV)/.wheel-release ## Map, run, fine-tune and save a real model
 	@$(BIN)/maptensors demo
 
-test: test-rust test-python ## Run every test: Rust, documentation, wheel, Python
+# Rust is built with one set of features. The python feature is part of it where this Python comes with a library to link
+# against; where it does not (Debian's without its -dev package), clippy still checks it and pytest runs it.
+LIBDIR = $(shell $(BIN)/python tools/libpython.py)
+FEATURES = $(if $(LIBDIR),--all-features,--features cli)
+PYTHON_ENV = PYO3_PYTHON=$(CURDIR)/$(BIN)/python $(if $(LIBDIR),LD_LIBRARY_PATH="$(LIBDIR):$$LD_LIBRARY_PATH")
 
-# The python feature is part of the Rust tests where this Python comes with a library to link against;
-# where it does not (Debian's without its -dev package), clippy still checks it and pytest runs it.
-test-rust: $(VENV)/.base
-	$(CARGO) test
-	@if $(BIN)/python tools/libpython.py > $(VENV)/libdir; then \
-		echo "$(CARGO) test --all-features"; \
-		PYO3_PYTHON=$(CURDIR)/$(BIN)/python LD_LIBRARY_PATH="$$(cat $(VENV)/libdir):$$LD_LIBRARY_PATH" \
-			$(CARGO) test --all-features; \
-	else \
-		echo "NOTE: this Python has no shared library: cargo test leaves the python feature to pytest"; \
-		echo "$(CARGO) test --features cli"; \
-		$(CARGO) test --features cli; \
-	fi
-	$(CARGO) run --quiet --example digits
-	$(CARGO) run --quiet --example live_weights
+# What was skipped, by Rust and by Python: tools/skips.py compares it with tests/skips.txt.
+SKIPS := $(CURDIR)/target/skips
+# How long each part takes, said at the end.
+TIMED = tools/timed.sh $@
+begin = @mkdir -p target && touch target/times && sed -i '/^$@: /d' target/times && rm -f $(SKIPS)
+end = @tools/timed.sh $@
 
-test-python: $(VENV)/.wheel $(VENV)/.test
-	$(BIN)/python -m pytest
+# What only `check` runs, since it takes longest: every operation and every system call of a save refused in turn.
+LONG_RUST := faults::
+LONG_PYTHON := open/test_real_models.py
 
-lint: $(VENV)/.wheel $(VENV)/.lint ## Check formatting, lints, documentation and type stubs
-	$(CARGO) fmt --check
-	$(CARGO) clippy --all-targets --quiet -- -D warnings
-	PYO3_PYTHON=$(CURDIR)/$(BIN)/python $(CARGO) clippy --all-targets --all-features --quiet -- -D warnings
-	RUSTDOCFLAGS="-D warnings" $(CARGO) doc --no-deps --quiet --features cli
-	$(BIN)/ruff check
-	$(BIN)/ruff format --check
-	$(BIN)/mypy
-	$(BIN)/stubtest maptensors._native --allowlist tools/stubtest-allowlist.txt --ignore-unused-allowlist
+# A command line of `cargo test` ends in `--` and what the tests are given.
+test: $(VENV)/.base $(VENV)/.wheel-dev $(VENV)/.test ## Run what is needed to trust a change: Rust, documentation, Python
+	$(begin)
+	$(TIMED) env $(PYTHON_ENV) MAPTENSORS_SKIPS=$(SKIPS) $(CARGO) test --no-fail-fast $(FEATURES) -- $(addprefix --skip ,$(LONG_RUST))
+	$(TIMED) env $(PYTHON_ENV) $(CARGO) run --quiet $(FEATURES) --example digits
+	$(TIMED) env $(PYTHON_ENV) $(CARGO) run --quiet $(FEATURES) --example live_weights
+	$(TIMED) env MAPTENSORS_SKIPS=$(SKIPS) $(BIN)/python -m pytest $(addprefix --ignore tests/python/,$(LONG_PYTHON))
+	$(BIN)/python tools/skips.py $(SKIPS)
+	$(end)
+
+check: $(VENV)/.base $(VENV)/.wheel-dev $(VENV)/.test ## Run the rest: crashes, kills, real models, interleavings, benches tried
+	$(begin)
+	$(TIMED) $(CARGO) check --quiet --no-default-features --tests
+	$(TIMED) env $(PYTHON_ENV) MAPTENSORS_SKIPS=$(SKIPS) $(CARGO) test --no-fail-fast $(FEATURES) --lib --test save -- $(LONG_RUST)
+	$(TIMED) env $(PYTHON_ENV) $(CARGO) test --quiet $(FEATURES) --benches
+	$(TIMED) env MAPTENSORS_SKIPS=$(SKIPS) $(BIN)/python -m pytest $(addprefix tests/python/,$(LONG_PYTHON))
+	$(TIMED) $(MAKE) --no-print-directory interleavings SCHEDULES=20
+	$(BIN)/python tools/skips.py $(SKIPS)
+	$(end)
+
+lint: $(VENV)/.wheel-dev $(VENV)/.lint ## Check formatting, lints, documentation and type stubs
+	$(begin)
+	$(TIMED) $(CARGO) fmt --check
+	$(TIMED) env PYO3_PYTHON=$(CURDIR)/$(BIN)/python $(CARGO) clippy --all-targets --all-features --quiet -- -D warnings
+	$(TIMED) env RUSTDOCFLAGS="-D warnings" $(CARGO) doc --no-deps --quiet --features cli
+	$(TIMED) $(BIN)/ruff check
+	$(TIMED) $(BIN)/ruff format --check
+	$(TIMED) $(BIN)/mypy
+	$(TIMED) $(BIN)/stubtest maptensors._native --allowlist tools/stubtest-allowlist.txt --ignore-unused-allowlist
+	$(end)
 
 fmt: $(VENV)/.lint ## Format all code
 	$(CARGO) fmt
@@ -62,7 +80,7 @@ models: $(VENV)/.test ## Train the models of models/ again (same bytes)
 # The files it makes, some 6 GiB and far more in holes, go under BENCH_DATA, or where they are gone afterwards.
 QUICK ?=
 BENCH_DATA ?=
-bench: $(VENV)/.wheel $(VENV)/.test ## Measure against the peers, write BENCHMARKS.md; QUICK=1 only tries (dist/bench)
+bench: $(VENV)/.wheel-release $(VENV)/.test ## Measure against the peers, write BENCHMARKS.md; QUICK=1 only tries (dist/bench)
 	$(CARGO) bench --bench inner -- --noplot $(if $(QUICK),--quick)
 	$(if $(QUICK),,$(CARGO) bench --manifest-path benches/peers/Cargo.toml --target-dir benches/peers/target -- --noplot)
 	$(BIN)/python benches/compare.py $(if $(BENCH_DATA),--data '$(BENCH_DATA)') $(if $(QUICK),--quick --out dist/bench)
@@ -81,9 +99,9 @@ crash: ## Look at what a power loss may leave of every kind of save, thoroughly 
 KILLS ?= 2000
 GENERATIONS ?= 10000
 kill: ## Kill saving, publishing and reading processes at random instants, many times; no file may be lost
-	MAPTENSORS_KILLS=$(KILLS) $(CARGO) test --release --test saving kill -- --nocapture
-	MAPTENSORS_KILLS=$(KILLS) $(CARGO) test --release --test faults -- --nocapture
-	MAPTENSORS_GENERATIONS=$(GENERATIONS) $(CARGO) test --release --test share_processes -- --nocapture
+	MAPTENSORS_KILLS=$(KILLS) $(CARGO) test --release --test save kill -- --nocapture
+	MAPTENSORS_KILLS=$(KILLS) $(CARGO) test --release --test save faults:: -- --nocapture
+	MAPTENSORS_GENERATIONS=$(GENERATIONS) $(CARGO) test --release --test share processes:: -- --nocapture
 
 # A build of its own: what it needs is no dependency of any other. loom tries every order, so it takes no number.
 SCHEDULES ?= 300
@@ -95,13 +113,20 @@ interleavings: ## Try every order of the threads at a control page, and SCHEDULE
 
 # RUSTC_BOOTSTRAP lets a stable compiler take -Z flags. Left out are tests that limit or measure memory, and of
 # locked pages: AddressSanitizer makes munlock(2) do nothing.
-SANITIZED := checkpoints deltas differential round_trip saving share share_astray share_found shared_edit zero_copy
+UNSANITIZED := locking_copies_no_page locks_and_unlocks_that_race too_little_address_space faults:: costs:: lazy:: \
+	options:: writable:: places:: processes::
 sanitize: ## Run the Rust tests under AddressSanitizer and LeakSanitizer (half an hour)
 	target=$$(rustc -vV | sed -n 's/^host: //p'); \
-	check() { RUSTC_BOOTSTRAP=1 RUSTFLAGS=-Zsanitizer=address ASAN_OPTIONS=detect_leaks=1 \
-		$(CARGO) test --target $$target --target-dir target/asan "$$@"; }; \
-	check --lib -- --skip locking_copies_no_page --skip locks_and_unlocks_that_race && \
-	check $(addprefix --test ,$(SANITIZED))
+	RUSTC_BOOTSTRAP=1 RUSTFLAGS=-Zsanitizer=address ASAN_OPTIONS=detect_leaks=1 \
+		$(CARGO) test --target $$target --target-dir target/asan --lib --test memory --test open --test save --test share \
+		-- $(addprefix --skip ,$(UNSANITIZED))
+
+# The revision that the public API must be compatible with.
+BASELINE ?= $(shell git describe --tags --abbrev=0 2>/dev/null)
+semver: ## Compare the public API with BASELINE's, a revision; the last tag, where there is one
+	@test -n "$(BASELINE)" || { echo "there is no tag yet: name a revision with make semver BASELINE=..."; exit 1; }
+	$(CARGO) semver-checks --version >/dev/null 2>&1 || $(CARGO) install --locked cargo-semver-checks
+	$(CARGO) semver-checks --default-features --baseline-rev $(BASELINE)
 
 clean: ## Remove what the targets made
 	rm -rf $(VENV) dist
@@ -115,16 +140,18 @@ $(VENV)/.base:
 	$(PIP) --upgrade 'pip>=25.1' 'maturin>=1.16,<2'
 	@touch $@
 
-$(VENV)/.wheel: $(VENV)/.base $(SOURCES)
-	rm -rf dist
-	$(BIN)/maturin build --release --quiet --out dist
+# One wheel is installed at a time: `dev` is what is tested, `release` what is measured and shown. Both have build
+# directories of their own, since pyo3 links an extension module otherwise than what `cargo test` runs.
+$(VENV)/.wheel-dev $(VENV)/.wheel-release: $(VENV)/.wheel-%: $(VENV)/.base $(SOURCES)
+	rm -rf dist $(VENV)/.wheel-*
+	tools/timed.sh set-up $(BIN)/maturin build --profile $* --target-dir target/wheel --quiet --out dist
 	$(PIP) --force-reinstall --no-deps dist/*.whl
 	@touch $@
 
 $(VENV)/.test: $(VENV)/.base pyproject.toml
-	$(PIP) --group test
+	tools/timed.sh set-up $(PIP) --group test
 	@touch $@
 
 $(VENV)/.lint: $(VENV)/.base pyproject.toml
-	$(PIP) --group lint
+	tools/timed.sh set-up $(PIP) --group lint
 	@touch $@

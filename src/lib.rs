@@ -192,3 +192,24 @@ pub use rank::{ModelShard, ShardPlan, Split};
 pub use save::{Draft, DraftOptions, Edited, HeaderEdit, SaveOptions, save};
 pub use share::{AttachOptions, Publication, PublishOptions, Publisher, Refreshed, Subscriber};
 pub use tensor::{Index, Tensor, TensorShared, TensorSlice, TensorView, TensorViewMut};
+
+#[cfg(test)]
+use skips::skipped;
+
+#[cfg(test)]
+mod skips {
+    use std::io::Write as _;
+    use std::panic::Location;
+
+    /// Says that a unit test, or a part of it, was not run, as `skip` in `tests/common` does.
+    #[track_caller]
+    pub(crate) fn skipped(test: &str, why: impl std::fmt::Display) {
+        let line = format!("{} {test}: {why}", Location::caller().file()).replace('\n', " ");
+        let _ = writeln!(std::io::stderr(), "\n!!! SKIPPED: {line}\n");
+        if let Some(path) = std::env::var_os("MAPTENSORS_SKIPS") {
+            let file = std::fs::File::options().append(true).create(true).open(path);
+            file.and_then(|mut file| file.write_all(format!("{line}\n").as_bytes()))
+                .expect("MAPTENSORS_SKIPS");
+        }
+    }
+}

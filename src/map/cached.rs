@@ -275,6 +275,7 @@ fn take(path: &Path) -> crate::Result<((u64, u64), Option<Cached>)> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::skipped;
     use std::io::Write as _;
     use std::os::unix::fs::FileExt as _;
 
@@ -285,11 +286,6 @@ mod tests {
         file.write_all(bytes).unwrap();
         file.as_file().sync_all().unwrap();
         file.into_parts()
-    }
-
-    /// Says so past the harness' capture.
-    fn skip(what: &str, why: &dyn std::fmt::Display) {
-        writeln!(io::stderr(), "\n!!! SKIPPED: {what}: {why}\n").unwrap();
     }
 
     fn evict(file: &File, range: &Range<u64>) {
@@ -309,7 +305,10 @@ mod tests {
         let (file, _) = file(&vec![7; usize::try_from(len).unwrap()]);
         #[cfg(target_os = "linux")]
         if rustix::fs::fstatfs(&file).unwrap().f_type == 0x0102_1994 {
-            return skip("what is in memory, page by page", &"nothing can be evicted from a tmpfs");
+            return skipped(
+                "both_ways_to_ask_agree_with_every_page_and_change_none",
+                "nothing can be evicted from a tmpfs",
+            );
         }
         // All of it, then holes of several sizes: at a start, in the middle, to the end; then nothing.
         for hole in [0..0, 0..4096, 400_000..480_000, 1 << 20..2 << 20, 4_500_000..len, 0..len] {
@@ -337,7 +336,7 @@ mod tests {
         let (file, _) = file(&vec![7; 40_000]);
         let len = 1 << 40;
         if let Err(error) = file.set_len(len) {
-            return skip("a file of a terabyte", &error);
+            return skipped("a_terabyte_of_holes_takes_few_questions_either_way", error);
         }
         let cached = Cached::of(&file, len).unwrap().unwrap();
         assert_eq!((cached.bytes(&(0..40_960)), cached.total()), (40_960, 40_960));
@@ -358,7 +357,9 @@ mod tests {
         let exact = truth(&file, len).iter().filter(|&&resident| resident).count() as u64 * page_size();
         assert!(exact >= len / 2 && exact < len, "{exact}");
         let cached = match Cached::by_range(&file, len, 300) {
-            Err(error) if is_refusal(&error) => return skip("cachestat(2)", &error),
+            Err(error) if is_refusal(&error) => {
+                return skipped("where_questions_run_out_stretches_count_by_their_share", error);
+            }
             cached => cached.unwrap(),
         };
         assert!((200..=301).contains(&cached.marks.len()), "{}", cached.marks.len());

@@ -203,32 +203,3 @@ impl<M> std::fmt::Debug for Tensor<M> {
         write!(f, "Tensor({:?}, {}, {:?})", self.name(), self.dtype(), self.shape())
     }
 }
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::model::Model;
-
-    fn is_shareable<T: Clone + Send + Sync + 'static>(_: &T) {}
-
-    #[test]
-    fn a_tensor_outlives_its_model_and_a_part_of_it_the_tensor() {
-        let model = Model::read("models/digits.safetensors").unwrap();
-        let expected = model.tensor("fc1.weight").unwrap().to_vec::<f32>().unwrap();
-        let weight = model.owned("fc1.weight").unwrap();
-        let at = model.tensor("fc1.weight").unwrap().as_bytes().as_ptr();
-        drop(model);
-        is_shareable(&weight);
-        assert_eq!(weight.as_bytes().unwrap().as_ptr(), at, "nothing is copied");
-        assert_eq!(weight.view().unwrap().as_slice::<f32>().unwrap(), expected);
-        let rows = weight.slice(&[Index::from(8..16)]).unwrap();
-        let every_other = rows.slice(&[Index::from(..).step_by(2), Index::from(1..3)]).unwrap();
-        drop((weight, rows.clone()));
-        assert_eq!(rows.as_slice::<f32>().unwrap(), &expected[8 * 64..16 * 64]);
-        assert_eq!((every_other.shape(), every_other.strides()), (&[4, 2][..], Some(&[128, 1][..])));
-        assert!(every_other.view().is_none() && every_other.as_slice::<f32>().is_err());
-        let found = every_other.to_vec::<f32>().unwrap();
-        assert_eq!(found[2..4], expected[10 * 64 + 1..10 * 64 + 3]);
-        assert_eq!(every_other.nbytes(), 32);
-    }
-}

@@ -7,6 +7,7 @@ pub mod smaps;
 use sha2::{Digest as _, Sha256};
 use std::fmt::Write as _;
 use std::io::Write as _;
+use std::panic::Location;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
@@ -123,9 +124,27 @@ pub fn is_root() -> bool {
     rustix::process::geteuid().is_root()
 }
 
-/// Says that a test was not run, past the harness' capture.
-pub fn skip(test: &str, why: &str) {
-    let _ = writeln!(std::io::stderr(), "\n!!! SKIPPED: {test}: {why}\n");
+/// Says that a test, or a part of it, was not run: past the harness' capture, and in the file that
+/// `MAPTENSORS_SKIPS` names, which `tools/skips.py` compares with `tests/skips.txt`.
+#[track_caller]
+pub fn skip(test: &str, why: impl std::fmt::Display) {
+    let line = format!("{} {test}: {why}", Location::caller().file()).replace('\n', " ");
+    let _ = writeln!(std::io::stderr(), "\n!!! SKIPPED: {line}\n");
+    if let Some(path) = std::env::var_os("MAPTENSORS_SKIPS") {
+        let file = std::fs::File::options().append(true).create(true).open(path);
+        file.and_then(|mut file| file.write_all(format!("{line}\n").as_bytes())).expect("MAPTENSORS_SKIPS");
+    }
+}
+
+/// Where a test begins that interrupts at random: given by `MAPTENSORS_SEED`, or another each time. It is printed, so
+/// that a failure can be repeated.
+pub fn seed(test: &str) -> u64 {
+    let seed = match std::env::var("MAPTENSORS_SEED") {
+        Ok(given) => given.parse().expect("MAPTENSORS_SEED is a number"),
+        Err(_) => std::time::UNIX_EPOCH.elapsed().unwrap().subsec_nanos().into(),
+    };
+    println!("{test}: repeat with MAPTENSORS_SEED={seed}");
+    seed
 }
 
 const ROLE: &str = "MAPTENSORS_TEST_ROLE";
@@ -136,18 +155,24 @@ pub fn role(name: &str) -> Option<PathBuf> {
     (std::env::var_os(ROLE)? == name).then(|| std::env::var_os(DIR).unwrap().into())
 }
 
-/// This test binary again, running only `test`, which is to ask for its [`role`].
+/// This test binary again, running only `test` of the caller's file, which is to ask for its [`role`].
+#[track_caller]
 pub fn child(test: &str, role: &str, dir: &Path) -> Command {
     child_of(&std::env::current_exe().unwrap(), test, role, dir)
 }
 
+#[track_caller]
 fn child_of(exe: &Path, test: &str, role: &str, dir: &Path) -> Command {
     let mut command = Command::new(exe);
-    command.args(["--exact", test, "--nocapture", "--test-threads=1"]).env(ROLE, role).env(DIR, dir);
+    // `tests/save/faults.rs` is the module `faults`.
+    let module = Path::new(Location::caller().file()).file_stem().unwrap().to_str().unwrap();
+    let name = format!("{module}::{test}");
+    command.args(["--exact", &name, "--nocapture", "--test-threads=1"]).env(ROLE, role).env(DIR, dir);
     command
 }
 
 /// As [`child`], without root's privileges. The binary may lie where nobody else can reach: a copy runs.
+#[track_caller]
 pub fn unprivileged_child(test: &str, role: &str, dir: &Path) -> (Command, tempfile::TempDir) {
     use std::os::unix::{fs::PermissionsExt, process::CommandExt as _};
     let home = tempfile::tempdir().unwrap();

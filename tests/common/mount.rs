@@ -10,6 +10,7 @@ pub struct Mount {
 
 impl Mount {
     /// `None`, loudly, where this machine cannot make one.
+    #[track_caller]
     pub fn new(test: &str, mkfs: &[&str], size: u64) -> Option<Self> {
         if !super::is_root() {
             super::skip(test, "mounting a file system needs root");
@@ -33,13 +34,14 @@ impl Mount {
             run(Command::new("mount").args(["-o", "loop"]).arg(&image).arg(root.path().join("mnt")))
         });
         if let Err(why) = made {
-            super::skip(test, &format!("{mkfs:?}: {why}"));
+            super::skip(test, format!("{mkfs:?}: {why}"));
             return None;
         }
         Some(Self { root })
     }
 
     /// So much memory; `None`, loudly, as above.
+    #[track_caller]
     pub fn memory(test: &str, size: u64) -> Option<Self> {
         if !super::is_root() {
             super::skip(test, "mounting a file system needs root");
@@ -54,7 +56,7 @@ impl Mount {
         if made.as_ref().is_ok_and(|made| made.status.success()) {
             return Some(mount);
         }
-        super::skip(test, &format!("mounting memory: {made:?}"));
+        super::skip(test, format!("mounting memory: {made:?}"));
         // Nothing to unmount.
         let Self { root } = &mount;
         std::fs::remove_dir_all(root.path()).unwrap();
@@ -67,6 +69,7 @@ impl Mount {
     }
 
     /// What has reached the disk by now, as another file system: what there is after a power loss. `None` as above.
+    #[track_caller]
     pub fn after_power_loss(&self, test: &str) -> Option<Self> {
         let root = super::disk_dir();
         let (image, mnt) = (root.path().join("image"), root.path().join("mnt"));

@@ -1,6 +1,7 @@
-"""Fixtures: published models, fetched once and kept in a cache."""
+"""Fixtures: published models, fetched once and kept in a cache; and the record of what was skipped."""
 
 import os
+import random
 import shutil
 import subprocess
 import sys
@@ -13,6 +14,33 @@ from typing import NamedTuple
 
 import pytest
 from support import sha256
+
+
+def _record(report: pytest.TestReport | pytest.CollectReport) -> None:
+    """Write a skip into the file that MAPTENSORS_SKIPS names: tools/skips.py looks there."""
+    path = os.environ.get("MAPTENSORS_SKIPS")
+    if not report.skipped or hasattr(report, "wasxfail") or path is None:
+        return
+    file, _, test = report.nodeid.partition("::")
+    why = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
+    with Path(path).open("a") as skips:
+        skips.write(f"{file} {test or '*'}: {why.removeprefix('Skipped: ')}".replace("\n", " ") + "\n")
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    _record(report)
+
+
+def pytest_collectreport(report: pytest.CollectReport) -> None:
+    _record(report)
+
+
+@pytest.fixture
+def at_random() -> random.Random:
+    """Instants of random interrupts: MAPTENSORS_SEED repeats what a failure prints."""
+    seed = int(os.environ.get("MAPTENSORS_SEED") or random.randrange(1 << 32))
+    print(f"repeat with MAPTENSORS_SEED={seed}")
+    return random.Random(seed)
 
 
 class Published(NamedTuple):
