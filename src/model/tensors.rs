@@ -64,6 +64,7 @@ impl std::fmt::Debug for Tensors<'_> {
     }
 }
 
+#[allow(clippy::into_iter_without_iter)] // `tensors` is its name here
 impl<'a> IntoIterator for &'a Model {
     type Item = TensorView<'a>;
     type IntoIter = Tensors<'a>;
@@ -73,6 +74,7 @@ impl<'a> IntoIterator for &'a Model {
     }
 }
 
+#[allow(clippy::into_iter_without_iter)] // `tensors` is its name here
 impl<'a> IntoIterator for &'a ModelMut {
     type Item = TensorView<'a>;
     type IntoIter = Tensors<'a>;

@@ -121,7 +121,7 @@ fn nothing_is_written_while_a_clone_reads_the_same_memory() {
     let mut tuned = unsafe { OpenOptions::new().dense_edits(true).open_mut(&path) }.unwrap();
     tuned.tensor_mut("fc1.bias").unwrap().as_mut_slice::<f32>().unwrap()[0] = 5.0;
     let clone: Model = tuned.clone();
-    assert_eq!(clone.tensor("fc1.bias").unwrap().as_slice::<f32>().unwrap()[0], 5.0);
+    assert_eq!(clone.tensor("fc1.bias").unwrap().as_slice::<f32>().unwrap()[0].to_bits(), 5.0_f32.to_bits());
     let refused = [
         tuned.tensor_mut("fc1.bias").err(),
         tuned.get_mut("fc1.bias").err(),
@@ -141,11 +141,11 @@ fn nothing_is_written_while_a_clone_reads_the_same_memory() {
 #[allow(unsafe_code)]
 fn get_asks_a_guard_as_tensor_does() {
     let (_dir, path) = copied();
+    let options = OpenOptions::new().guard(true);
     // SAFETY: no view is held while the file changes.
-    let (model, shared) = unsafe {
-        let options = OpenOptions::new().guard(true);
-        (options.open(&path).unwrap(), options.open_shared(&path).unwrap())
-    };
+    let model = unsafe { options.open(&path) }.unwrap();
+    // SAFETY: as above.
+    let shared = unsafe { options.open_shared(&path) }.unwrap();
     assert!(model.get("fc1.bias").unwrap().is_some() && model.get("fc3.bias").unwrap().is_none());
     assert!(shared.get("fc1.bias").unwrap().is_some() && shared.get("fc3.bias").unwrap().is_none());
     std::fs::File::options().write(true).open(&path).unwrap().set_len(100).unwrap();

@@ -286,7 +286,7 @@ proptest! {
         prop_assert_eq!(&parse_bytes(&bytes, Path::new("")).unwrap(), &placed);
         let (_, reference) = SafeTensors::read_metadata(&bytes).unwrap();
         prop_assert_eq!(reference.tensors().len(), placed.len());
-        for info in placed.iter() {
+        for info in &placed {
             let theirs = reference.info(info.name()).unwrap();
             prop_assert_eq!(theirs.data_offsets.0 as u64 + placed.data_start(), info.offset());
             prop_assert_eq!(&theirs.shape, info.shape());

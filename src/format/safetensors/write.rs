@@ -100,7 +100,7 @@ fn write_json(out: &mut Vec<u8>, layout: &Layout, metadata: &BTreeMap<&str, &str
         serde_json::to_writer(&mut *out, metadata)?;
         separator = ",";
     }
-    for info in layout.iter() {
+    for info in layout {
         out.extend(separator.as_bytes());
         serde_json::to_writer(&mut *out, info.name())?;
         write!(out, ":{{\"dtype\":\"{}\",\"shape\":[", info.dtype().name())?;
