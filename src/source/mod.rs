@@ -146,7 +146,7 @@ mod tests {
 
     #[test]
     fn a_file_that_has_shrunk_is_an_error() {
-        let (file, window) = inside(&[b'x'; 600_000]);
+        let (file, window) = inside(&vec![b'x'; 600_000]);
         file.set_len(1000).unwrap();
         let bytes = FileBytes::new(&file, Path::new("f"), window);
         assert_eq!(bytes.read(0..2000).unwrap_err().kind(), "Io");
