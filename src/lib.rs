@@ -135,6 +135,9 @@
 //! # Features
 //!
 //! None by default. `cli` builds the `maptensors` command, `python` the extension module of the wheel.
+//! `serde` makes plain answers serializable, and all but [`Layout`] and [`TensorInfo`] deserializable: those two,
+//! [`DType`] and [`ErrorKind`] by their names, [`Residency`], [`Evicted`], [`Changes`], [`Differences`], [`Edited`],
+//! [`Backing`], [`Advice`], [`Split`], [`Verify`].
 
 // The demo's walk is one text, compiled into the example and the command: both call the crate by name.
 #[cfg(feature = "cli")]
@@ -173,18 +176,19 @@ pub use dtype::{
     Block, DType, Element, F4x2, F6E2M3x4, F6E3M2x4, F8E4M3, F8E4M3Fnuz, F8E5M2, F8E5M2Fnuz, F8E8M0,
     UnknownDType,
 };
-pub use error::{Error, Result};
+pub use error::{Error, ErrorKind, Result};
 pub use half::{bf16, f16};
 pub use layout::{
-    Array, Format, Item, Layout, LayoutBuilder, MAX_RANK, Metadata, MetadataIter, Select, TensorInfo, Value,
+    Array, Format, Item, Layout, LayoutBuilder, MAX_RANK, Metadata, MetadataIter, Select, TensorInfo,
+    TensorInfos, Value,
 };
 pub use map::{Advice, Backing, Evicted, MapOptions, Mapping, Residency, SharedMemory};
 #[cfg(target_os = "linux")]
 pub use map::{Memfd, SealedMemfd};
-pub use model::{Model, ModelMut, ModelShared, OpenOptions, Stream, diff};
+pub use model::{Model, ModelMut, ModelRef, ModelShared, OpenOptions, Stream, Tensors, diff};
 pub use num_complex::Complex32;
 pub use paging::{Order, Prefetch, StreamOptions};
 pub use rank::{ModelShard, ShardPlan, Split};
 pub use save::{Draft, DraftOptions, Edited, HeaderEdit, SaveOptions, save};
 pub use share::{AttachOptions, Publication, PublishOptions, Publisher, Refreshed, Subscriber};
-pub use tensor::{Index, TensorShared, TensorSlice, TensorView, TensorViewMut};
+pub use tensor::{Index, Tensor, TensorShared, TensorSlice, TensorView, TensorViewMut};

@@ -21,7 +21,7 @@ fn open_mut(path: &Path) -> Result<ModelMut, Error> {
 }
 
 fn kind<T>(result: &Result<T, Error>) -> &'static str {
-    result.as_ref().err().map_or("OK", Error::kind)
+    result.as_ref().err().map_or("OK", |error| error.kind().name())
 }
 
 /// What every way in says about a path, which is one thing. Its message can be printed.
@@ -40,7 +40,11 @@ fn verdict_on(bytes: &[u8]) -> (&'static str, String) {
     let path = dir.path().join("model.safetensors");
     std::fs::write(&path, bytes).unwrap();
     let (kind, message) = verdict(&path);
-    assert_eq!(Model::from_bytes(bytes).err().map_or("OK", |e| e.kind()), kind, "from memory: {message}");
+    assert_eq!(
+        Model::from_bytes(bytes).err().map_or("OK", |e| e.kind().name()),
+        kind,
+        "from memory: {message}"
+    );
     if kind != "OK" && kind != "Value" {
         assert!(message.contains("model.safetensors"), "names the file: {message}");
     }
@@ -254,7 +258,7 @@ fn any_name_is_a_key_and_never_a_path_or_a_terminal_command() {
         let missing = model.tensor(&format!("{name}\u{1b}")).unwrap_err();
         let wrong = model.tensor(name).unwrap().as_slice::<f32>().unwrap_err();
         for (error, expected) in [(missing, "Missing"), (wrong, "DType")] {
-            assert_eq!(error.kind(), expected);
+            assert_eq!(error.kind().name(), expected);
             let text = error.to_string();
             assert!(
                 !text.chars().any(|c| c.is_control() || c == '\u{202e}') && text.len() < 2000,
@@ -397,7 +401,7 @@ fn too_much_metadata_is_not_told_to_split_the_tensors() {
     let path = dir.path().join("m.safetensors");
     let save = |options: maptensors::SaveOptions| options.save([("a", common::bytes_tensor(b"x"))], &path);
     let error = save(maptensors::SaveOptions::new().metadata("k", "x".repeat(100_000_001))).unwrap_err();
-    assert_eq!(error.kind(), "Limit");
+    assert_eq!(error.kind().name(), "Limit");
     assert!(error.to_string().contains("metadata") && !error.to_string().contains("shard"), "{error}");
     save(maptensors::SaveOptions::new()).unwrap();
     let edit = maptensors::HeaderEdit::new().set("k", "x".repeat(100_000_001));

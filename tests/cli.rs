@@ -293,8 +293,34 @@ fn a_filter_chooses_tensors_by_name_and_the_totals_follow() {
     assert!(text.contains("fc1.bias") && !text.contains("fc1.weight"), "{text}");
     let both = ["inspect", "models/digits.safetensors", "--json", "-f", "fc1.bias", "-f", "*2*"];
     assert_eq!(json(&both)["totals"]["tensors"], 3);
-    let none = printed(&["inspect", "models/digits.safetensors", "-f", "layers.*"]);
-    assert!(none.contains("0 of 4 tensors"), "{none}");
+}
+
+#[test]
+fn a_filter_that_matches_no_tensor_is_an_error_that_names_the_model() {
+    let digits = "models/digits.safetensors";
+    for args in [
+        &["inspect"][..],
+        &["inspect", "--json"],
+        &["inspect", "-s"],
+        &["prefetch"],
+        &["evict"],
+        &["checksum"],
+    ] {
+        let error = complaint(&[args, &[digits, "-f", "layers.*"]].concat(), 1);
+        assert!(
+            error.contains(&format!("{digits}: none of its 4 tensors is called like --filter")),
+            "{error}"
+        );
+    }
+    // The others are shown all the same.
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("other.safetensors");
+    let layout =
+        maptensors::Layout::builder().tensor("layers.0", maptensors::DType::U8, &[1]).build().unwrap();
+    maptensors::Draft::create(&path, &layout).unwrap().commit().unwrap();
+    let out = run(&["inspect", digits, path.to_str().unwrap(), "-f", "layers.*"]);
+    assert_eq!(out.status.code(), Some(1));
+    assert!(String::from_utf8_lossy(&out.stdout).contains("layers.0"));
 }
 
 #[test]
@@ -470,7 +496,7 @@ fn prefetch_and_evict_say_what_is_in_memory_and_leave_out_what_is_not_chosen() {
 
     let missing = complaint(&["prefetch", "nowhere.safetensors", name], 1);
     assert!(missing.contains("nowhere.safetensors"), "{missing}");
-    assert!(complaint(&["evict", name, "-f", "c.*"], 1).contains("none of the 2 tensors"));
+    assert!(complaint(&["evict", name, "-f", "c.*"], 1).contains("none of its 2 tensors"));
 }
 
 #[test]

@@ -71,7 +71,7 @@ impl Away {
     fn assert_told<T: std::fmt::Debug>(&self, done: Result<T, Error>, run: &Path) -> String {
         let name = self.name;
         let error = done.unwrap_err();
-        let Error::Moved { path, what } = &error else { panic!("{name}: {error}") };
+        let Error::Moved { path, what, .. } = &error else { panic!("{name}: {error}") };
         assert_eq!(path, run, "{name}");
         let expected = match name {
             "removed" => "was removed",

@@ -126,7 +126,7 @@ fn every_system_call_of_a_save_may_fail_or_be_the_last() {
             let _ = std::fs::metadata(BEGIN);
             let done = save(&dir.join("set"), 2, 3000, &options(way));
             let _ = std::fs::metadata(END);
-            let said = done.err().map_or("done", |error| error.kind());
+            let said = done.err().map_or("done", |error| error.kind().name());
             std::fs::write(dir.join("said"), said).unwrap();
             return;
         }

@@ -408,7 +408,7 @@ fn what_does_not_fit_says_what_it_takes_and_what_to_do() {
     let mut publisher = Publisher::open(&place).unwrap();
     publisher.publish([("a", bytes_tensor(&vec![1; MIB]))]).unwrap();
     let error = publisher.publish([("a", bytes_tensor(&vec![2; 16 * MIB]))]).unwrap_err();
-    let Error::Io { path, action, source } = &error else { panic!("{error:?}") };
+    let Error::Io { path, action, source, .. } = &error else { panic!("{error:?}") };
     assert_eq!(source.raw_os_error(), Some(libc::ENOSPC));
     assert!(path.starts_with(&place), "{}", path.display());
     let needed = format!("room for {} bytes", 16 * MIB);

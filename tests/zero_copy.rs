@@ -63,7 +63,7 @@ fn opening_and_viewing_touch_no_data_page() {
         assert_eq!(pages.pages, 16 * MIB / pages.page_size);
         let elements: usize = model.tensors().map(|t| t.as_slice::<f32>().unwrap().len()).sum();
         assert_eq!(elements, 4 * MIB);
-        assert!(model.get("t2").is_some_and(|t| t.is_aligned()));
+        assert!(model.get("t2").unwrap().is_some_and(|t| t.is_aligned()));
         assert_eq!(model.residency().unwrap().touched, 0, "{what}: looking up and viewing");
         // Not zero for want of counting.
         std::hint::black_box(model.tensor("t3").unwrap().as_bytes()[0]);

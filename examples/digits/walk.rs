@@ -229,7 +229,7 @@ fn add_outer(weights: &mut [f32], bias: &mut [f32], d: &[f32], x: &[f32]) {
 }
 
 fn bits<'a>(model: &'a Model, name: &str) -> Option<&'a [u8]> {
-    model.get(name).map(|tensor| tensor.as_bytes())
+    model.tensor(name).ok().map(|tensor| tensor.as_bytes())
 }
 
 /// A fingerprint to look at; that files are equal is checked byte by byte.

@@ -37,9 +37,9 @@ from collections.abc import Mapping as _Mapping
 # The extension first: where that cannot be imported, nothing of the package is left behind.
 from maptensors import _native as _native
 from maptensors import plans
-from maptensors._api import edit, save, save_bytes
+from maptensors._api import dumps, edit, save
 from maptensors._checkpoint import Checkpointer, Saved, Saving
-from maptensors._lazy import Evicted, Prefetch, Shard, Stream
+from maptensors._lazy import Prefetch, Shard, Stream
 from maptensors._native import (
     Changes,
     Draft,
@@ -49,13 +49,14 @@ from maptensors._native import (
     apply_delta,
     create,
     diff,
+    loads,
     materialize,
     open,
     save_delta,
     save_diff,
     verify,
 )
-from maptensors._native import load_bytes as load
+from maptensors._results import Change, Differences, Evicted, Residency, TensorInfo
 from maptensors._safe_open import safe_open
 from maptensors._share import Publication, Publisher, Subscriber, attach, publications, publish
 from maptensors.errors import MapTensorsError
@@ -67,8 +68,10 @@ _Mapping.register(Model)
 _Mapping.register(Changes)
 
 __all__ = [
+    "Change",
     "Changes",
     "Checkpointer",
+    "Differences",
     "Draft",
     "Evicted",
     "MapTensorsError",
@@ -76,6 +79,7 @@ __all__ = [
     "Prefetch",
     "Publication",
     "Publisher",
+    "Residency",
     "SafetensorError",
     "Saved",
     "Saving",
@@ -83,13 +87,15 @@ __all__ = [
     "Stream",
     "Subscriber",
     "Tensor",
+    "TensorInfo",
     "__version__",
     "apply_delta",
     "attach",
     "create",
     "diff",
+    "dumps",
     "edit",
-    "load",
+    "loads",
     "materialize",
     "open",
     "plans",
@@ -97,7 +103,6 @@ __all__ = [
     "publish",
     "safe_open",
     "save",
-    "save_bytes",
     "save_delta",
     "save_diff",
     "verify",

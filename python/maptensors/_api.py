@@ -113,14 +113,14 @@ def edit(
     )
 
 
-def save_bytes(
+def dumps(
     tensors: Mapping[str, Any] | Iterable[tuple[str, Any]],
     *,
     metadata: Mapping[str, str] | None = None,
     checksums: bool = False,
 ) -> bytes:
-    """Return the bytes of the file that :func:`save` would write."""
-    return _native.save_bytes(tensors, metadata=_metadata(tensors, metadata), checksums=checksums)
+    """Return tensors as the bytes of the file that :func:`save` would write; :func:`loads` reads them."""
+    return _native.dumps(tensors, metadata=_metadata(tensors, metadata), checksums=checksums)
 
 
 def _metadata(tensors: object, metadata: Mapping[str, str] | None) -> Mapping[str, str] | None:

@@ -125,7 +125,8 @@ class Checkpointer:
     wait for the disk: a power loss may take a checkpoint, and those that it replaced. ``checksums`` puts one
     for each tensor into the file, for :func:`maptensors.verify`. ``example``, a state or a spec as for
     :func:`maptensors.create`, has the first output made ready at once. ``progress`` is called with the bytes
-    staged and their total; True shows a ``tqdm`` bar where it is installed.
+    staged and their total; True shows a bar (a line on stderr where
+    ``tqdm`` is not installed).
 
     A directory that is not there is made by the first save, or for ``example``; looking makes none.
 

@@ -6,25 +6,13 @@ import traceback
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from types import TracebackType
-from typing import NamedTuple, Self
+from typing import Self
 
 from maptensors import _native
 from maptensors._api import parse_size
 from maptensors._progress import Progress, Told
 
 _TURN = 0.05
-
-
-class Evicted(NamedTuple):
-    """What giving pages back came to, in bytes."""
-
-    #: No longer in memory.
-    freed: int
-    #: In memory still, because they were edited: they are nowhere else.
-    kept: int
-    #: In the page cache still, because others use them, or the file lies in memory (tmpfs). Of another user's
-    #: file only what this process still maps is known; in mode "c" that is given back when memory runs out.
-    remaining: int
 
 
 class Prefetch:

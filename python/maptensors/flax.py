@@ -16,7 +16,7 @@ __all__ = ["load", "load_file", "save", "save_file"]
 
 def save(tensors: Mapping[str, jax.Array], metadata: Mapping[str, str] | None = None) -> bytes:
     """Return arrays as the bytes of a safetensors file."""
-    return _api.save_bytes(tensors, metadata=metadata)
+    return _api.dumps(tensors, metadata=metadata)
 
 
 def save_file(
@@ -32,7 +32,7 @@ def save_file(
 
 def load(data: bytes) -> dict[str, jax.Array]:
     """Return the arrays in the bytes of a safetensors file."""
-    return _native.load_bytes(data).jax()
+    return _native.loads(data).jax()
 
 
 def load_file(filename: str | os.PathLike[str], *, backend: str = "mmap") -> dict[str, jax.Array]:

@@ -17,7 +17,7 @@ __all__ = ["load", "load_file", "save", "save_file"]
 
 def save(tensor_dict: Mapping[str, np.ndarray], metadata: Mapping[str, str] | None = None) -> bytes:
     """Return arrays as the bytes of a safetensors file."""
-    return _api.save_bytes(tensor_dict, metadata=metadata)
+    return _api.dumps(tensor_dict, metadata=metadata)
 
 
 def save_file(
@@ -33,7 +33,7 @@ def save_file(
 
 def load(data: bytes) -> dict[str, np.ndarray]:
     """Return the arrays in the bytes of a safetensors file, copied once."""
-    return _native.load_bytes(data).numpy()
+    return _native.loads(data).numpy()
 
 
 def load_file(filename: str | os.PathLike[str], *, backend: str = "mmap") -> dict[str, np.ndarray]:

@@ -23,7 +23,7 @@ def save(tensors: dict[str, torch.Tensor], metadata: Mapping[str, str] | None = 
     Raises as :func:`save_file` does.
     """
     _check(tensors)
-    return _api.save_bytes(tensors, metadata=metadata)
+    return _api.dumps(tensors, metadata=metadata)
 
 
 def save_file(
@@ -48,7 +48,7 @@ def save_file(
 
 def load(data: bytes) -> dict[str, torch.Tensor]:
     """Return the tensors in the bytes of a safetensors file, copied once."""
-    return _native.load_bytes(data).torch()
+    return _native.loads(data).torch()
 
 
 def load_file(

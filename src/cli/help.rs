@@ -135,8 +135,8 @@ Looking brings nothing into memory; what is shown is how it was before the
 header was read. A map has no use for --json, --summary and --filter, and
 refuses them.
 
-Exit codes: 0 done, 1 a model could not be shown, 2 the command line is not
-understood.";
+Exit codes: 0 done, 1 a model could not be shown or none of its tensors is
+called like --filter says, 2 the command line is not understood.";
 
 pub(super) const TOP: &str = "\
 Examples:

@@ -2,6 +2,7 @@
 
 use super::report::Report;
 use super::{DONE, FAILED, complain, table, text};
+use crate::error::printable;
 use crate::{Model, Publication, Subscriber};
 use globset::GlobSet;
 use std::error::Error;
@@ -42,6 +43,12 @@ impl Inspect {
                     continue;
                 }
             };
+            if let Err(error) = matches_any(&model, self.filter.as_ref(), path) {
+                out.flush()?;
+                complain(&*error);
+                code = FAILED;
+                continue;
+            }
             let report = Report::new(path, generation, &model, self.filter.as_ref());
             match self.format {
                 Format::Json => {
@@ -84,6 +91,21 @@ pub(super) fn named(name: &Path) -> Option<Publication> {
 /// What is published in a directory, whatever that is called.
 fn published_in(dir: &Path) -> Option<Publication> {
     if dir.is_dir() { Publication::at(dir.join(".")).ok() } else { None }
+}
+
+/// # Errors
+/// Where a filter lets no tensor through: it is misspelled, or the model is another.
+pub(super) fn matches_any(
+    model: &Model,
+    filter: Option<&GlobSet>,
+    path: &Path,
+) -> Result<(), Box<dyn Error>> {
+    let Some(filter) = filter else { return Ok(()) };
+    if model.names().any(|name| filter.is_match(name)) {
+        return Ok(());
+    }
+    let (path, tensors) = (printable(&path.to_string_lossy()), text::plural(model.len(), "tensor"));
+    Err(format!("{path}: none of its {tensors} is called like --filter says").into())
 }
 
 #[allow(unsafe_code)]

@@ -1,5 +1,6 @@
 //! `maptensors prefetch`, `evict` and `checksum`: models by their pages.
 
+use super::inspect::matches_any;
 use super::{DONE, FAILED, complain, is_broken_pipe, text};
 use crate::diff::hash_all;
 use crate::error::printable;
@@ -36,7 +37,11 @@ impl Chosen {
         let mut code = DONE;
         for path in &self.paths {
             let shown = printable(&path.to_string_lossy());
-            match open(path).map_err(Box::from).and_then(|model| work(&shown, model, out)) {
+            let chosen = |model: Model| {
+                matches_any(&model, self.filter.as_ref(), path)?;
+                work(&shown, model, out)
+            };
+            match open(path).map_err(Box::from).and_then(chosen) {
                 Ok(()) => {}
                 Err(error) if is_broken_pipe(&*error) => return Err(error),
                 Err(error) => {

@@ -100,7 +100,7 @@ fn is_like(new: &TensorInfo<'_>, old: Option<TensorInfo<'_>>) -> bool {
 
 fn changes_layout(model: &Model, delta: &Delta<'_>) -> bool {
     let changes = |(name, part): &(&str, Part<'_>)| match part {
-        Part::Whole(whole) => !is_like(&whole.info(), model.get(name).map(|view| view.info())),
+        Part::Whole(whole) => !is_like(&whole.info(), model.info(name)),
         Part::Edits(_) => false,
     };
     !delta.removed.is_empty() || delta.tensors.iter().any(changes)
@@ -131,9 +131,13 @@ fn rebuilt(model: &Model, delta: &Delta<'_>) -> Result<ModelMut> {
     let mut memory = Mapping::owned(layout.data_range().end, 0)
         .map_err(Error::io(&path, "allocating memory for the model"))?;
     let kept = layout.iter().filter(|info| !wholes.contains_key(info.name()));
-    let jobs = kept
-        .filter_map(|info| Some((info.bytes().start, RawSlice::from(model.get(info.name())?.as_bytes()))));
-    fill(Target::Memory(memory.as_bytes_mut()), jobs.collect(), &|_| ())
+    let source = |info: TensorInfo<'_>| {
+        let view = model.tensor(info.name())?;
+        Ok((info.bytes().start, RawSlice::from(view.as_bytes())))
+    };
+    // What the base lacks is among the delta's own.
+    let jobs = kept.filter(|info| model.contains(info.name())).map(source).collect::<Result<Vec<_>>>()?;
+    fill(Target::Memory(memory.as_bytes_mut()), jobs, &|_| ())
         .map_err(Error::io(&path, "copying tensor data"))?;
     let catalog = Catalog::new(vec![Shard { path, layout }])?;
     Ok(ModelMut::new(Model::new(catalog, vec![Arc::new(memory)]), false))

@@ -14,6 +14,7 @@ use std::collections::HashMap;
 /// # Ok::<(), maptensors::Error>(())
 /// ```
 #[derive(Debug, Clone, PartialEq, Eq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 #[non_exhaustive]
 pub struct Change {
     /// The tensor's name.
@@ -42,6 +43,8 @@ pub struct Change {
 /// # Ok::<(), maptensors::Error>(())
 /// ```
 #[derive(Debug, Clone, PartialEq, Eq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+#[cfg_attr(feature = "serde", serde(from = "Listed", into = "Listed"))]
 pub struct Changes {
     tensors: Vec<Change>,
     places: HashMap<String, usize>,
@@ -100,5 +103,27 @@ impl<'a> IntoIterator for &'a Changes {
     type IntoIter = std::slice::Iter<'a, Change>;
     fn into_iter(self) -> Self::IntoIter {
         self.iter()
+    }
+}
+
+/// [`Changes`] as they are serialized.
+#[cfg(feature = "serde")]
+#[derive(serde::Serialize, serde::Deserialize)]
+struct Listed {
+    tensors: Vec<Change>,
+    private_pages: usize,
+}
+
+#[cfg(feature = "serde")]
+impl From<Changes> for Listed {
+    fn from(changes: Changes) -> Self {
+        Self { tensors: changes.tensors, private_pages: changes.private_pages }
+    }
+}
+
+#[cfg(feature = "serde")]
+impl From<Listed> for Changes {
+    fn from(listed: Listed) -> Self {
+        Self::new(listed.tensors, listed.private_pages)
     }
 }

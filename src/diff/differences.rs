@@ -10,6 +10,7 @@ use std::collections::BTreeSet;
 
 /// A tensor that is in both models, with another dtype or shape.
 #[derive(Debug, Clone, PartialEq, Eq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 #[non_exhaustive]
 pub struct Reshaped {
     /// The tensor's name.
@@ -29,6 +30,7 @@ pub struct Reshaped {
 /// # Ok::<(), maptensors::Error>(())
 /// ```
 #[derive(Debug, Clone, PartialEq, Eq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 #[non_exhaustive]
 pub struct Differences {
     /// Tensors in both, of one dtype and shape, whose elements differ.

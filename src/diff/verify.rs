@@ -8,6 +8,7 @@ use std::collections::HashMap;
 
 /// What is checked when a model is opened: see [`OpenOptions::verify`](super::OpenOptions::verify).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 #[non_exhaustive]
 pub enum Verify {
     /// Nothing but the header: opening reads no data.

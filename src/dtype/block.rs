@@ -54,7 +54,6 @@ impl Block {
     }
 
     /// As [`Block::start_of`], also before the first element, of one that starts a block.
-    #[cfg(feature = "python")]
     pub(crate) const fn start_of_signed(self, element: isize) -> isize {
         element / self.elements.cast_signed() * self.bytes.cast_signed()
     }

@@ -5,6 +5,8 @@ mod block;
 mod element;
 mod packed;
 mod reference;
+#[cfg(feature = "serde")]
+mod serialize;
 
 pub use block::Block;
 pub use element::Element;

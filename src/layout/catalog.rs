@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
 /// One file of a model.
+#[derive(Clone)]
 pub(crate) struct Shard {
     /// As it was opened; empty for bytes.
     pub(crate) path: PathBuf,
@@ -15,6 +16,7 @@ pub(crate) struct Shard {
 }
 
 /// The files of a model, and the way from a name to its place.
+#[derive(Clone)]
 pub(crate) struct Catalog {
     shards: Vec<Shard>,
     /// For several shards; one has its layout's own lookup.

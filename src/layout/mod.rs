@@ -5,9 +5,12 @@ mod check;
 mod format;
 #[cfg(any(feature = "cli", feature = "python"))]
 pub(crate) mod glob;
+mod iter;
 mod metadata;
 mod plan;
 mod select;
+#[cfg(feature = "serde")]
+mod serialize;
 mod value;
 
 pub(crate) use catalog::{Catalog, Shard};
@@ -15,6 +18,7 @@ pub(crate) use catalog::{Catalog, Shard};
 pub(crate) use check::elements;
 pub(crate) use check::{Parts, Rules};
 pub use format::Format;
+pub use iter::TensorInfos;
 pub use metadata::{Metadata, MetadataIter};
 pub use plan::LayoutBuilder;
 pub use select::Select;
@@ -51,6 +55,11 @@ pub struct TensorInfo<'a> {
 }
 
 impl<'a> TensorInfo<'a> {
+    /// `nbytes` is what dtype and shape ask for.
+    pub(crate) fn new(name: &'a str, dtype: DType, shape: &'a [usize], offset: u64, nbytes: u64) -> Self {
+        Self { name, dtype, shape, offset, nbytes }
+    }
+
     /// The tensor's name.
     pub fn name(&self) -> &'a str {
         self.name
@@ -239,8 +248,8 @@ impl Layout {
     }
 
     /// All tensors, in file order.
-    pub fn iter(&self) -> impl ExactSizeIterator<Item = TensorInfo<'_>> + DoubleEndedIterator + Clone {
-        self.entries.iter().map(|entry| self.info(entry))
+    pub fn iter(&self) -> TensorInfos<'_> {
+        TensorInfos::new(self)
     }
 
     fn name_of(&self, entry: &Entry) -> &str {

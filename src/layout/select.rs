@@ -3,6 +3,7 @@
 use super::Catalog;
 use crate::error::{Error, Result};
 use std::ops::{Range, RangeFull};
+use std::sync::Arc;
 
 /// Which tensors are meant: all (`..`), some by name, or those whose names satisfy a predicate.
 ///
@@ -17,12 +18,14 @@ use std::ops::{Range, RangeFull};
 /// model.evict(..)?;
 /// # Ok::<(), maptensors::Error>(())
 /// ```
+#[derive(Clone)]
 pub struct Select<'a>(Inner<'a>);
 
+#[derive(Clone)]
 enum Inner<'a> {
     All,
     Names(Vec<&'a str>),
-    Matching(Box<dyn Fn(&str) -> bool + 'a>),
+    Matching(Arc<dyn Fn(&str) -> bool + Send + Sync + 'a>),
 }
 
 impl<'a> Select<'a> {
@@ -32,8 +35,8 @@ impl<'a> Select<'a> {
     }
 
     /// The tensors whose names satisfy a predicate.
-    pub fn matching(predicate: impl Fn(&str) -> bool + 'a) -> Self {
-        Self(Inner::Matching(Box::new(predicate)))
+    pub fn matching(predicate: impl Fn(&str) -> bool + Send + Sync + 'a) -> Self {
+        Self(Inner::Matching(Arc::new(predicate)))
     }
 }
 
@@ -67,6 +70,13 @@ impl<'a> From<&'a Vec<String>> for Select<'a> {
     }
 }
 
+impl<'a, S: AsRef<str> + ?Sized + 'a> FromIterator<&'a S> for Select<'a> {
+    /// As [`Select::names`].
+    fn from_iter<I: IntoIterator<Item = &'a S>>(names: I) -> Self {
+        Self::names(names)
+    }
+}
+
 impl std::fmt::Debug for Select<'_> {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match &self.0 {
@@ -95,7 +105,7 @@ impl Catalog {
                 let find = |name: &&str| self.find(name).ok_or_else(|| self.missing(name));
                 names.iter().map(find).collect::<Result<_>>()?
             }
-            Inner::Matching(predicate) => self.places(predicate),
+            Inner::Matching(predicate) => self.places(&**predicate),
         };
         if places.is_empty() {
             return Err(Error::Argument(format!("none of the {} tensors is selected", self.len())));

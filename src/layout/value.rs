@@ -514,7 +514,7 @@ mod tests {
             array = Array::nested(vec![Array::from(vec![2u8]), array]).unwrap();
         }
         assert_eq!(array.depth(), MAX_DEPTH);
-        assert_eq!(Array::nested(vec![array]).unwrap_err().kind(), "Limit");
+        assert_eq!(Array::nested(vec![array]).unwrap_err().kind().name(), "Limit");
     }
 
     #[test]

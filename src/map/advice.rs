@@ -10,6 +10,7 @@
 /// # Ok::<(), maptensors::Error>(())
 /// ```
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 #[non_exhaustive]
 pub enum Advice {
     /// No special treatment.

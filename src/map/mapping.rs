@@ -30,6 +30,7 @@ use std::sync::Arc;
 /// # Ok::<(), maptensors::Error>(())
 /// ```
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 #[non_exhaustive]
 pub enum Backing {
     /// A file, `MAP_PRIVATE` and `PROT_READ`.
@@ -44,6 +45,8 @@ pub enum Backing {
     Shared,
     /// Memory of this process, page aligned.
     Owned,
+    /// Memory of the caller's, lent to be read: see [`Model::over`](crate::Model::over).
+    Lent,
 }
 
 /// A range of memory backed by a file, or owned in the same shape.
@@ -118,7 +121,7 @@ impl Mapping {
         Ok(mapping)
     }
 
-    /// `start + len` bytes lie inside `raw`, and are writable.
+    /// `start + len` bytes lie inside `raw`, and are writable, or `writable` is set.
     pub(super) fn new(raw: impl Into<Raw>, start: usize, len: usize, backing: Backing) -> Self {
         let raw = raw.into();
         debug_assert!(start + len <= raw.len());
@@ -136,6 +139,14 @@ impl Mapping {
             locked_whole: false,
             moving: Arc::default(),
         }
+    }
+
+    /// The bytes of a value, where they lie: nothing is copied, and nothing is written to them.
+    pub(crate) fn lent(owner: Arc<dyn AsRef<[u8]> + Send + Sync>) -> Self {
+        let raw = Raw::lent(owner);
+        let len = raw.len();
+        // No page is listed as writable, nor ever will be.
+        Self { writable: Some(Arc::default()), ..Self::new(raw, 0, len, Backing::Lent) }
     }
 
     /// Maps a whole file, of `len` bytes, to be written. [`ExclusiveFile::allocate`] came before and said yes.
@@ -217,7 +228,7 @@ impl Mapping {
     /// [`Error::Argument`] for a mapping that is read-only; [`Error::Io`] (`ENOMEM`) where the kernel does not promise
     /// memory for all pages of a copy-on-write mapping: with `vm.overcommit_memory` at 2.
     pub fn try_as_bytes_mut(&mut self) -> Result<&mut [u8]> {
-        if self.backing == Backing::ReadOnly {
+        if matches!(self.backing, Backing::ReadOnly | Backing::Lent) {
             return Err(Error::Argument(
                 "a read-only mapping cannot be written: map it copy-on-write".into(),
             ));
@@ -362,6 +373,13 @@ impl Mapping {
 /// Device and inode of a file.
 pub(super) fn identity(file: &File) -> Option<(u64, u64)> {
     file.metadata().ok().map(|metadata| (metadata.dev(), metadata.ino()))
+}
+
+impl AsRef<[u8]> for Mapping {
+    /// As [`Mapping::as_bytes`].
+    fn as_ref(&self) -> &[u8] {
+        self.as_bytes()
+    }
 }
 
 impl std::fmt::Debug for Mapping {

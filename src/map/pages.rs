@@ -46,6 +46,8 @@ pub(crate) struct Pages {
 /// # Ok::<(), maptensors::Error>(())
 /// ```
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+#[cfg_attr(feature = "serde", serde(default))]
 #[non_exhaustive]
 pub struct Evicted {
     /// Bytes that are no longer in memory.
@@ -96,7 +98,7 @@ impl Pages {
 
     /// Whether the bytes are a file's, and so can be read again.
     pub(crate) fn is_of_a_file(&self) -> bool {
-        !matches!(self.backing, Backing::Owned)
+        !matches!(self.backing, Backing::Owned | Backing::Lent)
     }
 
     /// Whether all of them were locked when they were mapped.

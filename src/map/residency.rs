@@ -18,6 +18,8 @@ use std::os::unix::fs::FileExt as _;
 /// # Ok::<(), maptensors::Error>(())
 /// ```
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+#[cfg_attr(feature = "serde", serde(default))]
 #[non_exhaustive]
 pub struct Residency {
     /// Bytes in a page.

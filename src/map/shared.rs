@@ -205,12 +205,12 @@ impl SharedMemory {
         end.map(|end| at..end).ok_or_else(|| Error::Argument(format!("bytes {at}.. are outside the memory")))
     }
 
-    /// What a part's bytes are mapped by, and where in it they start; `None` on the heap.
+    /// What a part's bytes are mapped by, and where in it they start; `None` on the heap, and of memory that is lent.
     fn mapping(&self, part: &Range<usize>) -> io::Result<Option<(&memmap2::MmapRaw, usize)>> {
         match &self.owner {
             Owner::Mapping(mapping) => {
                 mapping.check(part)?;
-                Ok(Some((&**mapping.raw, mapping.start + part.start)))
+                Ok(mapping.raw.map().map(|map| (map, mapping.start + part.start)))
             }
             #[cfg(feature = "python")]
             Owner::Heap { .. } => Ok(None),
@@ -256,7 +256,7 @@ impl SharedMemory {
 
     /// Whether the bytes are a file's pages.
     pub(crate) fn is_mapped(&self) -> bool {
-        matches!(&self.owner, Owner::Mapping(mapping) if mapping.backing != Backing::Owned)
+        matches!(&self.owner, Owner::Mapping(mapping) if !matches!(mapping.backing, Backing::Owned | Backing::Lent))
     }
 
     /// Where in its file the first byte lies.
@@ -273,7 +273,7 @@ impl SharedMemory {
     }
 
     pub(crate) fn is_read_only(&self) -> bool {
-        matches!(&self.owner, Owner::Mapping(mapping) if mapping.backing == Backing::ReadOnly)
+        matches!(&self.owner, Owner::Mapping(mapping) if matches!(mapping.backing, Backing::ReadOnly | Backing::Lent))
     }
 
     /// Makes the pages that hold a part writable, in memory of a file that is not shared: what is written to them

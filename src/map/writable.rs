@@ -114,6 +114,10 @@ impl Mapping {
     pub(super) fn make_writable(&self, part: &Range<usize>) -> io::Result<()> {
         self.check(part)?;
         let Some(writable) = self.writable.as_ref().filter(|_| !part.is_empty()) else { return Ok(()) };
+        if self.backing == Backing::Lent {
+            // The owner's, who may have it in pages that are nobody's to write.
+            return Err(io::ErrorKind::PermissionDenied.into());
+        }
         let range = self.pages_holding(part);
         // Held meanwhile: whoever looks at the runs sees them as they are.
         let mut runs = writable.runs();

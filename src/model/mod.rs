@@ -7,9 +7,11 @@ mod guards;
 mod lazy;
 mod locate;
 mod model_mut;
+mod model_ref;
 mod model_shared;
 mod open;
 mod stream;
+mod tensors;
 mod verify;
 
 pub(crate) use assemble::layout_of;
@@ -20,21 +22,26 @@ pub use model_mut::ModelMut;
 #[cfg(feature = "python")]
 pub(crate) use model_mut::new_token;
 pub(crate) use model_mut::split;
+pub use model_ref::ModelRef;
 pub use model_shared::ModelShared;
 pub use open::OpenOptions;
 pub use stream::Stream;
+pub use tensors::Tensors;
 
 use crate::diff::Contents;
 use crate::error::Result;
-use crate::layout::{Catalog, Layout, Metadata, TensorInfo};
+use crate::format;
+use crate::layout::{Catalog, Layout, Metadata, Shard, TensorInfo};
 use crate::map::{Mapping, Memory};
 use crate::paging::Locks;
-use crate::tensor::TensorView;
+use crate::tensor::{Tensor, TensorView};
 use std::collections::HashMap;
 use std::path::Path;
 use std::sync::Arc;
 
 /// A model, to read. Opening costs the header; data pages are read when they are touched.
+///
+/// A clone is of the same memory: it copies no data, and what is locked, guarded and in memory is one for both.
 ///
 /// ```
 /// use maptensors::Model;
@@ -47,15 +54,16 @@ use std::sync::Arc;
 /// }
 /// # Ok::<(), maptensors::Error>(())
 /// ```
+#[derive(Clone)]
 pub struct Model {
-    pub(crate) catalog: Catalog,
+    pub(crate) catalog: Arc<Catalog>,
     // INVARIANT: one for each shard of the catalog, as long as its layout's file.
-    // Counted: generations of a publication share theirs.
+    // Counted: generations of a publication share theirs, and so do clones.
     pub(crate) mappings: Vec<Arc<Mapping>>,
     /// What [`Model::lock`] holds.
     locks: Arc<Locks>,
     /// Under [`OpenOptions::guard`].
-    guards: Option<Guards>,
+    guards: Option<Arc<Guards>>,
 }
 
 impl Model {
@@ -125,18 +133,42 @@ impl Model {
         open::from_bytes(bytes)
     }
 
+    /// A model over the bytes of one file that somebody else holds: nothing is copied, and the owner lives as long as the
+    /// model or a [`Tensor`] of it does. For a slice that is only borrowed there is [`ModelRef`](crate::ModelRef).
+    ///
+    /// Tensors may be misaligned for their dtype, as the bytes lie: [`TensorView::as_slice`] then refuses, and `to_vec`
+    /// copies.
+    ///
+    /// # Errors
+    /// As [`Model::open`]; the path in errors is empty.
+    ///
+    /// ```
+    /// use maptensors::Model;
+    /// use std::sync::Arc;
+    ///
+    /// let bytes: Arc<[u8]> = std::fs::read("models/digits.safetensors").unwrap().into();
+    /// let model = Model::over(bytes.clone())?; // an Arc<[u8]>, a Vec<u8>, the `bytes` crate's Bytes, …
+    /// assert!(bytes.as_ptr_range().contains(&model.tensor("fc1.bias")?.as_bytes().as_ptr()));
+    /// # Ok::<(), maptensors::Error>(())
+    /// ```
+    pub fn over(bytes: impl AsRef<[u8]> + Send + Sync + 'static) -> Result<Self> {
+        let mapping = Mapping::lent(Arc::new(bytes));
+        let layout = format::read(&mapping.as_bytes())?;
+        Ok(Self::new(Catalog::new(vec![Shard { path: "".into(), layout }])?, vec![Arc::new(mapping)]))
+    }
+
     pub(crate) fn new(catalog: Catalog, mappings: Vec<Arc<Mapping>>) -> Self {
         debug_assert_eq!(catalog.shards().len(), mappings.len());
-        Self { catalog, mappings, locks: Arc::default(), guards: None }
+        Self { catalog: Arc::new(catalog), mappings, locks: Arc::default(), guards: None }
     }
 
     pub(crate) fn guarded(mut self, guards: Option<Guards>) -> Self {
-        self.guards = guards;
+        self.guards = guards.map(Arc::new);
         self
     }
 
     #[cfg(feature = "python")]
-    pub(crate) fn take_guards(&mut self) -> Option<Guards> {
+    pub(crate) fn take_guards(&mut self) -> Option<Arc<Guards>> {
         self.guards.take()
     }
 
@@ -158,7 +190,7 @@ impl Model {
 
     /// What there is, and where it lies in memory.
     #[cfg(feature = "python")]
-    pub(crate) fn into_parts(self) -> (Catalog, Vec<Arc<Mapping>>) {
+    pub(crate) fn into_parts(self) -> (Arc<Catalog>, Vec<Arc<Mapping>>) {
         (self.catalog, self.mappings)
     }
 
@@ -192,29 +224,56 @@ impl Model {
     /// # Errors
     /// [`Error::Missing`], with near names; those of [`OpenOptions::guard`] where that is on.
     pub fn tensor(&self, name: &str) -> Result<TensorView<'_>> {
-        if self.guards.is_some()
-            && let Some((shard, index)) = self.catalog.find(name)
-            && let Some(info) = self.catalog.shards()[shard].layout.at(index)
-        {
-            self.hand_out(shard, &info)?;
-        }
-        self.get(name).ok_or_else(|| self.catalog.missing(name))
+        self.get(name)?.ok_or_else(|| self.catalog.missing(name))
     }
 
-    /// The tensor called `name`, if there is one. Not guarded, as [`Model::tensors`] is not.
-    pub fn get(&self, name: &str) -> Option<TensorView<'_>> {
+    /// The tensor called `name`, if there is one.
+    ///
+    /// # Errors
+    /// Those of [`OpenOptions::guard`] where that is on; else none.
+    ///
+    /// ```
+    /// let model = maptensors::Model::read("models/digits.safetensors")?;
+    /// assert!(model.get("fc1.weight")?.is_some() && model.get("lm_head.weight")?.is_none());
+    /// # Ok::<(), maptensors::Error>(())
+    /// ```
+    pub fn get(&self, name: &str) -> Result<Option<TensorView<'_>>> {
+        let found = self.catalog.find(name);
+        let found = found.and_then(|(s, i)| Some((s, self.catalog.shards()[s].layout.at(i)?)));
+        let Some((shard, info)) = found else { return Ok(None) };
+        self.hand_out(shard, &info)?;
+        Ok(Some(view(info, &self.mappings[shard])))
+    }
+
+    /// What the tensor called `name` is, and where.
+    pub(crate) fn info(&self, name: &str) -> Option<TensorInfo<'_>> {
         let (shard, index) = self.catalog.find(name)?;
-        let info = self.catalog.shards()[shard].layout.at(index)?;
-        Some(view(info, &self.mappings[shard]))
+        self.catalog.shards()[shard].layout.at(index)
+    }
+
+    /// The tensor called `name`, with its own share of the memory: it may outlive the model, and go to other threads.
+    ///
+    /// # Errors
+    /// As [`Model::tensor`].
+    ///
+    /// ```
+    /// let bias = maptensors::Model::read("models/digits.safetensors")?.owned("fc2.bias")?;
+    /// assert_eq!(bias.to_vec::<f32>()?.len(), 10);
+    /// # Ok::<(), maptensors::Error>(())
+    /// ```
+    pub fn owned(&self, name: &str) -> Result<Tensor> {
+        let info = self.tensor(name)?.info();
+        let shard = self.catalog.find(name).map_or(0, |(shard, _)| shard);
+        let mapping = self.mappings[shard].clone();
+        Ok(Tensor::whole(mapping, info.bytes().start, info.dtype(), info.shape(), info.name()))
     }
 
     /// All tensors, shard by shard, in file order.
-    pub fn tensors(&self) -> impl Iterator<Item = TensorView<'_>> {
-        self.catalog
-            .shards()
-            .iter()
-            .zip(&self.mappings)
-            .flat_map(|(shard, mapping)| shard.layout.iter().map(move |info| view(info, mapping)))
+    ///
+    /// This asks no [`OpenOptions::guard`], as it gives no error: [`Model::stream`] asks for each tensor, and
+    /// [`Model::check`] for all files.
+    pub fn tensors(&self) -> Tensors<'_> {
+        Tensors::new(self)
     }
 
     /// All names, shard by shard, in file order.

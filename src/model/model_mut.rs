@@ -15,7 +15,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 /// A model, to edit: copy-on-write. A page becomes this process's own when it is first written; the
 /// file never changes, and pages not written stay shared with everyone who maps it.
 ///
-/// Everything [`Model`] can do, this can.
+/// Everything [`Model`] can do, this can. Its `clone` is a [`Model`] over the same memory, to read: as long as that is
+/// there, nothing can be written here, which is [`Error::Busy`].
 ///
 /// ```
 /// use maptensors::ModelMut;
@@ -30,7 +31,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 /// ```
 #[derive(Debug)]
 pub struct ModelMut {
-    // INVARIANT: every mapping is copy-on-write or owned, and this model's alone.
+    // INVARIANT: every mapping is copy-on-write or owned, and had by this model and clones of it that read. `exclusive`
+    // gives it to be written while there is no clone.
     model: Model,
     /// Under [`OpenOptions::dense_edits`]: which tensors have been promoted, by shard and place.
     promoted: Option<HashSet<(usize, usize)>>,
@@ -88,7 +90,7 @@ impl ModelMut {
     /// The tensor called `name`, to write.
     ///
     /// # Errors
-    /// [`Error::Missing`](crate::Error::Missing), with near names; [`Error::Io`] (`ENOMEM`) where the kernel does not
+    /// [`Error::Missing`], with near names; [`Error::Busy`] while there is a clone of the model; [`Error::Io`] (`ENOMEM`) where the kernel does not
     /// promise memory for the tensor (`vm.overcommit_memory` at 2); those of [`OpenOptions::guard`] where that is on.
     pub fn tensor_mut(&mut self, name: &str) -> Result<TensorViewMut<'_>> {
         if self.model.guards.is_some() {
@@ -97,7 +99,7 @@ impl ModelMut {
         let Model { catalog, mappings, .. } = &mut self.model;
         let found = catalog.find(name).and_then(|(s, i)| Some((s, i, catalog.shards()[s].layout.at(i)?)));
         let (shard, index, info) = found.ok_or_else(|| catalog.missing(name))?;
-        let mapping = exclusive(&mut mappings[shard])?;
+        let mapping = exclusive(&mut mappings[shard], &catalog.shards()[shard].path)?;
         if let Some(promoted) = &mut self.promoted
             && info.bytes().len() >= CHUNK
             && promoted.insert((shard, index))
@@ -114,6 +116,22 @@ impl ModelMut {
         Ok(TensorViewMut::new(info, data))
     }
 
+    /// The tensor called `name`, to write, if there is one.
+    ///
+    /// # Errors
+    /// As [`ModelMut::tensor_mut`], but for [`Error::Missing`].
+    ///
+    /// ```
+    /// let mut model = maptensors::ModelMut::read("models/digits.safetensors")?;
+    /// if let Some(mut bias) = model.get_mut("lm_head.bias")? {
+    ///     bias.as_mut_slice::<f32>()?.fill(0.0);
+    /// }
+    /// # Ok::<(), maptensors::Error>(())
+    /// ```
+    pub fn get_mut(&mut self, name: &str) -> Result<Option<TensorViewMut<'_>>> {
+        if self.contains(name) { self.tensor_mut(name).map(Some) } else { Ok(None) }
+    }
+
     /// Makes all tensor data this process's own in bulk, before a fine-tune that writes all of it: several
     /// times as fast as copying each page when it is first written. Takes the model's size in memory at
     /// once; for sparse edits leave it be.
@@ -123,7 +141,7 @@ impl ModelMut {
     pub fn promote(&mut self) -> Result<()> {
         let Model { catalog, mappings, .. } = &mut self.model;
         for (shard, mapping) in catalog.shards().iter().zip(mappings) {
-            let promoted = exclusive(mapping)?.promote(shard.layout.data_range());
+            let promoted = exclusive(mapping, &shard.path)?.promote(shard.layout.data_range());
             promoted.map_err(Error::io(&shard.path, "copying its pages"))?;
         }
         Ok(())
@@ -145,7 +163,8 @@ impl ModelMut {
         let Model { catalog, mappings, .. } = &mut self.model;
         let found = catalog.find(name).and_then(|(s, i)| Some((s, catalog.shards()[s].layout.at(i)?)));
         let (shard, info) = found.ok_or_else(|| catalog.missing(name))?;
-        let promoted = exclusive(&mut mappings[shard])?.promote(info.bytes());
+        let mapping = exclusive(&mut mappings[shard], &catalog.shards()[shard].path)?;
+        let promoted = mapping.promote(info.bytes());
         promoted.map_err(Error::io(&catalog.shards()[shard].path, "copying its pages"))
     }
 
@@ -203,13 +222,14 @@ impl ModelMut {
 
     /// Other metadata, in place of that of all files.
     pub(crate) fn set_metadata(&mut self, metadata: Option<crate::layout::Metadata>) {
-        self.model.catalog.set_metadata(metadata);
+        Arc::make_mut(&mut self.model.catalog).set_metadata(metadata);
     }
 
     /// All tensors at once, to write, shard by shard, in file order.
     ///
     /// # Errors
-    /// [`Error::Io`] (`ENOMEM`) where the kernel does not promise memory for all of them (`vm.overcommit_memory` at 2).
+    /// [`Error::Io`] (`ENOMEM`) where the kernel does not promise memory for all of them (`vm.overcommit_memory` at 2);
+    /// [`Error::Busy`] while there is a clone of the model.
     ///
     /// ```
     /// # // SAFETY: nobody writes to the file while it is mapped.
@@ -220,6 +240,9 @@ impl ModelMut {
     /// # Ok::<(), maptensors::Error>(())
     /// ```
     pub fn tensors_mut(&mut self) -> Result<impl Iterator<Item = TensorViewMut<'_>>> {
+        for (mapping, shard) in self.model.mappings.iter_mut().zip(self.model.catalog.shards()) {
+            exclusive(mapping, &shard.path)?;
+        }
         if self.promoted.take().is_some() {
             self.promote().ok();
         }
@@ -228,7 +251,7 @@ impl ModelMut {
         for (shard, mapping) in catalog.shards().iter().zip(mappings) {
             let range = shard.layout.data_range();
             let len = range.len();
-            let data = exclusive(mapping)?.part_mut(range);
+            let data = exclusive(mapping, &shard.path)?.part_mut(range);
             let data = data.map_err(|error| not_writable(&shard.path, ALL, len, error))?;
             views.push(split(&shard.layout, data));
         }
@@ -250,7 +273,7 @@ impl ModelMut {
         for (shard, mapping) in catalog.shards().iter().zip(mappings) {
             let infos: Vec<_> = shard.layout.iter().filter(|info| wanted(info.name())).collect();
             let parts: Vec<_> = infos.iter().map(TensorInfo::bytes).collect();
-            let data = exclusive(mapping)?.parts_mut(&parts);
+            let data = exclusive(mapping, &shard.path)?.parts_mut(&parts);
             let asked = parts.iter().map(ExactSizeIterator::len).sum();
             let data = data.map_err(|error| not_writable(&shard.path, ALL, asked, error))?;
             views.extend(infos.into_iter().zip(data).map(|(info, data)| TensorViewMut::new(info, data)));
@@ -272,9 +295,16 @@ fn tensor(name: &str) -> String {
     format!("tensor {}", crate::error::quote(name))
 }
 
-/// A mapping to write through. It is the model's alone (its invariant), so this does not fail.
-fn exclusive(mapping: &mut Arc<Mapping>) -> Result<&mut Mapping> {
-    Arc::get_mut(mapping).ok_or_else(|| Error::Argument("the model's memory is shared with another".into()))
+/// A mapping to write through.
+///
+/// # Errors
+/// [`Error::Busy`] while there is a clone of the model, whose views are of these bytes.
+fn exclusive<'a>(mapping: &'a mut Arc<Mapping>, path: &Path) -> Result<&'a mut Mapping> {
+    Arc::get_mut(mapping).ok_or_else(|| Error::Busy {
+        path: path.into(),
+        what: "a clone of the model reads the same memory: drop it before tensors are taken to be written"
+            .into(),
+    })
 }
 
 /// One writable view for each tensor of `data`, all of a layout's. They cannot overlap: a layout's tensors are in order

@@ -18,7 +18,7 @@ use std::sync::Arc;
 /// see [`TensorShared`]. The header is never written: names, shapes and metadata stay, and so do checksums in
 /// it, which are then those of the content before. There is nothing to tell changes by, and no way back:
 /// [`ModelMut`](crate::ModelMut) edits a copy. A save that replaces the file leaves this model with the old one,
-/// which has no name any more.
+/// which has no name any more. A clone is of the same memory.
 ///
 /// On a full disk, the first write to a part of the file that has no blocks yet (a sparse file, or a copy-on-write
 /// file system) is `SIGBUS`.
@@ -37,11 +37,12 @@ use std::sync::Arc;
 /// # std::fs::remove_file(path).unwrap();
 /// # Ok::<(), maptensors::Error>(())
 /// ```
+#[derive(Clone)]
 pub struct ModelShared {
-    catalog: Catalog,
+    catalog: Arc<Catalog>,
     // INVARIANT: one for each shard of the catalog, as long as its layout's file.
     memories: Vec<Arc<SharedMemory>>,
-    guards: Option<Guards>,
+    guards: Option<Arc<Guards>>,
 }
 
 impl ModelShared {
@@ -61,12 +62,12 @@ impl ModelShared {
 
     pub(crate) fn new(catalog: Catalog, memories: Vec<Arc<SharedMemory>>, guards: Option<Guards>) -> Self {
         debug_assert_eq!(catalog.shards().len(), memories.len());
-        Self { catalog, memories, guards }
+        Self { catalog: Arc::new(catalog), memories, guards: guards.map(Arc::new) }
     }
 
     /// What there is, and where it lies in memory.
     #[cfg(feature = "python")]
-    pub(crate) fn into_parts(self) -> (Catalog, Vec<Arc<SharedMemory>>, Option<Guards>) {
+    pub(crate) fn into_parts(self) -> (Arc<Catalog>, Vec<Arc<SharedMemory>>, Option<Arc<Guards>>) {
         (self.catalog, self.memories, self.guards)
     }
 
@@ -100,15 +101,33 @@ impl ModelShared {
     /// # Errors
     /// [`Error::Missing`], with near names; those of [`OpenOptions::guard`] where that is on.
     pub fn tensor(&self, name: &str) -> Result<TensorShared<'_>> {
-        let (shard, info) = self.find(name)?;
+        self.get(name)?.ok_or_else(|| self.catalog.missing(name))
+    }
+
+    /// The tensor called `name`, if there is one.
+    ///
+    /// # Errors
+    /// Those of [`OpenOptions::guard`] where that is on; else none.
+    ///
+    /// ```
+    /// # let path = std::env::temp_dir().join("maptensors-doc-shared-get.safetensors");
+    /// # std::fs::copy("models/digits.safetensors", &path).unwrap();
+    /// // SAFETY: nobody truncates the file.
+    /// let model = unsafe { maptensors::ModelShared::open(&path)? };
+    /// assert!(model.get("fc1.weight")?.is_some() && model.get("lm_head.weight")?.is_none());
+    /// # std::fs::remove_file(path).unwrap();
+    /// # Ok::<(), maptensors::Error>(())
+    /// ```
+    pub fn get(&self, name: &str) -> Result<Option<TensorShared<'_>>> {
+        let Some((shard, info)) = self.place(name) else { return Ok(None) };
         if let Some(guards) = &self.guards {
             let memory = &self.memories[shard];
             guards.hand_out(shard, self.path_of(shard), || memory.populate_read(info.bytes()))?;
         }
-        Ok(TensorShared::new(info, &self.memories[shard], self.path_of(shard)))
+        Ok(Some(TensorShared::new(info, &self.memories[shard], self.path_of(shard))))
     }
 
-    /// All tensors, shard by shard, in file order.
+    /// All tensors, shard by shard, in file order. This asks no [`OpenOptions::guard`], as it gives no error.
     pub fn tensors(&self) -> impl Iterator<Item = TensorShared<'_>> {
         self.catalog
             .infos()
@@ -201,9 +220,12 @@ impl ModelShared {
     }
 
     fn find(&self, name: &str) -> Result<(usize, TensorInfo<'_>)> {
-        let found = self.catalog.find(name);
-        let found = found.and_then(|(s, i)| Some((s, self.catalog.shards()[s].layout.at(i)?)));
-        found.ok_or_else(|| self.catalog.missing(name))
+        self.place(name).ok_or_else(|| self.catalog.missing(name))
+    }
+
+    fn place(&self, name: &str) -> Option<(usize, TensorInfo<'_>)> {
+        let (shard, index) = self.catalog.find(name)?;
+        Some((shard, self.catalog.shards()[shard].layout.at(index)?))
     }
 
     fn path_of(&self, shard: usize) -> &Path {

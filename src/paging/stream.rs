@@ -32,7 +32,7 @@ const READERS: usize = 4;
 /// assert_eq!(names, ["fc1.weight", "fc2.weight"]);
 /// # Ok::<(), maptensors::Error>(())
 /// ```
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub struct StreamOptions<'a> {
     budget: u64,
     select: Select<'a>,

@@ -1,13 +1,13 @@
 //! `maptensors.Changes`: which tensors changed, and by how much.
 
+use super::results;
 use crate::diff;
-use crate::diff::Change;
 use pyo3::exceptions::PyKeyError;
 use pyo3::prelude::*;
-use pyo3::types::{PyDict, PyList};
+use pyo3::types::PyList;
 
-/// Which tensors changed: a mapping from their names, in file order, to dicts of `elements` and `bytes` that
-/// differ, `pages` that hold them, and the tensor's `nbytes`. False if nothing changed.
+/// Which tensors changed: a mapping from their names, in file order, to a `Change` each: `elements`
+/// and `bytes` that differ, `pages` that hold them, and the tensor's `nbytes`. False if nothing changed.
 #[pyclass(frozen, mapping, module = "maptensors")]
 pub(super) struct Changes {
     inner: diff::Changes,
@@ -17,16 +17,6 @@ impl From<diff::Changes> for Changes {
     fn from(inner: diff::Changes) -> Self {
         Self { inner }
     }
-}
-
-/// One tensor's numbers.
-pub(super) fn numbers<'py>(py: Python<'py>, change: &Change) -> PyResult<Bound<'py, PyDict>> {
-    let dict = PyDict::new(py);
-    dict.set_item("elements", change.elements)?;
-    dict.set_item("bytes", change.bytes)?;
-    dict.set_item("pages", change.pages)?;
-    dict.set_item("nbytes", change.nbytes)?;
-    Ok(dict)
 }
 
 #[pymethods]
@@ -49,9 +39,9 @@ impl Changes {
         self.inner.private_pages()
     }
 
-    fn __getitem__<'py>(&self, py: Python<'py>, name: &str) -> PyResult<Bound<'py, PyDict>> {
+    fn __getitem__<'py>(&self, py: Python<'py>, name: &str) -> PyResult<Bound<'py, PyAny>> {
         let change = self.inner.get(name).ok_or_else(|| PyKeyError::new_err(name.to_owned()))?;
-        numbers(py, change)
+        results::change(py, change)
     }
 
     /// What changed of the tensor called `name`, or `default`.
@@ -63,7 +53,7 @@ impl Changes {
         default: Option<Bound<'py, PyAny>>,
     ) -> PyResult<Option<Bound<'py, PyAny>>> {
         match self.inner.get(name) {
-            Some(change) => Ok(Some(numbers(py, change)?.into_any())),
+            Some(change) => Ok(Some(results::change(py, change)?)),
             None => Ok(default),
         }
     }
@@ -85,12 +75,12 @@ impl Changes {
         slf.py().import("collections.abc")?.getattr("KeysView")?.call1((slf,))
     }
 
-    /// Their numbers.
+    /// How much of each.
     fn values<'py>(slf: &Bound<'py, Self>) -> PyResult<Bound<'py, PyAny>> {
         slf.py().import("collections.abc")?.getattr("ValuesView")?.call1((slf,))
     }
 
-    /// Names and numbers.
+    /// Names and how much of each.
     fn items<'py>(slf: &Bound<'py, Self>) -> PyResult<Bound<'py, PyAny>> {
         slf.py().import("collections.abc")?.getattr("ItemsView")?.call1((slf,))
     }

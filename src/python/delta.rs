@@ -1,13 +1,14 @@
 //! Deltas, differences and checksums, of models and of files.
 
-use super::changes::numbers;
+use super::changes::Changes;
 use super::interrupt::{abandonable, interruptible};
 use super::metadata::{Metadata, metadata as read_metadata};
 use super::model::Model;
 use super::open::{self, Files};
 use super::parts::Parts;
+use super::results::result;
 use crate::delta::{apply_delta as apply, materialize_deltas, write_delta, write_diff};
-use crate::diff::{Contents, compare_contents};
+use crate::diff::{Contents, Differences, compare_contents};
 use crate::error::Error;
 use crate::map::Backing;
 use crate::model::Model as Opened;
@@ -94,21 +95,16 @@ pub(super) fn save_diff(
     Ok(interruptible(py, || a.with(|a| b.with(|b| write_diff(a, b, &path, &options))))??)
 }
 
-/// How `b` differs from `a` (models or paths): a dict of `changed` (name to `elements`, `bytes`, `pages`,
-/// `nbytes`), `added` and `removed` (names), `reshaped` (name to dtype and shape in `a` and in `b`),
-/// `metadata` (keys) and `equal`.
+/// How `b` differs from `a` (models or paths): `Differences`, with `equal`, `changed` (`Changes`), `added` and `removed`
+/// (names), `reshaped` (name to dtype and shape in `a` and in `b`), `metadata` (keys) and `compared`.
 #[pyfunction]
 pub(super) fn diff<'py>(
     py: Python<'py>,
     a: &Bound<'py, PyAny>,
     b: &Bound<'py, PyAny>,
-) -> PyResult<Bound<'py, PyDict>> {
+) -> PyResult<Bound<'py, PyAny>> {
     let (a, b) = (Given::of(a)?, Given::of(b)?);
     let found = interruptible(py, || a.with(|a| b.with(|b| Ok(compare_contents(a, b, false).report()))))??;
-    let changed = PyDict::new(py);
-    for change in &found.changed {
-        changed.set_item(&change.name, numbers(py, change)?)?;
-    }
     let reshaped = PyDict::new(py);
     for tensor in &found.reshaped {
         let side = |(dtype, shape): &(crate::dtype::DType, Vec<usize>)| -> PyResult<_> {
@@ -116,14 +112,10 @@ pub(super) fn diff<'py>(
         };
         reshaped.set_item(&tensor.name, (side(&tensor.from)?, side(&tensor.to)?))?;
     }
-    let dict = PyDict::new(py);
-    dict.set_item("equal", found.is_empty())?;
-    dict.set_item("changed", changed)?;
-    dict.set_item("added", &found.added)?;
-    dict.set_item("removed", &found.removed)?;
-    dict.set_item("reshaped", reshaped)?;
-    dict.set_item("metadata", &found.metadata)?;
-    Ok(dict)
+    let equal = found.is_empty();
+    let Differences { changed, added, removed, metadata, compared, .. } = found;
+    let changed = Changes::from(changed);
+    result(py, "Differences", (equal, changed, added, removed, reshaped, metadata, compared))
 }
 
 /// The delta files of an argument: a path or a list of them, each one file.

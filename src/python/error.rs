@@ -24,7 +24,7 @@ fn convert(py: Python<'_>, error: &Error) -> PyResult<PyErr> {
     let classes = BY_KIND.get_or_try_init(py, || -> PyResult<_> {
         Ok(py.import("maptensors.errors")?.getattr("BY_KIND")?.unbind())
     })?;
-    let exception = classes.bind(py).get_item(error.kind())?.call1((error.to_string(),))?;
+    let exception = classes.bind(py).get_item(error.kind().name())?.call1((error.to_string(),))?;
     if let Error::NotRegular { path, .. }
     | Error::NotDurable { path, .. }
     | Error::NotRemoved { path, .. }

@@ -3,10 +3,11 @@
 use super::interrupt::{TURN, wait_in_turns};
 use super::model::Model;
 use super::parts::Parts;
+use super::results;
 use super::tensor::Tensor;
 use crate::error::Error;
 use crate::layout::{Catalog, Select};
-use crate::map::{Evicted, RawSlice, Residency, SharedMemory};
+use crate::map::{RawSlice, SharedMemory};
 use crate::paging;
 use crate::paging::{Order, Paging, ReadAhead, StreamOptions};
 use crate::rank::{At, ShardPlan, Shards, Split};
@@ -93,24 +94,12 @@ fn is_same(a: RawSlice<'_>, b: RawSlice<'_>) -> bool {
         })
 }
 
-fn numbers<'py>(py: Python<'py>, pages: &Residency) -> PyResult<Bound<'py, PyDict>> {
-    let dict = PyDict::new(py);
-    dict.set_item("page_size", pages.page_size)?;
-    dict.set_item("pages", pages.pages)?;
-    dict.set_item("resident", pages.resident)?;
-    dict.set_item("touched", pages.touched)?;
-    dict.set_item("private", pages.private)?;
-    dict.set_item("locked", pages.locked)?;
-    dict.set_item("huge", pages.huge)?;
-    Ok(dict)
-}
-
 pub(super) fn residency<'py>(
     py: Python<'py>,
     parts: &Parts,
     names: Option<Names>,
-) -> PyResult<Bound<'py, PyDict>> {
-    numbers(py, &parts.select(py, names, |paging, select| paging.residency(select))?)
+) -> PyResult<Bound<'py, PyAny>> {
+    results::residency(py, &parts.select(py, names, |paging, select| paging.residency(select))?)
 }
 
 pub(super) fn residency_by_tensor<'py>(
@@ -121,7 +110,7 @@ pub(super) fn residency_by_tensor<'py>(
     let found = parts.select(py, names, |paging, select| paging.residency_by_tensor(select))?;
     let dict = PyDict::new(py);
     for (place, pages) in &found {
-        dict.set_item(parts.catalog.name(*place), numbers(py, pages)?)?;
+        dict.set_item(parts.catalog.name(*place), results::residency(py, pages)?)?;
     }
     Ok(dict)
 }
@@ -131,9 +120,7 @@ pub(super) fn evict<'py>(
     parts: &Parts,
     names: Option<Names>,
 ) -> PyResult<Bound<'py, PyAny>> {
-    let Evicted { freed, kept, remaining } =
-        parts.select(py, names, |paging, select| paging.evict(select))?;
-    module(py)?.getattr("Evicted")?.call1((freed, kept, remaining))
+    results::evicted(py, &parts.select(py, names, |paging, select| paging.evict(select))?)
 }
 
 pub(super) fn lock(py: Python<'_>, parts: &Parts, names: Option<Names>) -> PyResult<()> {

@@ -29,6 +29,7 @@ mod model;
 mod number;
 mod open;
 mod parts;
+mod results;
 mod save;
 mod share;
 mod tensor;
@@ -63,13 +64,13 @@ fn native(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_function(wrap_pyfunction!(lazy::prefetch, module)?)?;
     module.add_function(wrap_pyfunction!(lazy::shard, module)?)?;
     module.add_function(wrap_pyfunction!(lazy::stream, module)?)?;
-    module.add_function(wrap_pyfunction!(open::load_bytes, module)?)?;
+    module.add_function(wrap_pyfunction!(open::loads, module)?)?;
     module.add_function(wrap_pyfunction!(open::open, module)?)?;
     module.add_function(wrap_pyfunction!(open::open_whole, module)?)?;
     module.add_function(wrap_pyfunction!(save::edit, module)?)?;
     module.add_function(wrap_pyfunction!(save::planned_size, module)?)?;
     module.add_function(wrap_pyfunction!(save::save, module)?)?;
-    module.add_function(wrap_pyfunction!(save::save_bytes, module)?)?;
+    module.add_function(wrap_pyfunction!(save::dumps, module)?)?;
     module.add_function(wrap_pyfunction!(share::publications, module)?)?;
     module.add_function(wrap_pyfunction!(share::remove_publication, module)?)?;
     #[cfg(feature = "cli")]

@@ -6,6 +6,7 @@ use super::collector::PausedCollector;
 use super::interrupt::interruptible;
 use super::lazy::{self, Names};
 use super::parts::Parts;
+use super::results::result;
 use super::tensor::Tensor;
 use crate::error::Error;
 use crate::layout::Catalog;
@@ -42,9 +43,9 @@ impl Model {
     }
 
     fn of(
-        catalog: Catalog,
+        catalog: Arc<Catalog>,
         memories: Vec<Arc<SharedMemory>>,
-        guards: Option<Guards>,
+        guards: Option<Arc<Guards>>,
         mode: &'static str,
         dense_edits: bool,
     ) -> Self {
@@ -204,31 +205,27 @@ impl Model {
         self.open.read().unwrap_or_else(PoisonError::into_inner).is_none()
     }
 
-    /// Where a tensor is, without touching it: a dict of name, dtype, shape, path, offset (in the file)
+    /// Where a tensor is, without touching it: a `TensorInfo` of name, dtype, shape, path, offset (in the file)
     /// and nbytes.
-    fn info<'py>(&self, py: Python<'py>, name: &str) -> PyResult<Bound<'py, PyDict>> {
+    fn info<'py>(&self, py: Python<'py>, name: &str) -> PyResult<Bound<'py, PyAny>> {
         let parts = self.parts()?;
         let (shard, index) = parts.catalog.find(name).ok_or_else(|| parts.catalog.missing(name))?;
         let (place, shard) = (shard, &parts.catalog.shards()[shard]);
         let info = shard.layout.at(index).ok_or_else(|| parts.catalog.missing(name))?;
-        let dict = PyDict::new(py);
-        dict.set_item("name", info.name())?;
-        dict.set_item("dtype", info.dtype().name())?;
-        dict.set_item("shape", pyo3::types::PyTuple::new(py, info.shape())?)?;
-        dict.set_item("path", shard.path.as_os_str())?;
-        dict.set_item("offset", parts.memories[place].file_offset() + info.offset())?;
-        dict.set_item("nbytes", info.nbytes())?;
-        Ok(dict)
+        let shape = pyo3::types::PyTuple::new(py, info.shape())?;
+        let offset = parts.memories[place].file_offset() + info.offset();
+        let path = shard.path.as_os_str();
+        result(py, "TensorInfo", (info.name(), info.dtype().name(), shape, path, offset, info.nbytes()))
     }
 
-    /// Pages of the tensors, or of those that `names` selects: a dict of `page_size`, and of numbers of `pages`,
+    /// Pages of the tensors, or of those that `names` selects: a `Residency` of `page_size`, and of numbers of `pages`,
     /// `resident` in memory, `touched` by this process, `private` to it, `locked`, and `huge`.
     #[pyo3(signature = (names = None))]
-    fn residency<'py>(&self, py: Python<'py>, names: Option<Names>) -> PyResult<Bound<'py, PyDict>> {
+    fn residency<'py>(&self, py: Python<'py>, names: Option<Names>) -> PyResult<Bound<'py, PyAny>> {
         lazy::residency(py, &*self.parts()?, names)
     }
 
-    /// As `residency`, for each tensor: a dict of dicts. A page of several tensors counts for each.
+    /// As `residency`, for each tensor by its name. A page of several tensors counts for each.
     #[pyo3(signature = (names = None))]
     fn residency_by_tensor<'py>(
         &self,
@@ -241,7 +238,8 @@ impl Model {
     /// Brings tensors into memory in the background: all, or those that `names` selects, a name, a pattern
     /// (`"*.mlp.*"`) or a list of them. Returns a `Prefetch` to `wait()` for, ask for its `progress`, or `cancel()`;
     /// dropped, it goes on. Errors are raised by `wait()`. `wait` waits here; `progress` is called with the bytes
-    /// done and their total, and what it raises ends the prefetch; True shows a `tqdm` bar where it is installed. `lock`
+    /// done and their total, and what it raises ends the prefetch; True shows a bar (a line
+    /// on stderr where `tqdm` is not installed). `lock`
     /// locks them then.
     #[pyo3(signature = (names = None, *, wait = false, progress = None, lock = false))]
     fn prefetch<'py>(

@@ -9,7 +9,7 @@ use crate::model::{Model as Opened, ModelShared, OpenOptions, Place, locate};
 use pyo3::exceptions::{PyTypeError, PyValueError};
 use pyo3::prelude::*;
 use pyo3::sync::PyOnceLock;
-use pyo3::types::PyType;
+use pyo3::types::{PyBytes, PyMemoryView, PyType};
 use std::path::PathBuf;
 
 /// The files that an argument names.
@@ -22,7 +22,7 @@ impl Files {
     pub(super) fn of(path: &Bound<'_, PyAny>) -> PyResult<Self> {
         static PATH_LIKE: PyOnceLock<Py<PyType>> = PyOnceLock::new();
         let is_path = path.is_instance_of::<pyo3::types::PyString>()
-            || path.is_instance_of::<pyo3::types::PyBytes>()
+            || path.is_instance_of::<PyBytes>()
             || path.is_instance(PATH_LIKE.import(path.py(), "os", "PathLike")?)?;
         // Bytes too: a file's name need not be text.
         let decode = |path: &Bound<'_, PyAny>| -> PyResult<PathBuf> {
@@ -30,6 +30,13 @@ impl Files {
         };
         if is_path {
             return Ok(Self::One(decode(path)?));
+        }
+        // A file object is iterable, by its lines.
+        if path.hasattr("read")? {
+            return Err(PyTypeError::new_err(format!(
+                "path is a str, bytes or an os.PathLike, not an open file ({}): give its path, or its content to maptensors.loads",
+                class_name(path)
+            )));
         }
         let paths: PyResult<Vec<_>> = path.try_iter().and_then(|paths| paths.map(|p| decode(&p?)).collect());
         Ok(Self::Many(
@@ -196,10 +203,35 @@ fn not_a_mode(mode: &str) -> PyErr {
     PyValueError::new_err(format!("mode is \"r\", \"c\" or \"r+\", not {mode:?}"))
 }
 
-/// A model from the bytes of a file, copied once into aligned memory.
+/// A model from the bytes of a file, copied into aligned memory: `bytes`, a `bytearray` or a `memoryview`.
+///
+/// >>> import maptensors as mt, numpy as np
+/// >>> mt.loads(mt.dumps({"w": np.ones(3, "f4")}))["w"].numpy()
+/// array([1., 1., 1.], dtype=float32)
 #[pyfunction]
-pub(super) fn load_bytes(py: Python<'_>, data: &[u8]) -> PyResult<Model> {
-    Ok(Model::new(py.detach(|| Opened::from_bytes(data))?, "c", false))
+pub(super) fn loads(py: Python<'_>, data: &Bound<'_, PyAny>) -> PyResult<Model> {
+    let held;
+    let bytes = if let Ok(bytes) = data.cast::<PyBytes>() {
+        bytes
+    } else {
+        // What others may write to is copied while the interpreter is held.
+        let view = PyMemoryView::from(data).map_err(|_| not_bytes(data))?;
+        held = view.call_method0("tobytes")?.cast_into::<PyBytes>()?;
+        &held
+    };
+    let bytes = bytes.as_bytes();
+    Ok(Model::new(py.detach(|| Opened::from_bytes(bytes))?, "c", false))
+}
+
+fn not_bytes(data: &Bound<'_, PyAny>) -> PyErr {
+    PyTypeError::new_err(format!(
+        "loads takes the bytes of a file, not {}; a path is opened by maptensors.open",
+        class_name(data)
+    ))
+}
+
+fn class_name(object: &Bound<'_, PyAny>) -> String {
+    object.get_type().name().map_or_else(|_| "that".into(), |name| name.to_string())
 }
 
 /// "never" or "all".

@@ -16,7 +16,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 /// A model's files, opened: where its tensors are, and the memory they are in.
 pub(super) struct Parts {
-    pub(super) catalog: Catalog,
+    pub(super) catalog: Arc<Catalog>,
     pub(super) memories: Vec<Arc<SharedMemory>>,
     /// By the mode, also where the memory could be written.
     pub(super) read_only: bool,
@@ -37,9 +37,9 @@ pub(super) struct Parts {
 
 impl Parts {
     pub(super) fn new(
-        catalog: Catalog,
+        catalog: Arc<Catalog>,
         memories: Vec<Arc<SharedMemory>>,
-        guards: Option<Guards>,
+        guards: Option<Arc<Guards>>,
         mode: &'static str,
         dense_edits: bool,
     ) -> Self {
@@ -52,7 +52,7 @@ impl Parts {
             promoted,
             marks: Mutex::default(),
             locks: Arc::default(),
-            guards: guards.map(Arc::new),
+            guards,
             token: new_token(),
         }
     }

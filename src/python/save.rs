@@ -192,7 +192,7 @@ pub(super) fn planned_size(
 /// The bytes of a file.
 #[pyfunction]
 #[pyo3(signature = (tensors, *, metadata = None, checksums = false))]
-pub(super) fn save_bytes<'py>(
+pub(super) fn dumps<'py>(
     py: Python<'py>,
     tensors: &Bound<'py, PyAny>,
     #[pyo3(from_py_with = read_metadata)] metadata: Metadata,

@@ -3,15 +3,15 @@
 use super::arrays::{self, Array};
 use super::{given, number};
 use crate::dtype::DType;
-use crate::error::{Error, quote};
+use crate::error::quote;
 use crate::map::SharedMemory;
 use crate::model::Guards;
-use crate::tensor::Selection;
+use crate::tensor::{Selection, Tensor as Owned};
 use pyo3::basic::CompareOp;
 use pyo3::exceptions::{PyIndexError, PyTypeError, PyValueError};
 use pyo3::prelude::*;
 use pyo3::types::{PyBool, PyBytes, PyEllipsis, PyInt, PySlice, PyTuple};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
@@ -24,17 +24,9 @@ use std::sync::atomic::AtomicBool;
 /// numpy's, element by element, so a tensor is not hashable; iterating goes over the first axis.
 #[pyclass(frozen, module = "maptensors")]
 pub(super) struct Tensor {
-    // INVARIANT: every element described by offset, dtype, shape and strides lies inside memory, and an
-    // element of a byte or more lies at its dtype's alignment.
-    memory: Arc<SharedMemory>,
-    /// Of the first element, in bytes.
-    offset: usize,
-    dtype: DType,
-    shape: Vec<usize>,
-    /// In elements; `None` in C order.
-    strides: Option<Vec<isize>>,
+    // INVARIANT: an element of a byte or more lies at its dtype's alignment.
+    inner: Owned<SharedMemory>,
     read_only: bool,
-    name: Arc<str>,
     /// Of a model that is guarded.
     watch: Option<Arc<Watch>>,
     /// Whether a consumer wanted to write it though it is read-only.
@@ -60,18 +52,11 @@ impl Tensor {
         read_only: bool,
     ) -> Self {
         let read_only = read_only || memory.is_read_only();
-        let (shape, name) = (shape.to_vec(), name.into());
-        Self {
-            memory,
-            offset,
-            dtype,
-            shape,
-            strides: None,
-            read_only,
-            name,
-            watch: None,
-            insisted: AtomicBool::new(false),
-        }
+        Self::of(Owned::whole(memory, offset, dtype, shape, name), read_only, None)
+    }
+
+    fn of(inner: Owned<SharedMemory>, read_only: bool, watch: Option<Arc<Watch>>) -> Self {
+        Self { inner, read_only, watch, insisted: AtomicBool::new(false) }
     }
 
     pub(super) fn watched(self, watch: Option<Arc<Watch>>) -> Self {
@@ -84,54 +69,25 @@ impl Tensor {
     /// Those of a guard.
     pub(super) fn look(&self, py: Python<'_>) -> PyResult<()> {
         let Some(watch) = &self.watch else { return Ok(()) };
-        let read = || self.memory.populate_read(self.array().extent());
+        let read = || self.inner.memory().populate_read(self.array().extent());
         Ok(py.detach(|| watch.guards.hand_out(watch.shard, &watch.path, read))?)
     }
 
     pub(super) fn array(&self) -> Array<'_> {
         Array {
-            memory: &self.memory,
-            offset: self.offset,
-            dtype: self.dtype,
-            shape: &self.shape,
-            strides: self.strides.as_deref(),
+            memory: self.inner.memory(),
+            offset: self.inner.offset(),
+            dtype: self.inner.dtype(),
+            shape: self.inner.shape(),
+            strides: self.inner.strides(),
             read_only: self.read_only,
-            name: &self.name,
+            name: self.inner.shared_name(),
         }
-    }
-
-    fn selection(&self) -> Selection {
-        let mut all = Selection::all(&self.shape);
-        if let Some(strides) = &self.strides {
-            all.strides.clone_from(strides);
-        }
-        all
     }
 
     /// The same memory, other elements; those lie inside.
     fn part(&self, selection: Selection) -> PyResult<Self> {
-        let block = self.dtype.block();
-        if !selection.is_whole(block) {
-            let what = format!("would be cut inside a block, which is {block}");
-            return Err(Error::Align { path: PathBuf::new(), tensor: self.name.as_ref().into(), what }.into());
-        }
-        let contiguous = selection.is_contiguous();
-        Ok(Self {
-            memory: self.memory.clone(),
-            // Behind a negative step the offset is negative; whole blocks were checked above.
-            offset: if selection.elements() == 0 {
-                self.offset
-            } else {
-                self.offset.wrapping_add_signed(block.start_of_signed(selection.offset.cast_signed()))
-            },
-            dtype: self.dtype,
-            strides: (!contiguous).then_some(selection.strides),
-            shape: selection.shape,
-            read_only: self.read_only,
-            name: self.name.clone(),
-            watch: self.watch.clone(),
-            insisted: AtomicBool::new(false),
-        })
+        Ok(Self::of(self.inner.part(selection)?, self.read_only, self.watch.clone()))
     }
 
     /// Applies Python's basic indexing: integers, slices, `...`.
@@ -142,13 +98,16 @@ impl Tensor {
         };
         let is_ellipsis = |key: &Bound<'_, PyAny>| key.is_instance_of::<PyEllipsis>();
         let ellipses = keys.iter().filter(|key| is_ellipsis(key)).count();
-        let rank = self.shape.len();
+        let rank = self.inner.shape().len();
         if ellipses > 1 || keys.len() - ellipses > rank {
-            let text =
-                format!("tensor {} of rank {rank} cannot take {} indices", quote(&self.name), keys.len());
+            let text = format!(
+                "tensor {} of rank {rank} cannot take {} indices",
+                quote(self.inner.name()),
+                keys.len()
+            );
             return Err(PyIndexError::new_err(text));
         }
-        let mut selection = self.selection();
+        let mut selection = self.inner.selection();
         let mut axis = 0;
         for key in &keys {
             if is_ellipsis(key) {
@@ -190,25 +149,25 @@ impl Tensor {
     /// The name in the file.
     #[getter]
     fn name(&self) -> &str {
-        &self.name
+        self.inner.name()
     }
 
     /// Elements along each axis, outermost first.
     #[getter]
     fn shape<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyTuple>> {
-        PyTuple::new(py, &self.shape)
+        PyTuple::new(py, self.inner.shape())
     }
 
     /// The dtype as safetensors calls it, such as "F32" or "BF16".
     #[getter]
     fn dtype(&self) -> &'static str {
-        self.dtype.name()
+        self.inner.dtype().name()
     }
 
     /// Number of axes.
     #[getter]
     fn ndim(&self) -> usize {
-        self.shape.len()
+        self.inner.shape().len()
     }
 
     /// Number of elements.
@@ -227,7 +186,7 @@ impl Tensor {
     /// the file is misaligned for its dtype: that one is an aligned private copy.
     #[getter]
     fn mapped(&self) -> bool {
-        self.memory.is_mapped()
+        self.inner.memory().is_mapped()
     }
 
     /// Whether writing is refused.
@@ -249,7 +208,7 @@ impl Tensor {
         self.look(py)?;
         let array = self.array();
         PyBytes::new_with(py, array.nbytes(), |to| {
-            py.detach(|| array.gather(&self.selection(), to));
+            py.detach(|| array.gather(&self.inner.selection(), to));
             Ok(())
         })
     }
@@ -286,19 +245,19 @@ impl Tensor {
     /// The same bytes as another dtype: of the same width any shape, of another width the last axis
     /// grows or shrinks. `view("U8")` shows the raw bytes of anything contiguous.
     fn view(&self, dtype: &Bound<'_, PyAny>) -> PyResult<Self> {
-        let dtype = arrays::parse_dtype(&self.name, dtype)?;
-        let (old, new) = (self.dtype.block(), dtype.block());
-        let mut shape = self.shape.clone();
+        let dtype = arrays::parse_dtype(self.inner.name(), dtype)?;
+        let (old, new) = (self.inner.dtype().block(), dtype.block());
+        let mut shape = self.inner.shape().to_vec();
         let refuse = |why: &str| {
             PyValueError::new_err(format!(
                 "tensor {} ({} {:?}) cannot be viewed as {dtype}: {why}",
-                quote(&self.name),
-                self.dtype,
-                self.shape
+                quote(self.inner.name()),
+                self.inner.dtype(),
+                self.inner.shape()
             ))
         };
         if old != new {
-            if self.strides.is_some() {
+            if !self.inner.is_contiguous() {
                 return Err(refuse("it is not contiguous"));
             }
             let last = shape.last_mut().ok_or_else(|| refuse("a scalar has no axis to grow"))?;
@@ -311,7 +270,7 @@ impl Tensor {
         if !array.ptr().addr().is_multiple_of(dtype.align()) {
             return Err(refuse("its address is not aligned for it"));
         }
-        Ok(Self { shape, ..self.with_dtype(dtype) })
+        Ok(Self::of(self.inner.looked_at_as(dtype, shape), self.read_only, self.watch.clone()))
     }
 
     fn __getitem__(&self, key: &Bound<'_, PyAny>) -> PyResult<Self> {
@@ -327,7 +286,7 @@ impl Tensor {
         if part.read_only {
             return Err(PyValueError::new_err(format!(
                 "tensor {} is read-only; open with mode=\"c\" to edit it",
-                quote(&self.name)
+                quote(self.inner.name())
             )));
         }
         part.look(py)?;
@@ -378,17 +337,22 @@ impl Tensor {
     }
 
     fn __len__(&self) -> PyResult<usize> {
-        self.shape.first().copied().ok_or_else(|| PyTypeError::new_err("len() of a scalar tensor"))
+        self.inner.shape().first().copied().ok_or_else(|| PyTypeError::new_err("len() of a scalar tensor"))
     }
 
     fn __repr__(&self) -> String {
-        let kind = match &self.memory {
+        let kind = match &**self.inner.memory() {
             memory if memory.is_shared() => "mapped, writes reach the file",
             memory if memory.is_mapped() => "mapped",
             _ => "in memory",
         };
         let mode = if self.read_only { ", read-only" } else { "" };
-        format!("Tensor({}, {}, {:?}, {kind}{mode})", quote(&self.name), self.dtype, self.shape)
+        format!(
+            "Tensor({}, {}, {:?}, {kind}{mode})",
+            quote(self.inner.name()),
+            self.inner.dtype(),
+            self.inner.shape()
+        )
     }
 
     #[pyo3(signature = (dtype = None, copy = None))]
@@ -404,7 +368,7 @@ impl Tensor {
                 if copy == Some(false) {
                     return Err(PyValueError::new_err(format!(
                         "{} cannot become {dtype} without a copy",
-                        self.dtype
+                        self.inner.dtype()
                     )));
                 }
                 array.call_method1("astype", (dtype,))
@@ -454,21 +418,5 @@ impl Tensor {
     unsafe fn __releasebuffer__(&self, view: *mut pyo3::ffi::Py_buffer) {
         // SAFETY: the protocol's promise, passed on.
         unsafe { super::buffer::release(view) }
-    }
-}
-
-impl Tensor {
-    fn with_dtype(&self, dtype: DType) -> Self {
-        Self {
-            memory: self.memory.clone(),
-            offset: self.offset,
-            dtype,
-            shape: self.shape.clone(),
-            strides: self.strides.clone(),
-            read_only: self.read_only,
-            name: self.name.clone(),
-            watch: self.watch.clone(),
-            insisted: AtomicBool::new(false),
-        }
     }
 }

@@ -4,6 +4,7 @@ use crate::dtype::DType;
 use crate::error::{Error, Result, quote};
 use std::ops::Range;
 use std::path::PathBuf;
+use std::sync::Arc;
 
 /// What becomes of a tensor under tensor parallelism.
 ///
@@ -13,6 +14,7 @@ use std::path::PathBuf;
 /// assert_eq!(Split::COLUMN, Split::Axis(0)); // a Linear's weight is [out, in]
 /// ```
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 #[non_exhaustive]
 pub enum Split {
     /// Each rank has its part along an axis, which divides evenly.
@@ -28,7 +30,7 @@ impl Split {
     pub const ROW: Self = Self::Axis(1);
 }
 
-type Matches<'a> = Box<dyn Fn(&str) -> bool + 'a>;
+type Matches<'a> = Arc<dyn Fn(&str) -> bool + Send + Sync + 'a>;
 
 /// Which tensors are split, and how: rules by name, of which the first that matches holds.
 ///
@@ -46,7 +48,7 @@ type Matches<'a> = Box<dyn Fn(&str) -> bool + 'a>;
 /// assert_eq!(first.tensor("fc2.weight")?.shape(), [10, 8]); // of 10 × 64
 /// # Ok::<(), maptensors::Error>(())
 /// ```
-#[derive(Default)]
+#[derive(Clone, Default)]
 pub struct ShardPlan<'a> {
     rules: Vec<(Matches<'a>, Split)>,
     otherwise: Option<Split>,
@@ -60,8 +62,8 @@ impl<'a> ShardPlan<'a> {
 
     /// A rule for names that satisfy a predicate, behind those there are.
     #[must_use]
-    pub fn when(mut self, predicate: impl Fn(&str) -> bool + 'a, split: Split) -> Self {
-        self.rules.push((Box::new(predicate), split));
+    pub fn when(mut self, predicate: impl Fn(&str) -> bool + Send + Sync + 'a, split: Split) -> Self {
+        self.rules.push((Arc::new(predicate), split));
         self
     }
 

@@ -278,6 +278,23 @@ impl Draft {
         Ok(TensorViewMut::new(info, &mut memory.as_bytes_mut()[info.bytes()]))
     }
 
+    /// The tensor called `name`, to fill in place, if there is one.
+    ///
+    /// # Errors
+    /// As [`Draft::tensor_mut`], but for [`Error::Missing`].
+    ///
+    /// ```
+    /// # use maptensors::{DType, Draft, Layout};
+    /// # let layout = Layout::builder().tensor("w", DType::U8, &[4]).build()?;
+    /// # let path = std::env::temp_dir().join("maptensors-doc-draft-get.safetensors");
+    /// let mut draft = Draft::create(&path, &layout)?;
+    /// assert!(draft.get_mut("w")?.is_some() && draft.get_mut("v")?.is_none());
+    /// # Ok::<(), maptensors::Error>(())
+    /// ```
+    pub fn get_mut(&mut self, name: &str) -> Result<Option<TensorViewMut<'_>>> {
+        if self.layout.position(name).is_some() { self.tensor_mut(name).map(Some) } else { Ok(None) }
+    }
+
     /// All tensors at once, to fill in place, in file order.
     ///
     /// # Errors

@@ -84,7 +84,7 @@ pub(super) fn differing_from(before: &Model, after: &Model, names: &[&str]) -> V
     let mut jobs = Vec::new();
     for (name, found) in names.iter().zip(&found) {
         match (before.get(name), after.get(name)) {
-            (Some(old), Some(new)) if (old.dtype(), old.shape()) == (new.dtype(), new.shape()) => {
+            (Ok(Some(old)), Ok(Some(new))) if (old.dtype(), old.shape()) == (new.dtype(), new.shape()) => {
                 let pieces = old.as_bytes().chunks(map::CHUNK).zip(new.as_bytes().chunks(map::CHUNK));
                 jobs.extend(pieces.map(|(old, new)| (old, new, found)));
             }

@@ -31,7 +31,7 @@ const TRIES: usize = 10;
 /// assert_eq!((found.generation, found.tensors, found.publishing), (1, model.len(), true));
 /// assert!(found.allocated > found.nbytes && found.damage.is_none());
 /// # let refused = Publication::at(&place)?.remove().unwrap_err();
-/// # assert_eq!(refused.kind(), "Busy");
+/// # assert_eq!(refused.kind().name(), "Busy");
 ///
 /// drop(publisher); // or killed: its last generation stays
 /// let found = Publication::at(&place)?;

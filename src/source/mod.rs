@@ -122,11 +122,15 @@ mod tests {
             #[allow(clippy::reversed_empty_ranges)]
             for range in [0..1001, 1000..1001, 2000..2001, 0..u64::MAX, u64::MAX - 1..u64::MAX, 9..3, 2000..1]
             {
-                assert_eq!(bytes.read(range.clone()).unwrap_err().kind(), "Truncated", "{range:?}");
-                assert_eq!(bytes.text(range.clone()).err().unwrap().kind(), "Truncated", "{range:?}");
+                assert_eq!(bytes.read(range.clone()).unwrap_err().kind().name(), "Truncated", "{range:?}");
+                assert_eq!(bytes.text(range.clone()).err().unwrap().kind().name(), "Truncated", "{range:?}");
             }
             for offset in [998, 1000, 1001, u64::MAX] {
-                assert_eq!(bytes.read_at(offset, &mut [0; 3]).unwrap_err().kind(), "Truncated", "{offset}");
+                assert_eq!(
+                    bytes.read_at(offset, &mut [0; 3]).unwrap_err().kind().name(),
+                    "Truncated",
+                    "{offset}"
+                );
             }
         });
     }
@@ -149,7 +153,7 @@ mod tests {
         let (file, window) = inside(&vec![b'x'; 600_000]);
         file.set_len(1000).unwrap();
         let bytes = FileBytes::new(&file, Path::new("f"), window);
-        assert_eq!(bytes.read(0..2000).unwrap_err().kind(), "Io");
-        assert_eq!(bytes.read_at(0, &mut [0; 2000]).unwrap_err().kind(), "Io");
+        assert_eq!(bytes.read(0..2000).unwrap_err().kind().name(), "Io");
+        assert_eq!(bytes.read_at(0, &mut [0; 2000]).unwrap_err().kind().name(), "Io");
     }
 }

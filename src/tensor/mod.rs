@@ -1,10 +1,12 @@
 //! A place in a [`Layout`](crate::Layout) looked at through a [`Mapping`](crate::Mapping).
 
+mod owned;
 mod shared;
 mod slice;
 mod view;
 mod view_mut;
 
+pub use owned::Tensor;
 pub use shared::TensorShared;
 #[cfg(feature = "python")]
 pub(crate) use slice::Selection;

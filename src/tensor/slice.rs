@@ -184,6 +184,52 @@ impl Selection {
         whole(self.offset) && whole(len) && outer.iter().all(|stride| whole(stride.unsigned_abs()))
     }
 
+    /// # Errors
+    /// [`Error::Align`] where a block would be cut.
+    pub(crate) fn check_whole(&self, name: &str, dtype: DType) -> Result<()> {
+        let block = dtype.block();
+        if self.is_whole(block) {
+            return Ok(());
+        }
+        let what = format!("would be cut inside a block, which is {block}");
+        Err(Error::Align { path: std::path::PathBuf::new(), tensor: name.into(), what })
+    }
+
+    /// What one index for each axis selects of this; axes without one stay whole.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] for more indices than axes, a place past the end or a step of 0.
+    pub(super) fn index(mut self, name: &str, indices: &[Index]) -> Result<Self> {
+        let rank = self.shape.len();
+        if indices.len() > rank {
+            let text = format!("{} indices for tensor {name:?} of rank {rank}", indices.len());
+            return Err(Error::Argument(text));
+        }
+        let mut axis = 0;
+        for (i, &index) in indices.iter().enumerate() {
+            let dim = self.shape[axis];
+            let outside =
+                |what: String| Error::Argument(format!("{what} is outside axis {i} of length {dim}"));
+            match index {
+                Index::At(place) if place < dim => self.at(axis, place),
+                Index::At(place) => return Err(outside(format!("place {place}"))),
+                Index::Range { step: 0, .. } => {
+                    return Err(Error::Argument(format!("the step along axis {i} is 0")));
+                }
+                Index::Range { start, end, step } => {
+                    let end = end.unwrap_or(dim);
+                    if start > end || end > dim {
+                        return Err(outside(format!("range {start}..{end}")));
+                    }
+                    let len = (end - start).div_ceil(step);
+                    self.range(axis, start, isize::try_from(step).unwrap_or(isize::MAX), len);
+                    axis += 1;
+                }
+            }
+        }
+        Ok(self)
+    }
+
     /// Copies the selected elements of `data` to `to`, in C order. Runs are whole blocks.
     fn gather(&self, data: &[u8], block: Block, to: &mut [u8]) {
         let mut done = 0;
@@ -218,40 +264,14 @@ pub struct TensorSlice<'a> {
 
 impl<'a> TensorSlice<'a> {
     pub(super) fn new(info: TensorInfo<'a>, data: &'a [u8], indices: &[Index]) -> Result<Self> {
-        let mut selection = Selection::all(info.shape());
-        let shape = info.shape();
-        if indices.len() > shape.len() {
-            let text =
-                format!("{} indices for tensor {:?} of rank {}", indices.len(), info.name(), shape.len());
-            return Err(Error::Argument(text));
-        }
-        let mut axis = 0;
-        for (i, (&index, &dim)) in indices.iter().zip(shape).enumerate() {
-            let outside =
-                |what: String| Error::Argument(format!("{what} is outside axis {i} of length {dim}"));
-            match index {
-                Index::At(place) if place < dim => selection.at(axis, place),
-                Index::At(place) => return Err(outside(format!("place {place}"))),
-                Index::Range { step: 0, .. } => {
-                    return Err(Error::Argument(format!("the step along axis {i} is 0")));
-                }
-                Index::Range { start, end, step } => {
-                    let end = end.unwrap_or(dim);
-                    if start > end || end > dim {
-                        return Err(outside(format!("range {start}..{end}")));
-                    }
-                    let len = (end - start).div_ceil(step);
-                    selection.range(axis, start, isize::try_from(step).unwrap_or(isize::MAX), len);
-                    axis += 1;
-                }
-            }
-        }
-        let block = info.dtype().block();
-        if !selection.is_whole(block) {
-            let what = format!("would be cut inside a block, which is {block}");
-            return Err(Error::Align { path: std::path::PathBuf::new(), tensor: info.name().into(), what });
-        }
-        Ok(Self { info, data, selection })
+        let selection = Selection::all(info.shape()).index(info.name(), indices)?;
+        selection.check_whole(info.name(), info.dtype())?;
+        Ok(Self::selected(info, data, selection))
+    }
+
+    /// Every element that is selected lies inside `data`, and runs are whole blocks.
+    pub(super) fn selected(info: TensorInfo<'a>, data: &'a [u8], selection: Selection) -> Self {
+        Self { info, data, selection }
     }
 
     /// What one element is.

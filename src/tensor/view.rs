@@ -117,6 +117,13 @@ impl<'a> TensorView<'a> {
     }
 }
 
+impl AsRef<[u8]> for TensorView<'_> {
+    /// As [`TensorView::as_bytes`].
+    fn as_ref(&self) -> &[u8] {
+        self.data
+    }
+}
+
 impl std::fmt::Debug for TensorView<'_> {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         write!(f, "TensorView({:?}, {}, {:?})", self.name(), self.dtype(), self.shape())

@@ -122,6 +122,20 @@ fn cast_mut<'a, T: Element>(info: TensorInfo<'a>, data: &'a mut [u8]) -> Result<
     T::cast_mut(data).map_err(|error| cast_error::<T>(info.name(), &[], error))
 }
 
+impl AsRef<[u8]> for TensorViewMut<'_> {
+    /// The bytes as they are in the file: little endian, C order.
+    fn as_ref(&self) -> &[u8] {
+        self.data
+    }
+}
+
+impl AsMut<[u8]> for TensorViewMut<'_> {
+    /// As [`TensorViewMut::as_bytes_mut`].
+    fn as_mut(&mut self) -> &mut [u8] {
+        self.data
+    }
+}
+
 impl std::fmt::Debug for TensorViewMut<'_> {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         write!(f, "TensorViewMut({:?}, {}, {:?})", self.name(), self.dtype(), self.shape())

@@ -33,7 +33,7 @@ pub fn compare(file: &[u8]) -> Verdict {
         }
         (Err(ours), Ok(_)) => {
             let header = header(file);
-            let justified = match ours.kind() {
+            let justified = match ours.kind().name() {
                 "Duplicate" => has_duplicate(&header),
                 "Json" => has_unusual_entry(&header),
                 "Limit" => entries(&header).any(|(_, entry)| shape(entry).len() > MAX_RANK),

@@ -206,7 +206,7 @@ def test_a_file_opens_or_is_refused_with_the_error_of_its_kind(what: str, way: s
 
     def use() -> mt.Model:
         if way == "bytes":
-            return mt.load(data)
+            return mt.loads(data)
         return mt.open(path, "r" if way == "r" else "c", backend="pread" if way == "pread" else "mmap")
 
     if kind is OK:
@@ -239,7 +239,7 @@ def test_the_reference_accepts_and_refuses_the_same_files(what: str, tmp_path: P
 
 @pytest.mark.parametrize("what", ["[M,M,0]", "[0,M,M]"])
 def test_an_empty_tensor_has_the_same_size_whatever_the_order_of_its_dims(what: str) -> None:
-    with mt.load(FILES[what][0]) as model:
+    with mt.loads(FILES[what][0]) as model:
         assert (model["a"].size, model["a"].nbytes, model["a"].tobytes()) == (0, 0, b"")
 
 
@@ -280,7 +280,7 @@ def test_misaligned_data_is_readable_and_never_handed_out_misaligned() -> None:
     header = json.dumps({"a": entry("F64", [2], 0, 16)})
     header += " " * (len(header) % 2)
     data = raw(header + " " * ((4 - len(header)) % 8), values.tobytes())
-    with mt.load(data) as model:
+    with mt.loads(data) as model:
         assert model["a"].numpy().flags.aligned
         assert model["a"].numpy().tobytes() == values.tobytes()
         assert model["a"].torch().data_ptr() % 8 == 0
@@ -288,13 +288,13 @@ def test_misaligned_data_is_readable_and_never_handed_out_misaligned() -> None:
 
 def test_a_signalling_nan_is_bit_exact() -> None:
     data = bytes.fromhex("0100807f 00000080 0100c0ff")
-    with mt.load(raw({"a": entry("F32", [3], 0, 12)}, data)) as model:
+    with mt.loads(raw({"a": entry("F32", [3], 0, 12)}, data)) as model:
         assert model["a"].numpy().tobytes() == model["a"].torch().numpy().tobytes() == data
-        assert data in mt.save_bytes(model)
+        assert data in mt.dumps(model)
 
 
 def test_a_bool_of_2_is_readable_as_u8_and_refused_as_bool() -> None:
-    with mt.load(raw({"a": entry("BOOL", [2], 0, 2)}, b"\1\2")) as model:
+    with mt.loads(raw({"a": entry("BOOL", [2], 0, 2)}, b"\1\2")) as model:
         with pytest.raises(mt.errors.BitPatternError) as caught:
             model.numpy()
         refused(caught, "Value", "2")

@@ -154,7 +154,7 @@ def test_a_spec_may_be_written_in_many_ways(form: str, out: Path) -> None:
 
 
 def test_a_spec_may_be_a_model_or_tensors_of_one(out: Path) -> None:
-    with mt.load(mt.save_bytes({"a": VALUES, "h": np.zeros(3, "f2")})) as model:
+    with mt.loads(mt.dumps({"a": VALUES, "h": np.zeros(3, "f2")})) as model:
         for spec in [model, dict(model)]:
             with mt.create(out, spec) as draft:
                 for name in draft:

@@ -29,7 +29,7 @@ for name, value in ((path, 1), (other, 3), (target, 7)):
     same = np.full(COUNT, value, "float32")
     mt.save({"a": same, "b": same}, name, durable=False)
 os.utime(path, ns=(10**18, 10**18))  # long ago: a change within a tick of the clock shows
-START = mt.open(path).info("a")["offset"]
+START = mt.open(path).info("a").offset
 FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE = 1, 2
 
 
@@ -259,9 +259,9 @@ ways = {
     "a part backwards": lambda tensor: tensor[::-1, ::2].numpy(),
     "another dtype": lambda tensor: tensor.view("I32").numpy(),
     "saved": lambda tensor: mt.save({"a": tensor}, path + ".saved", durable=False),
-    "serialized": lambda tensor: mt.save_bytes({"a": tensor}),
+    "serialized": lambda tensor: mt.dumps({"a": tensor}),
 }
-other = mt.load(open(path, "rb").read())
+other = mt.loads(open(path, "rb").read())
 for guard, mode in ((True, "c"), (True, "r+")):
     for how, use in ways.items():
         model = mt.open(path, mode, guard=guard)

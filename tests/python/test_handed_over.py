@@ -301,7 +301,7 @@ def our_tensors(draw: st.DrawFn) -> Case:
         data = bytes(byte & 1 for byte in data)
     rows = np.frombuffer(data, f"V{size}").reshape(3, 4)
     header = {"t": {"dtype": name, "shape": [3, 4], "data_offsets": [0, len(data)]}}
-    value = mt.load(raw(header, data))["t"]
+    value = mt.loads(raw(header, data))["t"]
     key: Any = draw(st.sampled_from([..., 1, (1, 2), slice(None, None, -1), (..., slice(1, 3))]))
     return Case(value[key], Read(name, rows[key].shape, rows[key].tobytes()))
 
@@ -418,7 +418,7 @@ REFUSED: dict[str, Callable[[], Any]] = {
     "a bool of 2, strided": lambda: torch.tensor([[0, 2], [1, 1]], dtype=torch.uint8).view(torch.bool).t(),
     "a numpy bool of 3": lambda: np.array([0, 3], "u1").view("?"),
     "a numpy bool of 3, backwards": lambda: np.array([0, 3], "u1").view("?")[::-1],
-    "a bool of 255": lambda: mt.load(mt.save_bytes({"t": np.array([255], "u1")}))["t"].view("BOOL"),
+    "a bool of 255": lambda: mt.loads(mt.dumps({"t": np.array([255], "u1")}))["t"].view("BOOL"),
 }
 
 
@@ -499,7 +499,7 @@ def by_shards(tensors: dict[str, Any], directory: Path) -> list[Path | bytes]:
 
 
 def by_bytes(tensors: dict[str, Any], directory: Path) -> list[Path | bytes]:
-    return [mt.save_bytes(tensors)]
+    return [mt.dumps(tensors)]
 
 
 def by_save_file(tensors: dict[str, Any], directory: Path) -> list[Path | bytes]:
@@ -572,7 +572,7 @@ def is_refused_or_read_back(way: Callable[..., list[Path | bytes]], case: Case, 
         assert case.meant is not None, f"{case.value!r:.100} was saved"
         ours_, theirs = {}, {}
         for source in written:
-            ours_ |= ours(mt.load(source) if isinstance(source, bytes) else mt.open(source))
+            ours_ |= ours(mt.loads(source) if isinstance(source, bytes) else mt.open(source))
             theirs |= reference(source)
         assert ours_[NAME] == theirs[NAME] == case.meant
         assert theirs["fine"] == Read("F32", (3,), FINE.tobytes())

@@ -225,7 +225,7 @@ def ways(directory: Path) -> Iterator[Callable[[Any], object]]:
 
     yield lambda tensors: mt.save(tensors, directory / "out")
     yield lambda tensors: mt.save(dict(tensors), directory / "out.safetensors", max_shard_size=1)
-    yield mt.save_bytes
+    yield mt.dumps
     yield from (checkpoint, publish, fill, spec, save_file)
 
 
@@ -295,7 +295,7 @@ def resizing() -> None:
 def assigning() -> None:
     """What is assigned is looked at through the same gate."""
     for name, make in LIARS.items():
-        tensor = mt.load(mt.save_bytes({"t": np.zeros(4, "f4")}))["t"]
+        tensor = mt.loads(mt.dumps({"t": np.zeros(4, "f4")}))["t"]
         for value in (make(), [make()] * 4, ((make(),) * 4)):
             with contextlib.suppress(TypeError, ValueError, RuntimeError):
                 tensor[...] = value

@@ -3,6 +3,7 @@
 import contextlib
 import ctypes
 import errno
+import io
 import os
 import re
 import subprocess
@@ -86,27 +87,27 @@ def test_residency_agrees_with_smaps_and_mincore(disk: Path, mode: str) -> None:
     path = make(disk / "m.safetensors", {"a": (5 * MIB,), "b": (9 * MIB,), "c": (3 * MIB + 5,)})
     cold(path)
     model = mt.open(path, mode)
-    start = model["a"].data_ptr() - model.info("a")["offset"]
+    start = model["a"].data_ptr() - model.info("a").offset
     size = path.stat().st_size
     mincore = ctypes.CDLL(None, use_errno=True).mincore
     in_core = (ctypes.c_ubyte * -(-size // PAGE))()
 
     def resident() -> int:
         assert mincore(ctypes.c_void_p(start), ctypes.c_size_t(size), in_core) == 0
-        return sum(bit & 1 for bit in in_core[model.info("a")["offset"] // PAGE :])
+        return sum(bit & 1 for bit in in_core[model.info("a").offset // PAGE :])
 
     def check() -> dict[str, int]:
         # The kernel may still be reading ahead: what is resident only grows meanwhile.
         before, pages, after = resident(), model.residency(), resident()
         there = smaps(start, start + size)
-        assert pages["touched"] * PAGE == there["Rss"]
-        assert pages["private"] * PAGE == there["Anonymous"]
-        assert pages["huge"] * PAGE == there["FilePmdMapped"] + there["AnonHugePages"]
-        assert pages["locked"] * PAGE == there["Locked"]
-        assert before <= pages["resident"] <= after
+        assert pages.touched * PAGE == there["Rss"]
+        assert pages.private * PAGE == there["Anonymous"]
+        assert pages.huge * PAGE == there["FilePmdMapped"] + there["AnonHugePages"]
+        assert pages.locked * PAGE == there["Locked"]
+        assert before <= pages.resident <= after
         by_tensor = model.residency_by_tensor()
         assert list(by_tensor) == list(model)
-        assert by_tensor["b"]["touched"] == model.residency("b")["touched"]
+        assert by_tensor["b"].touched == model.residency("b").touched
         return pages
 
     def looked() -> dict[str, int]:
@@ -115,18 +116,18 @@ def test_residency_agrees_with_smaps_and_mincore(disk: Path, mode: str) -> None:
         soon(lambda: found.append(check()))
         return found[0]
 
-    assert looked()["touched"] == 0
+    assert looked().touched == 0
 
     # (a page of the header's is in the same huge page, and would be in smaps' account alone)
     def prefetched() -> None:
         model.prefetch("b", wait=True)
-        assert check()["touched"] >= 9 * MIB // PAGE
+        assert check().touched >= 9 * MIB // PAGE
 
     soon(prefetched)
     if mode == "c":
         array = model["b"].numpy()
         array[:: 100 * PAGE] = 7
-        assert looked()["private"] == len(array[:: 100 * PAGE])
+        assert looked().private == len(array[:: 100 * PAGE])
         model.promote(["b"])
         looked()
     model.evict("c")
@@ -138,11 +139,11 @@ def test_residency_agrees_with_smaps_and_mincore(disk: Path, mode: str) -> None:
 
     def locked() -> None:
         assert (model["b"].numpy()[::PAGE] >= 0).all()  # touched
-        assert check()["locked"] == model.residency("b")["pages"]
+        assert check().locked == model.residency("b").pages
 
     soon(locked)
     model.unlock()
-    assert looked()["locked"] == 0
+    assert looked().locked == 0
 
 
 def test_names_are_literal_first_and_then_patterns(tmp_path: Path) -> None:
@@ -262,7 +263,7 @@ def is_cancelled():
         model.prefetch(progress=tell).wait()
     except KeyboardInterrupt:
         pass
-    return model.residency()["touched"] < model.residency()["pages"]
+    return model.residency().touched < model.residency().pages
 
 print(any(is_cancelled() for _ in range(20)))  # where it was told of it in time
 # Nobody waits for these: it is said on standard error.
@@ -326,6 +327,40 @@ class Bars(types.ModuleType):
         bar.update, bar.close = update, close
         self.made.append(bar)
         return bar
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize("stream", [Terminal(), io.StringIO(), None, "closed"])
+def test_without_tqdm_a_line_on_stderr_is_the_bar(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stream: io.StringIO | str | None
+) -> None:
+    monkeypatch.setitem(sys.modules, "tqdm.auto", None)
+    if isinstance(stream, str):
+        stream = io.StringIO()
+        stream.close()
+    monkeypatch.setattr(sys, "stderr", stream)
+    with mt.open(make(tmp_path / "m.safetensors", {"a": (5000,), "b": (3000,)})) as model:
+        model.prefetch(wait=True, progress=True)
+        for _ in model.stream(progress=True):
+            pass
+        # Left early: how far it came stays.
+        with model.stream(progress=True) as stream_left:
+            next(stream_left)
+            next(stream_left)
+    if stream is None or stream.closed:
+        return
+    *lines, rest = stream.getvalue().split("\n")
+    assert [line.split("\r")[-1].rstrip() for line in lines] == [
+        "prefetching: 100%, 7.8 KiB of 7.8 KiB",
+        "streaming: 100%, 7.8 KiB of 7.8 KiB",
+        "streaming: 62%, 4.9 KiB of 7.8 KiB",
+    ]
+    assert rest == ""
+    assert ("\r" in stream.getvalue()) == stream.isatty()
 
 
 def test_a_bar_is_shown_on_request(
@@ -485,10 +520,10 @@ def test_evicting_frees_memory_and_keeps_edits(disk: Path) -> None:
     evicted = model.evict("a")
     assert (evicted.freed, evicted.kept, evicted.remaining) == (16 * MIB - PAGE, PAGE, 0)
     assert cached(path) < 17 * MIB
-    assert model.residency("a")["touched"] == 1
+    assert model.residency("a").touched == 1
     before[5 * MIB] ^= 255
     assert (array == before).all()
-    assert mt.load(path.read_bytes()).evict() == (0, 0, 0)
+    assert mt.loads(path.read_bytes()).evict() == (0, 0, 0)
 
 
 LOCK = """
@@ -500,13 +535,13 @@ if os.getuid() == 0:
     os.setresuid(65534, 65534, 65534)
     ctypes.CDLL(None).prctl(4, 1)  # PR_SET_DUMPABLE: /proc/self is its own again
 model.lock("small")
-assert model.residency("small")["locked"] > 0
+assert model.residency("small").locked > 0
 for what in (lambda: model.lock(), lambda: model.prefetch("large", lock=True).wait()):
     try:
         what()
     except mt.MapTensorsError as error:
         print(error)
-assert model.residency("small")["locked"] > 0
+assert model.residency("small").locked > 0
 """
 
 
@@ -533,7 +568,7 @@ if os.getuid() == 0:
 def locked():
     for name in ("a", "b", "c", "d", "e", "x", "y"):
         model[name].tobytes()  # touched
-    return [model.residency(name)["locked"] for name in ("a", "x", "b", "y", "c", "d", "e")]
+    return [model.residency(name).locked for name in ("a", "x", "b", "y", "c", "d", "e")]
 
 for before in ([], ["x"], ["b"], ["x", "y"]):
     for name in before:
@@ -582,7 +617,7 @@ def test_a_lock_of_what_cannot_be_read_is_an_input_output_error(tmp_path: Path) 
     with pytest.raises(OSError, match="Input/output error") as raised:
         model.lock()
     assert raised.value.errno == errno.EIO
-    assert model.residency()["locked"] == 0
+    assert model.residency().locked == 0
 
 
 STRANGER = """
@@ -594,11 +629,11 @@ os.setgid(65534)
 os.setuid(65534)
 ctypes.CDLL(None).prctl(4, 1, 0, 0, 0)  # PR_SET_DUMPABLE: /proc/self is to be this user's
 model = mt.open(path, mode)
-print(model.residency()["resident"])
+print(model.residency().resident)
 model["a"].numpy().sum()
-print(model.residency()["resident"] >= model.residency("a")["pages"])
+print(model.residency().resident >= model.residency("a").pages)
 model.evict()
-print(model.residency()["resident"])
+print(model.residency().resident)
 """
 
 
@@ -817,7 +852,7 @@ def test_pages_that_a_shard_has_handed_out_are_not_promoted_under_a_write(tmp_pa
     part = model.shard(0, 2, {"w": "column"}, default="replicate")["w"].numpy()
     # Copying its pages in bulk now would lose what another thread writes to the part meanwhile.
     whole = model["w"].numpy()
-    assert model.residency("w")["private"] == 0
+    assert model.residency("w").private == 0
     part[5] = 77
     assert whole[5] == 77
 
@@ -827,7 +862,7 @@ import resource, sys
 import maptensors as mt
 MIB = 1 << 20
 model = mt.open(sys.argv[1])
-names = sorted(model, key=lambda name: model.info(name)["offset"])
+names = sorted(model, key=lambda name: model.info(name).offset)
 for name in names:
     model[name].tobytes()
 # Copied in blocks of 64 MiB of addresses: a small one, which finds room, before one that does not.
@@ -845,7 +880,7 @@ resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_IN
 for name in names:
     model[name].tobytes()  # touched
 pages = model.residency(names)
-print(0 < pages["private"] < pages["pages"], pages["locked"] == pages["pages"])
+print(0 < pages.private < pages.pages, pages.locked == pages.pages)
 """
 
 
@@ -926,7 +961,7 @@ def test_eight_ranks_of_llama_touch_their_parts_and_are_the_whole(disk: Path, mo
         assert part.touched <= 1.05 * part.nbytes
         # What is mapped is all this process has of the file. (Some pages the kernel may have taken back.)
         mapped = part.nbytes - part.gathered
-        assert 0.99 * mapped <= model.residency()["touched"] * PAGE <= 1.05 * mapped
+        assert 0.99 * mapped <= model.residency().touched * PAGE <= 1.05 * mapped
         name = "model.layers.0.mlp.up_proj.weight"
         assert part[name].mapped
         assert file_offset(path, part[name].data_ptr(), part[name].nbytes) is not None

@@ -69,7 +69,7 @@ def test_metadata_that_is_not_text_is_refused_by_its_key(metadata: Any, says: st
     checkpoints = mt.Checkpointer(tmp_path / "run", prepare=False)
     for save in (
         lambda: mt.save(tensors, path, metadata=metadata),
-        lambda: mt.save_bytes(tensors, metadata=metadata),
+        lambda: mt.dumps(tensors, metadata=metadata),
         lambda: mt.create(path, tensors, metadata=metadata),
         lambda: mt.edit(path, metadata=metadata),
         lambda: maptensors.torch.save_file(tensors, path, metadata),
@@ -99,4 +99,4 @@ def test_a_spec_that_is_none_is_refused_by_the_tensors_name(what: Any, tmp_path:
     with pytest.raises((TypeError, ValueError), match='"the weight"'):
         mt.create(tmp_path / "x", {"the weight": what})
     with pytest.raises((TypeError, ValueError), match='"t"'):
-        mt.load(mt.save_bytes({"t": np.zeros(2)}))["t"].view("F33")
+        mt.loads(mt.dumps({"t": np.zeros(2)}))["t"].view("F33")

@@ -13,7 +13,7 @@ from support import BITS, NUMPY_NAMES, entry, raw
 
 
 def tensor(array: Any) -> mt.Tensor:
-    return mt.load(mt.save_bytes({"t": np.asarray(array)}))["t"]
+    return mt.loads(mt.dumps({"t": np.asarray(array)}))["t"]
 
 
 def test_numbers_are_values_and_not_bytes_read_as_text() -> None:
@@ -77,14 +77,14 @@ def test_the_truth_of_several_elements_is_ambiguous(array: np.ndarray) -> None:
 
 
 def test_a_bool_of_2_is_no_number() -> None:
-    bad = mt.load(raw({"t": entry("BOOL", [1], 0, 1)}, b"\2"))["t"]
+    bad = mt.loads(raw({"t": entry("BOOL", [1], 0, 1)}, b"\2"))["t"]
     for how in (bool, int, float):
         with pytest.raises(mt.errors.BitPatternError):
             how(bad)
 
 
 def test_packed_elements_are_no_numbers() -> None:
-    packed = mt.load(raw({"t": entry("F4", [2], 0, 1), "u": entry("F6_E2M3", [4], 1, 4)}, b"abcd"))
+    packed = mt.loads(raw({"t": entry("F4", [2], 0, 1), "u": entry("F6_E2M3", [4], 1, 4)}, b"abcd"))
     for one in packed.values():
         with pytest.raises(TypeError):
             float(one)

@@ -98,11 +98,11 @@ def test_populate_with_each_backend_and_mode(file):
 
         def check(options=options):
             pages = mt.open(file, **options, populate=True).residency()
-            assert (pages["touched"], pages["private"]) == (pages["pages"], 0), options
+            assert (pages.touched, pages.private) == (pages.pages, 0), options
 
         soon(check)
         pages = mt.open(file, **options).residency()
-        assert pages["touched"] == 0, options
+        assert pages.touched == 0, options
 
 
 def in_tar(path: Path, directory: Path) -> tuple[Path, int]:
@@ -129,7 +129,7 @@ def test_a_model_inside_an_archive_opens_where_it_lies(file, tmp_path, pack, bac
     length = file.stat().st_size
     model = mt.open(archive, backend=backend, offset=offset, length=length)
     assert ours(model) == reference(file)
-    at = model.info("big")["offset"]
+    at = model.info("big").offset
     assert archive.read_bytes()[at : at + 8] == model["big"].tobytes()[:8]
     model["small"].numpy()[0] = 99
     if backend != "pread":
@@ -179,8 +179,8 @@ def test_what_changed_in_a_misaligned_window_is_told_by_the_page(tmp_path):
     boundary = -model["w"].data_ptr() % PAGE
     w[boundary - 1 : boundary + 1] = 1
     [(_, change)] = model.changed().items()
-    assert (change["elements"], change["pages"]) == (2, 2)
-    assert model.residency()["private"] == 2
+    assert (change.elements, change.pages) == (2, 2)
+    assert model.residency().private == 2
 
 
 def test_a_memfd_is_apart_from_the_file_shared_with_children_and_knows_its_changes(file):
@@ -248,7 +248,7 @@ import ctypes, sys
 import maptensors as mt
 path, mode, size, page = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
 model = mt.open(path, mode)
-start = model["w"].data_ptr() - model.info("w")["offset"]
+start = model["w"].data_ptr() - model.info("w").offset
 tail = (ctypes.c_char * (page - size % page)).from_address(start + size)
 assert tail.raw.count(0) == len(tail)
 if mode != "r":

@@ -31,6 +31,33 @@ from support import MODELS, ROOT, entry, raw, reference, succeed
 DIGITS = MODELS / "digits.safetensors"
 
 
+def test_bytes_of_a_file_go_out_and_in_under_two_names() -> None:
+    data = mt.dumps({"w": np.arange(3, dtype="f4")}, metadata={"k": "v"})
+    for given in (data, bytearray(data), memoryview(data), memoryview(data + data)[: len(data)]):
+        with mt.loads(given) as model:
+            assert model["w"].numpy().tolist() == [0, 1, 2]
+            assert model.metadata == {"k": "v"}
+    for gone in ("load", "save_bytes", "load_bytes"):
+        assert not hasattr(mt, gone)
+    for given in ("models/digits.safetensors", 7, None):
+        with pytest.raises(
+            TypeError, match=r"^loads takes the bytes of a file, not \w+; a path is opened by .*$"
+        ):
+            mt.loads(given)  # type: ignore[arg-type]
+
+
+def test_an_open_file_is_refused_in_one_line_that_says_what_to_do(tmp_path: Path) -> None:
+    path = tmp_path / "m.safetensors"
+    mt.save({"w": np.zeros(1)}, path)
+    for mode in ("rb", "r"):
+        with path.open(mode) as file:
+            for use in (mt.open, mt.verify, maptensors.numpy.load_file, lambda file: mt.diff(path, file)):
+                with pytest.raises(
+                    TypeError, match=r"^path is .*not an open file \(\w+\): .* maptensors.loads$"
+                ):
+                    use(file)
+
+
 def test_the_version_is_the_same_everywhere() -> None:
     assert mt.__version__ == importlib.metadata.version("maptensors")
     cargo = (ROOT / "Cargo.toml").read_text()
@@ -125,7 +152,7 @@ for module in ("maptensors", "maptensors._native", "maptensors.torch"):
 import maptensors
 for argument in (b"", "no bytes"):
     try:
-        maptensors.load(argument)
+        maptensors.loads(argument)
     except (maptensors.MapTensorsError, TypeError) as error:
         print("caught")
 """,
@@ -269,9 +296,9 @@ def test_a_hostile_name_is_escaped_when_printed(name: str, tmp_path: Path) -> No
             lambda: model[name][7],
             lambda: model[name].view("F64"),
             lambda: model[name].__setitem__(0, np.zeros(9)),
-            lambda: mt.save_bytes({name: object()}),
-            lambda: mt.save_bytes({name: np.array([None])}),
-            lambda: mt.save_bytes([(name, np.zeros(1)), (name, np.zeros(1))]),
+            lambda: mt.dumps({name: object()}),
+            lambda: mt.dumps({name: np.array([None])}),
+            lambda: mt.dumps([(name, np.zeros(1)), (name, np.zeros(1))]),
             lambda: mt.create(tmp_path / "y", {name: {"dtype": "F32"}}),
             lambda: mt.create(tmp_path / "y", {"a": (name, ())}),
         ]:
@@ -475,7 +502,7 @@ if child == 0:
     try:
         assert array[0, 0] == 5
         array[0, 1] = 6
-        assert model.residency()["private"] >= 1
+        assert model.residency().private >= 1
         with mt.open(source) as again:
             assert again["fc1.weight"].numpy()[0, 0] != 5
         model.save(out)

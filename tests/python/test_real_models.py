@@ -77,17 +77,17 @@ def test_a_saved_copy_is_the_same_model_aligned_and_deterministic(
     with mt.open(path) as model:
         mt.save(model, first)
         model.save(second, durable=False)
-        assert mt.save_bytes(model) == first.read_bytes()
+        assert mt.dumps(model) == first.read_bytes()
     assert sha256(first) == sha256(second)
     assert reference(first) == read_by_reference(path)
     assert reference_metadata(first) == reference_metadata(path)
     with mt.open(first) as saved:
         places = [saved.info(name) for name in saved]
-    assert all(place["offset"] % 64 == 0 for place in places if place["nbytes"] % 64 == 0)
-    aligned = sum(place["nbytes"] for place in places if place["offset"] % 64 == 0)
+    assert all(place.offset % 64 == 0 for place in places if place.nbytes % 64 == 0)
+    aligned = sum(place.nbytes for place in places if place.offset % 64 == 0)
     # The format has no gaps: of tensors that all have odd sizes, hardly any can be aligned.
-    if any(place["nbytes"] % 64 == 0 for place in places):
-        assert aligned >= 0.99 * sum(place["nbytes"] for place in places)
+    if any(place.nbytes % 64 == 0 for place in places):
+        assert aligned >= 0.99 * sum(place.nbytes for place in places)
     else:
         assert key in {"wldetect", "sd-keymap-ssd", "sd-keymap-sd1", "sd-keymap-vega"}
 
@@ -131,7 +131,7 @@ def test_a_sharded_set_derived_with_the_reference_writer_opens_as_one_model(
         assert ours(model) == read_by_reference(fetch(key))
         assert model.metadata == {"format": "pt"}
         for name, shard in weight_map.items():
-            assert Path(model.info(name)["path"]) == tmp_path / shard
+            assert Path(model.info(name).path) == tmp_path / shard
 
 
 def test_tensors_misaligned_in_their_file_are_aligned_private_copies(fetch: Fetch) -> None:
@@ -140,7 +140,7 @@ def test_tensors_misaligned_in_their_file_are_aligned_private_copies(fetch: Fetc
     with mt.open(path) as model:
         assert len(model) == 104
         for name, tensor in model.items():
-            assert model.info(name)["offset"] % 2 == 1
+            assert model.info(name).offset % 2 == 1
             assert tensor.mapped is False
             assert tensor.data_ptr() % {"F16": 2, "I64": 8}[tensor.dtype] == 0
             assert tensor.numpy().flags.aligned
@@ -175,6 +175,6 @@ def test_edits_of_a_misaligned_tensor_are_seen_again_and_saved(fetch: Fetch, tmp
 def test_a_published_file_opens_without_reading_its_data(fetch: Fetch) -> None:
     with mt.open(fetch("minilm")) as model:
         pages = model.residency()
-        assert pages["touched"] == pages["private"] == 0 < pages["pages"]
+        assert pages.touched == pages.private == 0 < pages.pages
         model["embeddings.LayerNorm.bias"].numpy().sum()
-        assert 0 < model.residency()["touched"] < pages["pages"]
+        assert 0 < model.residency().touched < pages.pages

@@ -82,7 +82,7 @@ def test_golden_files_survive_and_the_reference_agrees(file: str, backend: str, 
     with mt.open(path, backend=backend) as model:
         assert ours(model) == reference(path)
         model.save(out)
-        assert mt.save_bytes(model) == out.read_bytes()
+        assert mt.dumps(model) == out.read_bytes()
         with mt.open(out) as again:
             assert (again.metadata, again.has_metadata) == (model.metadata, model.has_metadata)
     assert reference(out) == reference(path)
@@ -94,7 +94,7 @@ def test_golden_files_survive_and_the_reference_agrees(file: str, backend: str, 
 )
 def test_tensors_keep_every_bit(dtype: str, way: str, tmp_path: Path) -> None:
     source = one(dtype)
-    with mt.load(source) as model:
+    with mt.loads(source) as model:
         tensor = model["t"]
         expected = {"t": Read(dtype, SHAPE, bits_of(dtype))}
         out = tmp_path / "out.safetensors"
@@ -103,7 +103,7 @@ def test_tensors_keep_every_bit(dtype: str, way: str, tmp_path: Path) -> None:
                 mt.save({"t": tensor}, out)
                 found = mt.open(out, backend="mmap" if way == "file" else "pread")
             case "bytes":
-                found = mt.load(mt.save_bytes({"t": tensor}))
+                found = mt.loads(mt.dumps({"t": tensor}))
             case "model":
                 model.save(out)
                 found = mt.open(out)
@@ -139,7 +139,7 @@ def test_tensors_keep_every_bit(dtype: str, way: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("dtype", NUMPY_NAMES)
 def test_numpy_arrays_keep_every_bit(dtype: str, out: Path) -> None:
-    array = mt.load(one(dtype))["t"].numpy()
+    array = mt.loads(one(dtype))["t"].numpy()
     assert (array.dtype, array.shape) == (numpy_dtype(dtype), SHAPE)
     if dtype not in PACKED:
         assert array.tobytes() == bits_of(dtype)
@@ -152,7 +152,7 @@ def test_numpy_arrays_keep_every_bit(dtype: str, out: Path) -> None:
 
 @pytest.mark.parametrize("dtype", TORCH_NAMES)
 def test_torch_tensors_keep_every_bit(dtype: str, out: Path) -> None:
-    tensor = mt.load(one(dtype))["t"].torch()
+    tensor = mt.loads(one(dtype))["t"].torch()
     assert tensor.dtype == getattr(torch, TORCH_NAMES[dtype])
     assert tuple(tensor.shape) == (SHAPE if dtype != "F4" else (3, 8, 16))
     assert torch_bytes(tensor) == bits_of(dtype)
@@ -167,7 +167,7 @@ def test_torch_tensors_keep_every_bit(dtype: str, out: Path) -> None:
 @pytest.mark.parametrize("dtype", sorted(set(NUMPY_NAMES) - {"F4"}))
 def test_jax_arrays_keep_every_bit(dtype: str, out: Path) -> None:
     with jax.enable_x64(True):
-        array = mt.load(one(dtype))["t"].jax()
+        array = mt.loads(one(dtype))["t"].jax()
         assert (array.dtype, array.shape) == (numpy_dtype(dtype), SHAPE)
         maptensors.flax.save_file({"t": array}, out)
         assert reference(out) == {"t": Read(dtype, SHAPE, bits_of(dtype))}
@@ -179,7 +179,7 @@ def test_jax_arrays_keep_every_bit(dtype: str, out: Path) -> None:
 
 @pytest.mark.parametrize("dtype", ["F6_E2M3", "F6_E3M2"])
 def test_a_dtype_that_no_framework_has_is_refused_by_name_and_readable_as_bytes(dtype: str) -> None:
-    tensor = mt.load(one(dtype))["t"]
+    tensor = mt.loads(one(dtype))["t"]
     for convert in [tensor.numpy, tensor.torch, tensor.jax]:
         with pytest.raises(mt.errors.DTypeError, match=dtype):
             convert()
@@ -188,7 +188,7 @@ def test_a_dtype_that_no_framework_has_is_refused_by_name_and_readable_as_bytes(
 
 @pytest.mark.parametrize("dtype", ["BF16", "F8_E4M3", "F4"])
 def test_bytes_of_any_dtype_go_through_the_buffer_protocol_untyped(dtype: str) -> None:
-    tensor = mt.load(one(dtype))["t"]
+    tensor = mt.loads(one(dtype))["t"]
     assert hashlib.sha256(tensor).digest() == hashlib.sha256(bits_of(dtype)).digest()
     with pytest.raises(BufferError, match=dtype):
         memoryview(tensor)
@@ -224,7 +224,7 @@ def keys(draw: st.DrawFn, *, backwards: bool = True) -> tuple[Any, ...]:
 
 @pytest.fixture(scope="module")
 def indexed() -> Iterator[mt.Tensor]:
-    with mt.load(mt.save_bytes({"t": INDEXED})) as model:
+    with mt.loads(mt.dumps({"t": INDEXED})) as model:
         yield model["t"]
 
 
@@ -239,7 +239,7 @@ def test_slicing_is_numpys(indexed: mt.Tensor, key: tuple[Any, ...]) -> None:
     assert part.tobytes() == expected.tobytes()
     np.testing.assert_array_equal(part.numpy(), expected)
     np.testing.assert_array_equal(np.asarray(memoryview(part)), expected)
-    assert mt.load(mt.save_bytes({"x": part}))["x"].tobytes() == expected.tobytes()
+    assert mt.loads(mt.dumps({"x": part}))["x"].tobytes() == expected.tobytes()
     if len(key) == 1:
         assert indexed[key[0]].tobytes() == expected.tobytes()
 
@@ -302,7 +302,7 @@ def test_a_bool_is_not_taken_for_the_index_0_or_1(indexed: mt.Tensor) -> None:
 @pytest.mark.parametrize("key", [(slice(0, 3),), (..., slice(1, 4)), (0, 1), (..., 3)])
 def test_packed_elements_are_not_cut_inside_a_byte(key: tuple[Any, ...]) -> None:
     data = bytes(range(8))
-    tensor = mt.load(raw({"t": entry("F4", [4, 4], 0, 8)}, data))["t"]
+    tensor = mt.loads(raw({"t": entry("F4", [4, 4], 0, 8)}, data))["t"]
     if key == (slice(0, 3),):
         assert tensor[key].tobytes() == data[:6]
     else:
@@ -378,12 +378,12 @@ def test_arrays_of_any_layout_are_saved_as_what_they_mean(layout: str, way: str,
 def test_arrays_of_any_dtype_are_saved_right_or_refused(array: np.ndarray) -> None:
     native = array.dtype.newbyteorder("=")
     if native.name in NUMPY_NAMES.values():
-        found = maptensors.numpy.load(mt.save_bytes({"t": array}))["t"]
+        found = maptensors.numpy.load(mt.dumps({"t": array}))["t"]
         assert (found.dtype, found.shape) == (native, array.shape)
         assert found.tobytes() == array.astype(native).tobytes()
     else:
         with pytest.raises(mt.errors.DTypeError):
-            mt.save_bytes({"t": array})
+            mt.dumps({"t": array})
 
 
 REFUSED_ARRAYS: dict[str, Any] = {
@@ -412,7 +412,7 @@ def test_dtypes_the_format_does_not_have_are_refused_and_leave_nothing(
     tensors = {"fine": np.zeros(3), "wrong": REFUSED_ARRAYS[what]}
     save: Callable[[], Any] = {
         "file": lambda: mt.save(tensors, out),
-        "bytes": lambda: mt.save_bytes(tensors),
+        "bytes": lambda: mt.dumps(tensors),
         "shards": lambda: mt.save(tensors, out, max_shard_size=24),
         "spec": lambda: mt.create(out, tensors),
     }[way]
@@ -426,7 +426,7 @@ def test_dtypes_the_format_does_not_have_are_refused_and_leave_nothing(
 def test_a_masked_array_is_not_saved_as_if_nothing_were_masked() -> None:
     masked = np.ma.MaskedArray([1.0, 2.0], mask=[True, False])
     with pytest.raises((TypeError, ValueError)):
-        mt.save_bytes({"t": masked})
+        mt.dumps({"t": masked})
 
 
 # What torch may hold.
@@ -458,7 +458,7 @@ def test_torch_tensors_of_any_layout_are_saved_as_what_they_mean(out: Path) -> N
     assert tensors["conjugate"].is_conj()
     assert tensors["negative"].is_neg()
     mt.save(tensors, out)
-    assert mt.save_bytes(tensors) == out.read_bytes()
+    assert mt.dumps(tensors) == out.read_bytes()
     read = reference(out)
     for name, tensor in tensors.items():
         meant = tensor.detach().resolve_conj().resolve_neg().contiguous()
@@ -478,7 +478,7 @@ def test_torch_tensors_of_any_layout_are_saved_as_what_they_mean(out: Path) -> N
 def test_torch_tensors_without_plain_memory_are_refused(
     make: Callable[[], torch.Tensor], error: type[Exception], text: str, tmp_path: Path
 ) -> None:
-    for save in [lambda t: mt.save(t, tmp_path / "out"), mt.save_bytes]:
+    for save in [lambda t: mt.save(t, tmp_path / "out"), mt.dumps]:
         with pytest.raises(error, match=text):
             save({"fine": torch.zeros(2), "t": make()})
     assert names_in(tmp_path) == []
@@ -534,7 +534,7 @@ class Exotic:
 
 def test_a_mixed_dict_is_saved(out: Path) -> None:
     array = np.arange(6, dtype="f4").reshape(2, 3)
-    source = mt.load(mt.save_bytes({"x": array}))
+    source = mt.loads(mt.dumps({"x": array}))
     tensors = {
         "numpy": array,
         "torch": torch.from_numpy(array.copy()),
@@ -623,7 +623,7 @@ def test_what_is_no_dict_of_arrays_is_refused_and_leaves_nothing(
     out = tmp_path / "out.safetensors"
     save: Callable[[], Any] = {
         "file": lambda: mt.save(tensors, out),
-        "bytes": lambda: mt.save_bytes(tensors),
+        "bytes": lambda: mt.dumps(tensors),
         "shards": lambda: mt.save(tensors, out, max_shard_size=1),
     }[way]
     with pytest.raises((ValueError, TypeError)):
@@ -703,7 +703,7 @@ def test_a_shard_size_that_is_none_is_refused(size: Any, out: Path) -> None:
 
 @pytest.mark.parametrize("before", [b"\0", b"\x01"])
 def test_bools_are_checked_before_a_framework_sees_them(before: bytes) -> None:
-    tensor = mt.load(raw({"t": entry("BOOL", [2, 2], 0, 4)}, before + b"\2\0\1"))["t"]
+    tensor = mt.loads(raw({"t": entry("BOOL", [2, 2], 0, 4)}, before + b"\2\0\1"))["t"]
     for use in [tensor.numpy, tensor.torch, tensor.jax, tensor.__dlpack__, lambda: memoryview(tensor)]:
         with pytest.raises(mt.errors.BitPatternError, match=r"view\(\"U8\"\)"):
             use()
@@ -724,7 +724,7 @@ def test_bools_are_checked_before_a_framework_sees_them(before: bytes) -> None:
 )
 def test_a_view_is_the_same_bytes_as_another_dtype(source: str, to: Any, shape: tuple[int, ...]) -> None:
     data = bytes(range(8 * BITS[source] // 8))
-    tensor = mt.load(raw({"t": entry(source, [2, 4], 0, len(data))}, data))["t"]
+    tensor = mt.loads(raw({"t": entry(source, [2, 4], 0, len(data))}, data))["t"]
     view = tensor.view(to)
     assert view.shape == shape
     assert (view.data_ptr(), view.tobytes()) == (tensor.data_ptr(), data)
@@ -732,7 +732,7 @@ def test_a_view_is_the_same_bytes_as_another_dtype(source: str, to: Any, shape: 
 
 @pytest.mark.parametrize("to", ["F64", "C64", "F7", None, 3, "f32"])
 def test_a_view_that_does_not_fit_is_refused(to: Any) -> None:
-    tensor = mt.load(raw({"t": entry("U8", [3], 0, 3)}, b"abc"))["t"]
+    tensor = mt.loads(raw({"t": entry("U8", [3], 0, 3)}, b"abc"))["t"]
     with pytest.raises((ValueError, TypeError)):
         tensor.view(to)
 
@@ -753,7 +753,7 @@ def test_a_view_that_does_not_fit_is_refused(to: Any) -> None:
     ids=lambda value: type(value).__name__,
 )
 def test_assignment_takes_what_frameworks_take(value: Any) -> None:
-    tensor = mt.load(mt.save_bytes({"t": np.zeros((3, 4), "f4")}))["t"]
+    tensor = mt.loads(mt.dumps({"t": np.zeros((3, 4), "f4")}))["t"]
     tensor[1] = value
     assert tensor.numpy().tolist() == [[0] * 4, [2] * 4, [0] * 4]
     tensor[::-1][0, ::2] = 1
@@ -763,7 +763,7 @@ def test_assignment_takes_what_frameworks_take(value: Any) -> None:
 @pytest.mark.parametrize("dtype", ["U8", "U16", "I8", "F16", "BF16", "BOOL", "F8_E4M3", "C64"])
 @pytest.mark.parametrize("value", [1, [0, 1, 1, 0], True])
 def test_python_numbers_may_be_assigned_whatever_the_dtype(dtype: str, value: Any) -> None:
-    tensor = mt.load(mt.save_bytes({"t": np.zeros(4, numpy_dtype(dtype))}))["t"]
+    tensor = mt.loads(mt.dumps({"t": np.zeros(4, numpy_dtype(dtype))}))["t"]
     expected = tensor.numpy().copy()
     expected[...] = value
     tensor[...] = value
@@ -776,7 +776,7 @@ def test_python_numbers_may_be_assigned_whatever_the_dtype(dtype: str, value: An
     ids=repr,
 )
 def test_assignment_refuses_what_does_not_fit(value: Any) -> None:
-    tensor = mt.load(mt.save_bytes({"t": np.ones(4, "f4")}))["t"]
+    tensor = mt.loads(mt.dumps({"t": np.ones(4, "f4")}))["t"]
     with pytest.raises((TypeError, ValueError)):
         tensor[...] = value
     assert tensor.numpy().tolist() == [1] * 4

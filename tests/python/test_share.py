@@ -53,7 +53,7 @@ def state_of(value: float, size: int = 5000) -> dict[str, np.ndarray]:
 def where(weights: mt.Subscriber, name: str) -> tuple[int, int]:
     """The inode and the offset at which a tensor lies."""
     info = weights.model.info(name)
-    return os.stat(info["path"]).st_ino, info["offset"]
+    return os.stat(info.path).st_ino, info.offset
 
 
 def test_every_process_holds_what_one_publishes(place: str) -> None:
@@ -480,7 +480,7 @@ def test_arrays_held_over_generations_and_removal_stay_and_nothing_is_written_un
             assert weights.refresh() == {"a", "b"}
         model = weights.model
         taken = [weights.state(framework=framework)["a"], getattr(model["a"], framework)()]
-        path, offset = model.info("a")["path"], model.info("a")["offset"]
+        path, offset = model.info("a").path, model.info("a").offset
         inode = os.stat(path).st_ino
         for array in taken:
             assert address(array) == model["a"].data_ptr()

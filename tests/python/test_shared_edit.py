@@ -47,9 +47,9 @@ def test_what_is_written_reaches_the_file_at_once_by_every_way_there_is(file):
     expected[::-2, 5:50:7] = 3
     assert (found["fc1.bias"] == 1).all()
     assert (found["fc1.weight"] == expected).all()
-    start = model.info("fc1.bias")["offset"]
-    assert min(mt.open(file).info(name)["offset"] for name in model) <= start
-    header = min(model.info(name)["offset"] for name in model)
+    start = model.info("fc1.bias").offset
+    assert min(mt.open(file).info(name).offset for name in model) <= start
+    header = min(model.info(name).offset for name in model)
     assert file.read_bytes()[:header] == before[:header]
     assert ours(model) == reference(file)
 
@@ -59,7 +59,7 @@ def test_no_buffer_under_an_array_reaches_beyond_its_tensor(file):
     model = mt.open(file, "r+")
     for name, array in [*model.numpy().items(), *((name, model[name].numpy()) for name in model)]:
         info = model.info(name)
-        assert memoryview(array.base).nbytes == info["nbytes"] == array.nbytes
+        assert memoryview(array.base).nbytes == info.nbytes == array.nbytes
     part = model["fc1.weight"][10:20, ::-2].numpy()
     bounds = np.lib.array_utils.byte_bounds(part)
     base = np.frombuffer(part.base, np.uint8)
@@ -139,9 +139,9 @@ def test_there_is_nothing_to_tell_changes_by_and_nothing_to_promote(file, tmp_pa
     assert not delta.exists()
     with pytest.raises(ValueError, match="no pages of its own"):
         model.promote()
-    assert model.residency()["private"] == 0
+    assert model.residency().private == 0
     # Compared as a whole it can be.
-    assert mt.diff(DIGITS, model)["changed"].keys() == {"fc1.bias"}
+    assert mt.diff(DIGITS, model).changed.keys() == {"fc1.bias"}
     with pytest.raises(ValueError, match="mode"):
         mt.apply_delta(file, file, mode="r+")
 

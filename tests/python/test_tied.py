@@ -126,16 +126,16 @@ from torch.testing._internal.two_tensor import TwoTensor
 base = torch.arange(12.0).reshape(3, 4)
 complex_ = torch.complex(base, base)
 for t in (base, base.t(), torch.nn.Parameter(base), base[:, ::2], complex_.mH, base.bfloat16().t()):
-    loaded = mt.load(mt.save_bytes({"t": t}))["t"].torch()
+    loaded = mt.loads(mt.dumps({"t": t}))["t"].torch()
     assert torch.equal(loaded, t.detach()), t
-tensor = mt.load(mt.save_bytes({"t": base}))["t"]
+tensor = mt.loads(mt.dumps({"t": base}))["t"]
 tensor[...] = base.t().contiguous().t() + 1
 assert torch.equal(tensor.torch(), base + 1)
 base.untyped_storage().resize_(8)
 two = torch.zeros(2)
 for t in (base, TwoTensor(two, two), two.to_sparse(), two.to("meta")):
     try:
-        mt.save_bytes({"layer": t})
+        mt.dumps({"layer": t})
     except mt.MapTensorsError as error:
         assert '"layer"' in str(error)
     else:

@@ -52,7 +52,7 @@ def writable(path: Path) -> list[tuple[int, int]]:
 
 def place(model: mt.Model, name: str) -> tuple[int, int]:
     info = model.info(name)
-    return info["offset"], info["offset"] + info["nbytes"]
+    return info.offset, info.offset + info.nbytes
 
 
 def frombuffer_to_write(tensor: mt.Tensor) -> Any:
@@ -96,7 +96,7 @@ READERS: dict[str, Callable[[mt.Model], Any]] = {
     "residency": lambda model: model.residency_by_tensor(),
     "evict": lambda model: model.evict(),
     "prefetch": lambda model: model.prefetch(wait=True),
-    "save": lambda model: mt.save_bytes(model),
+    "save": lambda model: mt.dumps(model),
     "repr": lambda model: [repr(model[name]) for name in model],
     "torch on another device": lambda model: model.torch("meta"),
     "a tensor's torch on another device": lambda model: model["a"].torch("meta"),

@@ -74,13 +74,13 @@ def test_what_is_handed_out_lies_at_the_tensors_place_in_the_file(path: Path, na
     with mt.open(path) as model:
         tensor = model[name]
         address = ADDRESS[way](tensor)
-        assert file_offset(path, address, tensor.nbytes) == model.info(name)["offset"]
+        assert file_offset(path, address, tensor.nbytes) == model.info(name).offset
         del tensor
 
 
 def test_parts_of_a_tensor_lie_in_the_file_too(path: Path) -> None:
     with mt.open(path) as model:
-        start = model.info("weight")["offset"]
+        start = model.info("weight").offset
         for key, element in [
             ((3,), 3 * 128),
             ((slice(None), 5), 5),
@@ -99,7 +99,7 @@ def test_parts_of_a_tensor_lie_in_the_file_too(path: Path) -> None:
 
 def test_whole_models_are_handed_out_without_a_copy(path: Path) -> None:
     with mt.open(path) as model:
-        places = {name: model.info(name)["offset"] for name in model}
+        places = {name: model.info(name).offset for name in model}
     arrays = maptensors.numpy.load_file(path)
     found = {
         name: file_offset(path, a.__array_interface__["data"][0], a.nbytes) for name, a in arrays.items()
@@ -117,8 +117,7 @@ def test_jax_aliases_every_tensor_on_a_64_byte_boundary_of_files_saved_here(path
             if tensor.data_ptr() % 64 == 0:
                 assert array.unsafe_buffer_pointer() == tensor.data_ptr()
                 assert (
-                    file_offset(path, array.unsafe_buffer_pointer(), tensor.nbytes)
-                    == model.info(name)["offset"]
+                    file_offset(path, array.unsafe_buffer_pointer(), tensor.nbytes) == model.info(name).offset
                 )
                 aliased.append(name)
             assert np.asarray(array).tobytes() == tensor.tobytes()
@@ -132,12 +131,12 @@ def test_jax_aliases_every_tensor_on_a_64_byte_boundary_of_files_saved_here(path
 def test_opening_touches_no_page_of_data(path: Path, mode: str) -> None:
     with mt.open(path, mode) as model:
         assert len(model) == 4
-        assert {name: model.info(name)["shape"] for name in model} == SHAPES
+        assert {name: model.info(name).shape for name in model} == SHAPES
         held = [tensor.numpy() if mode == "r" else tensor.torch() for tensor in model.values()]
         pages = model.residency()
-        assert pages["touched"] == pages["private"] == 0 < pages["pages"]
+        assert pages.touched == pages.private == 0 < pages.pages
         assert held[0].sum() != 0
-        assert model.residency()["touched"] > 0
+        assert model.residency().touched > 0
         del held
 
 
@@ -147,7 +146,7 @@ def test_reading_touches_the_pages_read_and_only_them(tmp_path: Path) -> None:
     with mt.open(path) as model:
         array = model["w0"].numpy()
         assert array[1 << 29] == 0
-        assert 0 < model.residency()["touched"] <= 1024
+        assert 0 < model.residency().touched <= 1024
         del array
 
 
@@ -155,8 +154,8 @@ def test_populate_reads_everything_in_and_copies_nothing(path: Path) -> None:
     def check() -> None:
         with mt.open(path, populate=True) as model:
             pages = model.residency()
-            assert pages["touched"] == pages["pages"] > 0
-            assert pages["private"] == 0
+            assert pages.touched == pages.pages > 0
+            assert pages.private == 0
 
     soon(check)
 
@@ -169,13 +168,13 @@ def test_with_dense_edits_a_large_tensor_becomes_private_when_it_is_taken(tmp_pa
     mt.save({"a": large, "b": large + 1, "small": np.ones(100, np.float32)}, path)
     before = path.read_bytes()
     with mt.open(path, dense_edits=True) as model:
-        assert model.residency()["private"] == 0
+        assert model.residency().private == 0
         array = model["a"].numpy()
-        assert model.residency()["private"] == array.nbytes // model.residency()["page_size"]
+        assert model.residency().private == array.nbytes // model.residency().page_size
         array += 1
         assert np.array_equal(model["a"].numpy(), large + 1)
         small = model["small"].numpy()
-        assert model.residency()["private"] == array.nbytes // model.residency()["page_size"]
+        assert model.residency().private == array.nbytes // model.residency().page_size
         assert np.array_equal(model.numpy()["b"], large + 1)
         assert small.sum() == 100
         model["b"].numpy()[:] = 0
@@ -185,7 +184,7 @@ def test_with_dense_edits_a_large_tensor_becomes_private_when_it_is_taken(tmp_pa
     assert path.read_bytes() == before
     with mt.open(path, mode="r", dense_edits=True) as model:
         model.numpy()
-        assert model.residency()["private"] == 0
+        assert model.residency().private == 0
 
 
 def test_a_sparse_file_of_a_tebibyte_opens_without_touching_or_allocating(tmp_path: Path) -> None:
@@ -255,20 +254,20 @@ def test_a_write_is_seen_by_all_views_but_never_by_the_file(path: Path, way: str
         assert model["weight"].torch()[0, 0] == 7.0
         assert np.frombuffer(model["weight"].tobytes(), "f4")[0] == 7.0
         assert other["weight"].numpy()[0, 0] != 7.0
-        assert model.residency()["private"] == 1
-        assert other.residency()["private"] == 0
+        assert model.residency().private == 1
+        assert other.residency().private == 0
     assert sha256(path) == before
 
 
 @pytest.mark.parametrize("pages", [1, 7, 32])
 def test_as_many_pages_become_private_as_are_written(path: Path, pages: int) -> None:
     with mt.open(path) as model:
-        assert model.info("weight")["offset"] % PAGE == 0
+        assert model.info("weight").offset % PAGE == 0
         for write in [lambda tensor: tensor.numpy(), lambda tensor: tensor.torch()]:
             flat = write(model["weight"]).reshape(-1)
             for page in range(pages):
                 flat[page * PAGE // 4] += 1
-            assert model.residency()["private"] == pages
+            assert model.residency().private == pages
             del flat
 
 
@@ -404,7 +403,7 @@ def test_a_closed_model_refuses_access_and_says_so(path: Path) -> None:
 def test_views_are_unaffected_when_the_file_is_replaced(path: Path, how: str) -> None:
     expected = path.read_bytes()
     model = mt.open(path)
-    start = model.info("weight")["offset"]
+    start = model.info("weight").offset
     array = model["weight"].numpy()
     if how == "unlink":
         path.unlink()

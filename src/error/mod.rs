@@ -1,9 +1,15 @@
 //! The one error type.
 
+mod kind;
+mod text;
+
+pub use kind::ErrorKind;
+pub(crate) use text::{printable, quote};
+
 use std::borrow::Cow;
-use std::fmt::Write as _;
 use std::io;
 use std::path::{Path, PathBuf};
+use text::{and_others, at, of, of_file, shape_text};
 
 /// What every fallible function of this crate returns.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
@@ -13,18 +19,22 @@ pub type Result<T, E = Error> = std::result::Result<T, E>;
 /// `path` is the file concerned; it is empty where bytes came from memory. Names and other text from a
 /// file are escaped when printed, so an error message cannot drive a terminal.
 ///
+/// Kinds and fields may be added: a pattern ends in `..`, and a `match` has an arm for the rest. [`Error::kind`] is
+/// what to match on where the fields do not matter.
+///
 /// ```
-/// use maptensors::{Error, Model};
+/// use maptensors::{Error, ErrorKind, Model};
 ///
 /// let error = Model::from_bytes(b"\x3c\0\0\0\0\0\0\0").unwrap_err();
 /// assert!(matches!(error, Error::Truncated { found: 8, expected: 68, .. }));
-/// assert_eq!(error.kind(), "Truncated");
+/// assert_eq!(error.kind(), ErrorKind::Truncated);
 /// ```
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
     /// The operating system refused.
     #[error("{}{action}: {source}", at(path))]
+    #[non_exhaustive]
     Io {
         /// The file concerned.
         path: PathBuf,
@@ -36,6 +46,7 @@ pub enum Error {
 
     /// The path is a directory, FIFO, device or socket.
     #[error("{}not a regular file but {found}", at(path))]
+    #[non_exhaustive]
     NotRegular {
         /// The path concerned.
         path: PathBuf,
@@ -48,6 +59,7 @@ pub enum Error {
         "{}the file has {found} bytes, but {expected} are declared: {} are missing (an interrupted download?)",
         at(path), expected.saturating_sub(*found)
     )]
+    #[non_exhaustive]
     Truncated {
         /// The file concerned.
         path: PathBuf,
@@ -59,6 +71,7 @@ pub enum Error {
 
     /// A number is larger than any sound file has, or than this process may have.
     #[error("{}{what} is {found}, more than the limit of {limit}{}", at(path), hint.map(|h| format!(" ({h})")).unwrap_or_default())]
+    #[non_exhaustive]
     Limit {
         /// The file concerned.
         path: PathBuf,
@@ -74,6 +87,7 @@ pub enum Error {
 
     /// The header is not UTF-8.
     #[error("{}the header is not UTF-8 at file offset {offset}", at(path))]
+    #[non_exhaustive]
     Utf8 {
         /// The file concerned.
         path: PathBuf,
@@ -83,6 +97,7 @@ pub enum Error {
 
     /// The header or index is not the JSON it should be.
     #[error("{}{what} is not valid: {source}", at(path))]
+    #[non_exhaustive]
     Json {
         /// The file concerned.
         path: PathBuf,
@@ -94,6 +109,7 @@ pub enum Error {
 
     /// A name is there twice.
     #[error("{}{what} {} is there twice", at(path), quote(name))]
+    #[non_exhaustive]
     Duplicate {
         /// The file concerned.
         path: PathBuf,
@@ -105,6 +121,7 @@ pub enum Error {
 
     /// A dtype is unknown, or not the one asked for.
     #[error("{}tensor {} is {}, expected {expected}", at(path), quote(tensor), printable(found))]
+    #[non_exhaustive]
     DType {
         /// The file concerned; empty where a view was asked for a type it does not have.
         path: PathBuf,
@@ -118,6 +135,7 @@ pub enum Error {
 
     /// A shape describes more bytes than can be counted.
     #[error("{}tensor {} has shape {}: its size overflows", at(path), quote(tensor), shape_text(shape))]
+    #[non_exhaustive]
     Overflow {
         /// The file concerned.
         path: PathBuf,
@@ -129,6 +147,7 @@ pub enum Error {
 
     /// Tensor data overlaps, leaves a hole, runs backwards, or does not fill the file.
     #[error("{}{what} at data offset {found}, expected {expected}{}", at(path), of(tensor))]
+    #[non_exhaustive]
     Layout {
         /// The file concerned.
         path: PathBuf,
@@ -148,6 +167,7 @@ pub enum Error {
         quote(tensor),
         of_file(path)
     )]
+    #[non_exhaustive]
     Shape {
         /// The file concerned.
         path: PathBuf,
@@ -161,6 +181,7 @@ pub enum Error {
 
     /// An address, or a sub-byte boundary, is not where a typed view needs it.
     #[error("tensor {} {what}{}", quote(tensor), of_file(path))]
+    #[non_exhaustive]
     Align {
         /// The file concerned.
         path: PathBuf,
@@ -172,6 +193,7 @@ pub enum Error {
 
     /// A bit pattern that is no value of the type: a `bool` that is neither 0 nor 1.
     #[error("tensor {}: {what}", quote(tensor))]
+    #[non_exhaustive]
     Value {
         /// The tensor concerned.
         tensor: String,
@@ -181,6 +203,7 @@ pub enum Error {
 
     /// A shard that an index names is not in the index's directory, or below it.
     #[error("{}the index names {} as a shard: {reason}", at(path), quote(name))]
+    #[non_exhaustive]
     Path {
         /// The index.
         path: PathBuf,
@@ -192,6 +215,7 @@ pub enum Error {
 
     /// There is no such tensor.
     #[error("{}there is no tensor {}{hint}", at(path), quote(name))]
+    #[non_exhaustive]
     Missing {
         /// The file searched.
         path: PathBuf,
@@ -207,6 +231,7 @@ pub enum Error {
 
     /// Somebody else has it, and only one can.
     #[error("{}{what}", at(path))]
+    #[non_exhaustive]
     Busy {
         /// What is had.
         path: PathBuf,
@@ -216,6 +241,7 @@ pub enum Error {
 
     /// A publication is not there yet, is gone, or is damaged.
     #[error("{}{what}", at(path))]
+    #[non_exhaustive]
     Publication {
         /// The publication's directory.
         path: PathBuf,
@@ -230,6 +256,7 @@ pub enum Error {
         quote(tensor),
         and_others(others)
     )]
+    #[non_exhaustive]
     Checksum {
         /// The file concerned.
         path: PathBuf,
@@ -249,6 +276,7 @@ pub enum Error {
         at(path),
         of_file(base)
     )]
+    #[non_exhaustive]
     Base {
         /// The delta.
         path: PathBuf,
@@ -262,6 +290,7 @@ pub enum Error {
 
     /// A file is no delta, or one that contradicts itself.
     #[error("{}not a valid delta: {what}{}", at(path), of(tensor))]
+    #[non_exhaustive]
     Delta {
         /// The file concerned.
         path: PathBuf,
@@ -273,6 +302,7 @@ pub enum Error {
 
     /// A file is not as it was when it was opened under a guard.
     #[error("{}the file has changed since it was opened: {what} is {found}, and was {expected}", at(path))]
+    #[non_exhaustive]
     Changed {
         /// The file concerned.
         path: PathBuf,
@@ -287,6 +317,7 @@ pub enum Error {
     /// A directory is not where it was opened any more: it was moved or removed, or a link on the way to it points
     /// elsewhere.
     #[error("{}{what}", at(path))]
+    #[non_exhaustive]
     Moved {
         /// The directory, by the path that it was opened by.
         path: PathBuf,
@@ -296,6 +327,7 @@ pub enum Error {
 
     /// What was saved is in place and visible; but something that was to go is still there.
     #[error("{}saved and visible, but {} could not be removed: {source}", at(path), printable(&left.to_string_lossy()))]
+    #[non_exhaustive]
     NotRemoved {
         /// What was saved.
         path: PathBuf,
@@ -308,6 +340,7 @@ pub enum Error {
     /// The new file is in place and visible, but the directory could not be synced:
     /// after a power loss the old file may be back.
     #[error("{}saved and visible, but perhaps not durable: syncing its directory failed: {source}", at(path))]
+    #[non_exhaustive]
     NotDurable {
         /// The file saved.
         path: PathBuf,
@@ -317,34 +350,44 @@ pub enum Error {
 }
 
 impl Error {
-    /// The variant's name, as in `docs` and as Python's exception classes are called.
-    pub fn kind(&self) -> &'static str {
+    /// What kind of error it is, without what is needed to act on it.
+    ///
+    /// ```
+    /// use maptensors::{ErrorKind, Model};
+    ///
+    /// let error = Model::read("models/digits-2.safetensors").unwrap_err();
+    /// match error.kind() {
+    ///     ErrorKind::Io | ErrorKind::NotRegular => println!("not there: {error}"),
+    ///     kind => panic!("{kind}: {error}"),
+    /// }
+    /// ```
+    pub fn kind(&self) -> ErrorKind {
         match self {
-            Self::Io { .. } => "Io",
-            Self::NotRegular { .. } => "NotRegular",
-            Self::Truncated { .. } => "Truncated",
-            Self::Limit { .. } => "Limit",
-            Self::Utf8 { .. } => "Utf8",
-            Self::Json { .. } => "Json",
-            Self::Duplicate { .. } => "Duplicate",
-            Self::DType { .. } => "DType",
-            Self::Overflow { .. } => "Overflow",
-            Self::Layout { .. } => "Layout",
-            Self::Shape { .. } => "Shape",
-            Self::Align { .. } => "Align",
-            Self::Value { .. } => "Value",
-            Self::Path { .. } => "Path",
-            Self::Missing { .. } => "Missing",
-            Self::Argument(_) => "Argument",
-            Self::Busy { .. } => "Busy",
-            Self::Publication { .. } => "Publication",
-            Self::Checksum { .. } => "Checksum",
-            Self::Base { .. } => "Base",
-            Self::Delta { .. } => "Delta",
-            Self::Changed { .. } => "Changed",
-            Self::Moved { .. } => "Moved",
-            Self::NotRemoved { .. } => "NotRemoved",
-            Self::NotDurable { .. } => "NotDurable",
+            Self::Io { .. } => ErrorKind::Io,
+            Self::NotRegular { .. } => ErrorKind::NotRegular,
+            Self::Truncated { .. } => ErrorKind::Truncated,
+            Self::Limit { .. } => ErrorKind::Limit,
+            Self::Utf8 { .. } => ErrorKind::Utf8,
+            Self::Json { .. } => ErrorKind::Json,
+            Self::Duplicate { .. } => ErrorKind::Duplicate,
+            Self::DType { .. } => ErrorKind::DType,
+            Self::Overflow { .. } => ErrorKind::Overflow,
+            Self::Layout { .. } => ErrorKind::Layout,
+            Self::Shape { .. } => ErrorKind::Shape,
+            Self::Align { .. } => ErrorKind::Align,
+            Self::Value { .. } => ErrorKind::Value,
+            Self::Path { .. } => ErrorKind::Path,
+            Self::Missing { .. } => ErrorKind::Missing,
+            Self::Argument { .. } => ErrorKind::Argument,
+            Self::Busy { .. } => ErrorKind::Busy,
+            Self::Publication { .. } => ErrorKind::Publication,
+            Self::Checksum { .. } => ErrorKind::Checksum,
+            Self::Base { .. } => ErrorKind::Base,
+            Self::Delta { .. } => ErrorKind::Delta,
+            Self::Changed { .. } => ErrorKind::Changed,
+            Self::Moved { .. } => ErrorKind::Moved,
+            Self::NotRemoved { .. } => ErrorKind::NotRemoved,
+            Self::NotDurable { .. } => ErrorKind::NotDurable,
         }
     }
 
@@ -364,81 +407,9 @@ impl Error {
     }
 }
 
-/// Text from a file or a user, made safe to print: quoted, control characters escaped, cut when long.
-pub(crate) fn quote(text: &str) -> String {
-    format!("\"{}\"", printable(text))
-}
-
-/// As [`quote`], without the quotes.
-pub(crate) fn printable(text: &str) -> String {
-    const LONGEST: usize = 200;
-    let mut out = String::new();
-    for (i, c) in text.chars().enumerate() {
-        if i == LONGEST {
-            let _ = write!(out, "… ({} characters)", text.chars().count());
-            break;
-        }
-        // Bidirectional controls reorder what surrounds them; the rest drive a terminal.
-        let reorders =
-            matches!(c, '\u{200e}' | '\u{200f}' | '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}');
-        if c.is_control() || reorders {
-            out.extend(c.escape_unicode());
-        } else {
-            out.push(c);
-        }
-    }
-    out
-}
-
-fn at(path: &Path) -> String {
-    if path.as_os_str().is_empty() {
-        String::new()
-    } else {
-        format!("{}: ", printable(&path.to_string_lossy()))
-    }
-}
-
-fn of_file(path: &Path) -> String {
-    if path.as_os_str().is_empty() {
-        String::new()
-    } else {
-        format!(" in {}", printable(&path.to_string_lossy()))
-    }
-}
-
-fn of(tensor: &str) -> String {
-    if tensor.is_empty() { String::new() } else { format!(" (tensor {})", quote(tensor)) }
-}
-
-fn and_others(names: &[String]) -> String {
-    const MOST: usize = 5;
-    let listed: Vec<String> = names.iter().take(MOST).map(|name| quote(name)).collect();
-    match names.len() {
-        0 => String::new(),
-        n if n > MOST => format!("; so are {} and {} more", listed.join(", "), n - MOST),
-        _ => format!("; so are {}", listed.join(", ")),
-    }
-}
-
-fn shape_text(shape: &[usize]) -> String {
-    if shape.len() <= 8 {
-        format!("{shape:?}")
-    } else {
-        format!("{:?}… of rank {}", &shape[..8], shape.len())
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn text_from_a_file_cannot_drive_a_terminal() {
-        assert_eq!(quote("a\u{1b}[31m\0é"), "\"a\\u{1b}[31m\\u{0}é\"");
-        assert_eq!(printable("\u{202e}x"), "\\u{202e}x");
-        let long = quote(&"x".repeat(1_000_000));
-        assert!(long.len() < 300 && long.contains("1000000 characters"), "{long}");
-    }
 
     #[test]
     fn a_message_says_found_expected_and_the_likely_cause() {
