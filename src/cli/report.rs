@@ -163,11 +163,11 @@ fn file_name(path: &Path) -> Cow<'_, str> {
     path.file_name().unwrap_or(path.as_os_str()).to_string_lossy()
 }
 
-#[allow(clippy::trivially_copy_pass_by_ref)] // serde's signature
 fn texts<S: serde::Serializer>(metadata: &Metadata, serializer: S) -> Result<S::Ok, S::Error> {
     serializer.collect_map(metadata.iter().map(|(key, value)| (key, value.to_string())))
 }
 
+#[allow(clippy::trivially_copy_pass_by_ref)] // serde's signature
 fn dtype_name<S: serde::Serializer>(dtype: &DType, serializer: S) -> Result<S::Ok, S::Error> {
     serializer.serialize_str(dtype.name())
 }

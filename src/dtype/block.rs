@@ -29,7 +29,9 @@ impl Block {
     /// assert_eq!(maptensors::DType::F4.block().nbytes(3), None);
     /// ```
     pub const fn nbytes(self, elements: usize) -> Option<usize> {
-        let Some(blocks) = elements.checked_div(self.elements) else { return None };
+        // The plain dtypes need no division: opening asks once for each tensor.
+        let blocks = if self.elements == 1 { Some(elements) } else { elements.checked_div(self.elements) };
+        let Some(blocks) = blocks else { return None };
         match blocks.checked_mul(self.bytes) {
             Some(bytes) if self.is_whole(elements) && bytes <= isize::MAX.cast_unsigned() => Some(bytes),
             _ => None,
@@ -42,7 +44,7 @@ impl Block {
     /// assert!(maptensors::DType::F4.block().is_whole(4));
     /// ```
     pub const fn is_whole(self, elements: usize) -> bool {
-        elements.is_multiple_of(self.elements)
+        self.elements == 1 || elements.is_multiple_of(self.elements)
     }
 
     /// Where the block with this element starts, in bytes from the first element's. The element lies inside a tensor,

@@ -101,9 +101,8 @@ fn is_onnx(head: &[u8]) -> bool {
 
 /// A map whose first key is text.
 fn is_msgpack(head: &[u8]) -> bool {
-    let key = match head {
-        [0x81..=0x8f, rest @ ..] | [0xde, _, _, rest @ ..] | [0xdf, _, _, _, _, rest @ ..] => rest,
-        _ => return false,
+    let ([0x81..=0x8f, key @ ..] | [0xde, _, _, key @ ..] | [0xdf, _, _, _, _, key @ ..]) = head else {
+        return false;
     };
     let text = match key {
         [len @ 0xa1..=0xbf, rest @ ..] => rest.get(..usize::from(len & 0x1f).min(rest.len())),

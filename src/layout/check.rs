@@ -32,11 +32,14 @@ pub(super) fn checked_nbytes(path: &Path, tensor: &str, dtype: DType, shape: &[u
     let overflow = || Error::Overflow { path: path.into(), tensor: tensor.into(), shape: shape.to_vec() };
     let elements = elements(shape).ok_or_else(overflow)?;
     let block = dtype.block();
+    if let Some(bytes) = block.nbytes(elements) {
+        return Ok(bytes);
+    }
     if !block.is_whole(elements) {
         let what = format!("has {elements} elements and ends inside a block, which is {block}");
         return Err(Error::Align { path: path.into(), tensor: tensor.into(), what });
     }
-    block.nbytes(elements).ok_or_else(overflow)
+    Err(overflow())
 }
 
 /// Collects what a header says, in the header's order, and checks it once at the end.

@@ -100,11 +100,12 @@ mod tests {
 
     #[test]
     fn the_same_bytes_are_read_from_wherever_they_are() {
-        let text = "aé".repeat(400_000);
+        // No part is like another.
+        let text: String = (0..120_000).map(|i| format!("{i:07}aé")).collect();
         every_way(text.as_bytes(), |bytes| {
             let len = text.len() as u64;
             assert_eq!(bytes.len(), len);
-            for range in [0..0, 0..3, 3..9, 600..1200, len - 3..len, 0..len, len..len] {
+            for range in [0..0, 0..3, 3..8, 600..1200, len - 3..len, 0..len, len..len] {
                 let (start, end) =
                     (usize::try_from(range.start).unwrap(), usize::try_from(range.end).unwrap());
                 assert_eq!(bytes.read(range.clone()).unwrap(), text.as_bytes()[start..end], "{range:?}");
@@ -150,7 +151,7 @@ mod tests {
 
     #[test]
     fn a_file_that_has_shrunk_is_an_error() {
-        let (file, window) = inside(&[b'x'; 600_000]);
+        let (file, window) = inside(&vec![b'x'; 600_000]);
         file.set_len(1000).unwrap();
         let bytes = FileBytes::new(&file, Path::new("f"), window);
         assert_eq!(bytes.read(0..2000).unwrap_err().kind().name(), "Io");
