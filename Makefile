@@ -37,13 +37,16 @@ end = @tools/timed.sh $@
 LONG_RUST := faults::
 LONG_PYTHON := open/test_real_models.py
 
+# Two processes, since most tests wait for processes of their own: `--dist worksteal` keeps both busy.
+PYTEST := $(BIN)/python -m pytest -n 2 --dist worksteal
+
 # A command line of `cargo test` ends in `--` and what the tests are given.
 test: $(VENV)/.base $(VENV)/.wheel-dev $(VENV)/.test ## Run what is needed to trust a change: Rust, documentation, Python
 	$(begin)
 	$(TIMED) env $(PYTHON_ENV) MAPTENSORS_SKIPS=$(SKIPS) $(CARGO) test --no-fail-fast $(FEATURES) -- $(addprefix --skip ,$(LONG_RUST))
 	$(TIMED) env $(PYTHON_ENV) $(CARGO) run --quiet $(FEATURES) --example digits
 	$(TIMED) env $(PYTHON_ENV) $(CARGO) run --quiet $(FEATURES) --example live_weights
-	$(TIMED) env MAPTENSORS_SKIPS=$(SKIPS) $(BIN)/python -m pytest $(addprefix --ignore tests/python/,$(LONG_PYTHON))
+	$(TIMED) env MAPTENSORS_SKIPS=$(SKIPS) $(PYTEST) $(addprefix --ignore tests/python/,$(LONG_PYTHON))
 	$(BIN)/python tools/skips.py $(SKIPS)
 	$(end)
 
@@ -52,7 +55,7 @@ check: $(VENV)/.base $(VENV)/.wheel-dev $(VENV)/.test ## Run the rest: crashes, 
 	$(TIMED) $(CARGO) check --quiet --no-default-features --tests
 	$(TIMED) env $(PYTHON_ENV) MAPTENSORS_SKIPS=$(SKIPS) $(CARGO) test --no-fail-fast $(FEATURES) --lib --test save -- $(LONG_RUST)
 	$(TIMED) env $(PYTHON_ENV) $(CARGO) test --quiet $(FEATURES) --benches
-	$(TIMED) env MAPTENSORS_SKIPS=$(SKIPS) $(BIN)/python -m pytest $(addprefix tests/python/,$(LONG_PYTHON))
+	$(TIMED) env MAPTENSORS_SKIPS=$(SKIPS) $(PYTEST) $(addprefix tests/python/,$(LONG_PYTHON))
 	$(TIMED) $(MAKE) --no-print-directory interleavings SCHEDULES=20
 	$(BIN)/python tools/skips.py $(SKIPS)
 	$(end)
@@ -113,13 +116,14 @@ interleavings: ## Try every order of the threads at a control page, and SCHEDULE
 
 # RUSTC_BOOTSTRAP lets a stable compiler take -Z flags. Left out are tests that limit or measure memory, and of
 # locked pages: AddressSanitizer makes munlock(2) do nothing.
-UNSANITIZED := locking_copies_no_page locks_and_unlocks_that_race too_little_address_space faults:: costs:: lazy:: \
-	options:: writable:: places:: processes::
+SANITIZED := astray:: atomic:: checkpoints:: deltas:: differential:: found:: generations:: round_trip:: shared_edit:: \
+	zero_copy::
 sanitize: ## Run the Rust tests under AddressSanitizer and LeakSanitizer (half an hour)
 	target=$$(rustc -vV | sed -n 's/^host: //p'); \
-	RUSTC_BOOTSTRAP=1 RUSTFLAGS=-Zsanitizer=address ASAN_OPTIONS=detect_leaks=1 \
-		$(CARGO) test --target $$target --target-dir target/asan --lib --test memory --test open --test save --test share \
-		-- $(addprefix --skip ,$(UNSANITIZED))
+	check() { RUSTC_BOOTSTRAP=1 RUSTFLAGS=-Zsanitizer=address ASAN_OPTIONS=detect_leaks=1 \
+		$(CARGO) test --target $$target --target-dir target/asan "$$@"; }; \
+	check --lib -- --skip locking_copies_no_page --skip locks_and_unlocks_that_race && \
+	check --test memory --test open --test save --test share -- $(SANITIZED)
 
 # The revision that the public API must be compatible with.
 BASELINE ?= $(shell git describe --tags --abbrev=0 2>/dev/null)

@@ -147,8 +147,8 @@ fn under_random_kills_nothing_is_torn_and_nothing_is_left() {
     let dir = shared_dir();
     let place = dir.path().join("p");
     let (mut kills, mut round) = ((0, 0), common::seed(TEST));
-    let begin = |round| start(TEST, "writer", dir.path(), usize::try_from(round).unwrap());
-    let mut writer = begin(round);
+    let write = |round| start(TEST, "writer", dir.path(), usize::try_from(round).unwrap());
+    let mut writer = write(round);
     let mut readers: Vec<Process> = (0..READERS).map(|i| start(TEST, "reader", dir.path(), i)).collect();
     let watching = attach(&place);
     let begun = Instant::now();
@@ -160,7 +160,7 @@ fn under_random_kills_nothing_is_torn_and_nothing_is_left() {
             writer.kill().unwrap();
             let status = writer.wait().unwrap();
             assert!(!failed(status), "the writer: {status}");
-            writer = begin(round);
+            writer = write(round);
             kills.1 += 1;
         } else {
             let i = usize::from(noise[2]) % READERS;

@@ -366,6 +366,7 @@ import os, signal, sys, threading
 import numpy
 import maptensors as mt
 big = {str(i): numpy.ones(1 << 22, "f4") for i in range(8)}
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
 threading.Timer(0.05, lambda: os.kill(os.getpid(), signal.SIGINT)).start()
 try:
     while True:
