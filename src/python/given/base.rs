@@ -51,6 +51,19 @@ pub(super) fn base(py: Python<'_>) -> PyResult<&'static Base> {
     })
 }
 
+/// Calls a function with one argument. (Through the stable ABI of Python 3.11, PyO3 makes a tuple for each call.)
+pub(super) fn call_one<'py>(
+    function: &Py<PyAny>,
+    argument: &Bound<'py, PyAny>,
+) -> PyResult<Bound<'py, PyAny>> {
+    let end = std::ptr::null_mut::<pyo3::ffi::PyObject>();
+    // SAFETY: attached, as `argument` shows; an object to call, one object, and the end of the list.
+    let result =
+        unsafe { pyo3::ffi::PyObject_CallFunctionObjArgs(function.as_ptr(), argument.as_ptr(), end) };
+    // SAFETY: a reference that is ours, or null with an exception set.
+    unsafe { Bound::from_owned_ptr_or_err(argument.py(), result) }
+}
+
 /// Whether an object is a tensor of torch, by its real type: `__class__` may say anything. Only a process that has
 /// imported torch can hold one.
 pub(super) fn is_tensor(object: &Bound<'_, PyAny>) -> PyResult<bool> {

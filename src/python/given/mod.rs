@@ -32,7 +32,7 @@ use modes::OutOfModes;
 use pyo3::intern;
 use pyo3::prelude::*;
 use pyo3::sync::PyOnceLock;
-use pyo3::types::{PyString, PyType};
+use pyo3::types::{PyDict, PyString, PyType};
 use refusal::resized;
 use std::sync::Arc;
 use storage::Storage;
@@ -182,25 +182,38 @@ pub(super) fn out_of_modes<'a, 'py: 'a>(
 }
 
 /// Names and arrays, from a mapping or an iterable of pairs, with values that may be saved.
-pub(super) fn collect(tensors: &Bound<'_, PyAny>) -> PyResult<Vec<(String, Given)>> {
+pub(super) fn collect<'py>(tensors: &Bound<'py, PyAny>) -> PyResult<Vec<(String, Given)>> {
     let py = tensors.py();
-    let pairs = if tensors.is_instance_of::<Model>() || tensors.hasattr("items")? {
-        tensors.call_method0("items")?
-    } else {
-        tensors.clone()
-    };
     let mut held = Vec::new();
-    for pair in pairs.try_iter()? {
-        let (name, array): (Bound<'_, PyAny>, Bound<'_, PyAny>) = pair?.extract()?;
+    let mut take = |name: &Bound<'py, PyAny>, array: &Bound<'py, PyAny>| -> PyResult<()> {
         let name = name.cast::<PyString>().map_err(|_| {
             PyErr::from(Error::Argument(format!("a tensor's name is a str, not a {}", name.get_type())))
         })?;
         // A lone surrogate is no text that a file could hold.
         let name = name.to_str()?.to_owned();
-        let found = hold(&name, &array)?;
+        let found = hold(&name, array)?;
         held.push((name, found));
         if held.len().is_multiple_of(4096) {
             py.check_signals()?;
+        }
+        Ok(())
+    };
+    // A plain dict makes nothing while it is gone through, and its lists are of one moment: nothing runs between the two.
+    let _paused = tensors.cast_exact::<PyDict>().is_ok().then(|| PausedCollector::new(py));
+    if let Ok(dict) = tensors.cast_exact::<PyDict>() {
+        let (names, arrays) = (dict.keys(), dict.values());
+        for (name, array) in names.iter().zip(arrays.iter()) {
+            take(&name, &array)?;
+        }
+    } else {
+        let pairs = if tensors.is_instance_of::<Model>() || tensors.hasattr("items")? {
+            tensors.call_method0("items")?
+        } else {
+            tensors.clone()
+        };
+        for pair in pairs.try_iter()? {
+            let (name, array): (Bound<'_, PyAny>, Bound<'_, PyAny>) = pair?.extract()?;
+            take(&name, &array)?;
         }
     }
     // Only now: iterating and taking hold run code of others, at which memory that was looked at could go.
@@ -213,7 +226,7 @@ pub(super) fn collect(tensors: &Bound<'_, PyAny>) -> PyResult<Vec<(String, Given
         }
     }
     // What is left runs no code of others, and makes an object or two for each tensor, which are gone at once.
-    let _paused = PausedCollector::new(py);
+    let _still_paused = PausedCollector::new(py);
     let mut looked = early.into_iter().peekable();
     let mut collected = Vec::with_capacity(held.len());
     for (at, (name, held)) in held.into_iter().enumerate() {

@@ -1,6 +1,6 @@
 //! Where a tensor of torch lies.
 
-use super::base::{Base, base};
+use super::base::{Base, base, call_one};
 use crate::dtype::DType;
 use crate::layout::elements;
 use pyo3::exceptions::PyBufferError;
@@ -16,16 +16,14 @@ pub(super) struct Storage {
 
 impl Storage {
     pub(super) fn of(base: &Base, tensor: &Bound<'_, PyAny>) -> PyResult<Self> {
-        let py = tensor.py();
-        let object = base.untyped_storage.bind(py).call1((tensor,))?;
+        let object = call_one(&base.untyped_storage, tensor)?;
         let bytes = Self::bytes(base, &object)?;
         Ok(Self { object: object.unbind(), bytes })
     }
 
     fn bytes(base: &Base, object: &Bound<'_, PyAny>) -> PyResult<Range<usize>> {
-        let py = object.py();
-        let start: usize = base.data_ptr.bind(py).call1((object,))?.extract()?;
-        let len: usize = base.nbytes.bind(py).call1((object,))?.extract()?;
+        let start: usize = call_one(&base.data_ptr, object)?.extract()?;
+        let len: usize = call_one(&base.nbytes, object)?.extract()?;
         let len = if start == 0 { 0 } else { len };
         let end = start.checked_add(len).ok_or_else(|| PyBufferError::new_err("a storage beyond memory"))?;
         Ok(start..end)

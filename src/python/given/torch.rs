@@ -3,7 +3,7 @@
 //! A subclass written in Python may answer what it likes to `shape`, `data_ptr()` and all else. So a tensor is asked
 //! through torch's own C functions, once, by DLPack, and what that says is checked against the storage.
 
-use super::base::{Base, base, known};
+use super::base::{Base, base, call_one, known};
 use super::refusal::{bad_bool, named, no_memory, outside, refuse_class, refused, resized, unsupported};
 use super::storage::{Storage, is_contiguous, place};
 use super::{Data, Given, Keep};
@@ -83,8 +83,7 @@ fn see_plain<'py>(object: &Bound<'py, PyAny>) -> PyResult<Option<Seen<'py>>> {
     let py = object.py();
     let base = base(py)?;
     // A lazily negated tensor holds other bytes than it means.
-    let (Some(exchange), false) = (torch(py)?.exchange, base.is_neg.bind(py).call1((object,))?.is_truthy()?)
-    else {
+    let (Some(exchange), false) = (torch(py)?.exchange, call_one(&base.is_neg, object)?.is_truthy()?) else {
         return Ok(None);
     };
     // A storage that is shared until it is written becomes the tensor's own by being asked for its address,
