@@ -11,7 +11,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 SOURCES := $(shell find src python/maptensors examples models -name '*.rs' -o -name '*.py' -o -name '*.pyi' \
 	-o -name '*.safetensors') Cargo.toml pyproject.toml README.md
 
-.PHONY: help demo test test-rust test-python check lint ci fmt models bench fuzz crash kill interleavings sanitize \
+.PHONY: help demo test test-rust test-python check lint ci fmt models bench against fuzz crash kill interleavings sanitize \
 	semver clean
 
 help: ## Show this list
@@ -87,6 +87,13 @@ bench: $(VENV)/.wheel-release $(VENV)/.test ## Measure against the peers, write 
 	$(CARGO) bench --bench inner -- --noplot $(if $(QUICK),--quick)
 	$(if $(QUICK),,$(CARGO) bench --manifest-path benches/peers/Cargo.toml --target-dir benches/peers/target -- --noplot)
 	$(BIN)/python benches/compare.py $(if $(BENCH_DATA),--data '$(BENCH_DATA)') $(if $(QUICK),--quick --out dist/bench)
+
+# The other build is in an environment that has numpy, torch and safetensors too.
+OTHER ?=
+ONLY ?=
+against: $(VENV)/.wheel-release $(VENV)/.test ## Time this build against another, in one run: OTHER=its Python, ONLY="many-save big"
+	@test -n '$(OTHER)' || { echo 'name the Python that has the other build: make against OTHER=/path/to/python'; exit 1; }
+	$(BIN)/python benches/against.py '$(OTHER)' $(if $(BENCH_DATA),--data '$(BENCH_DATA)') $(addprefix --only ,$(ONLY))
 
 SECONDS_PER_TARGET ?= 600
 fuzz: ## Fuzz header and index against the reference, ten minutes each (needs nightly Rust)
