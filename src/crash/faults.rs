@@ -3,6 +3,8 @@
 use super::record::Fault;
 use super::scenarios::SCENARIOS;
 use super::*;
+use crate::work::each_in_parallel;
+use std::sync::Mutex;
 
 /// What a save makes of one refused operation. Returns whether there was one.
 fn refuse(scenario: &Scenario, kind: Kind, fault: Fault, report: &mut Report) -> bool {
@@ -62,8 +64,8 @@ fn refuse(scenario: &Scenario, kind: Kind, fault: Fault, report: &mut Report) ->
 
 #[test]
 fn any_operation_may_fail_and_nothing_is_lost_or_left_behind() {
-    let mut violations = Vec::new();
-    for scenario in &SCENARIOS {
+    let violations = Mutex::new(Vec::new());
+    let refuse_each = |scenario: &Scenario| {
         let (mut report, mut refused) = (Report::default(), 0);
         for errno in [libc::EIO, libc::ENOSPC, libc::EINTR] {
             for for_good in [false, true] {
@@ -80,8 +82,11 @@ fn any_operation_may_fail_and_nothing_is_lost_or_left_behind() {
             }
         }
         println!("{:<36} {refused:>4} refusals, {:>7} states behind them", scenario.name, report.states);
-        violations.append(&mut report.violations);
+        violations.lock().unwrap().append(&mut report.violations);
         assert!(refused > 20, "{}", scenario.name);
-    }
+        Ok::<(), ()>(())
+    };
+    each_in_parallel(SCENARIOS.iter().collect(), refuse_each).unwrap();
+    let violations = violations.into_inner().unwrap();
     Report { violations, ..Report::default() }.assert_clean("with a fault");
 }
