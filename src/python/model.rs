@@ -9,9 +9,8 @@ use super::parts::Parts;
 use super::results::result;
 use super::tensor::Tensor;
 use crate::error::Error;
-use crate::layout::Catalog;
 use crate::map::SharedMemory;
-use crate::model::{Guards, Model as Opened, ModelShared};
+use crate::model::Assembled;
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 use pyo3::types::{PyDict, PyList};
@@ -29,28 +28,8 @@ pub(super) struct Model {
 }
 
 impl Model {
-    pub(super) fn new(mut opened: Opened, mode: &'static str, dense_edits: bool) -> Self {
-        let guards = opened.take_guards();
-        let (catalog, mappings) = opened.into_parts();
-        let memories = mappings.into_iter().map(|mapping| Arc::new(SharedMemory::of(mapping))).collect();
-        Self::of(catalog, memories, guards, mode, dense_edits)
-    }
-
-    /// Of mode "r+".
-    pub(super) fn shared(opened: ModelShared) -> Self {
-        let (catalog, memories, guards) = opened.into_parts();
-        Self::of(catalog, memories, guards, "r+", false)
-    }
-
-    fn of(
-        catalog: Arc<Catalog>,
-        memories: Vec<Arc<SharedMemory>>,
-        guards: Option<Arc<Guards>>,
-        mode: &'static str,
-        dense_edits: bool,
-    ) -> Self {
-        let parts = Parts::new(catalog, memories, guards, mode, dense_edits);
-        Self { open: RwLock::new(Some(Arc::new(parts))), mode }
+    pub(super) fn new(opened: Assembled<SharedMemory>, mode: &'static str, dense_edits: bool) -> Self {
+        Self { open: RwLock::new(Some(Arc::new(Parts::new(opened, mode, dense_edits)))), mode }
     }
 
     pub(super) fn parts(&self) -> PyResult<Arc<Parts>> {

@@ -8,7 +8,7 @@ pub use plan::{ShardPlan, Split};
 use crate::diff::Contents;
 use crate::error::{Error, Result, printable, quote};
 use crate::layout::Layout;
-use crate::layout::{Place, Select};
+use crate::layout::{Position, Select};
 use crate::map::{Backing, CHUNK, Mapping, RawSlice};
 use crate::model::Model;
 use crate::paging::Paging;
@@ -57,7 +57,7 @@ pub(crate) struct Sizes {
 
 /// A rank's part of one tensor.
 pub(crate) struct Piece {
-    pub(crate) place: Place,
+    pub(crate) place: Position,
     pub(crate) cut: Cut,
     pub(crate) at: At,
 }
@@ -153,7 +153,7 @@ impl Paging<'_> {
                 work.push((piece.place, part));
             }
         }
-        each_in_parallel(work, |(place, part): (Place, Range<usize>)| {
+        each_in_parallel(work, |(place, part): (Position, Range<usize>)| {
             let pages = &self.pages[place.0];
             let unreadable = |error| unreadable(pages.path(), self.catalog.name(place), &error);
             pages.bring(part, true).map_err(unreadable)
@@ -252,7 +252,7 @@ fn not_in_place(path: &Path, tensor: &str, is_aligned: bool) -> Error {
 
 /// Runs of one tensor, of the same length, to be read one behind the other.
 struct Job<'a> {
-    place: Place,
+    place: Position,
     from: Origin<'a>,
     run: usize,
     /// From the start of the tensor.

@@ -1,10 +1,10 @@
 //! What a user of the crate may do with its types, whatever is in them.
 
 use maptensors::{
-    Advice, AttachOptions, Backing, Change, Changes, CheckpointOptions, DType, Differences, DraftOptions,
-    Edited, Error, ErrorKind, Evicted, HeaderEdit, Index, Layout, LayoutBuilder, MapOptions, Model, ModelMut,
-    OpenOptions, Order, Publication, PublishOptions, Ready, Refreshed, Reshaped, Residency, SaveOptions,
-    Select, ShardPlan, Split, StreamOptions, TensorInfo, Verify,
+    Advice, AttachOptions, Backing, Change, Changes, CheckpointOptions, Content, DType, Differences,
+    DraftOptions, Edited, Error, ErrorKind, Evicted, HeaderEdit, Index, Layout, LayoutBuilder, MapOptions,
+    Model, ModelMut, OpenOptions, Order, Publication, PublishOptions, Ready, Refreshed, Reshaped, Residency,
+    SaveOptions, Select, ShardPlan, Split, StreamOptions, TensorInfo, Verify,
 };
 use std::fmt::Debug;
 
@@ -54,7 +54,7 @@ fn answers_can_be_cloned_compared_printed_and_sent_to_threads() {
 fn an_error_goes_through_threads_and_boxes() {
     fn is_an_error<T: std::error::Error + Send + Sync + 'static>() {}
     is_an_error::<Error>();
-    let boxed: Box<dyn std::error::Error + Send + Sync> = Model::from_bytes(b"").unwrap_err().into();
+    let boxed: Box<dyn std::error::Error + Send + Sync> = Model::read(Content::new(b"")).unwrap_err().into();
     assert_eq!(boxed.downcast_ref::<Error>().map(Error::kind), Some(ErrorKind::Truncated));
 }
 
