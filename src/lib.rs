@@ -191,7 +191,7 @@ pub use model::{
 };
 pub use num_complex::Complex32;
 pub use paging::{Order, Prefetch, StreamOptions};
-pub use rank::{ModelShard, ShardPlan, Split};
+pub use rank::{RankPlan, RankView, Split};
 pub use save::{Draft, DraftOptions, Edited, HeaderEdit, SaveOptions, save};
 pub use share::{AttachOptions, Publication, PublishOptions, Publisher, Refreshed, Subscriber};
 pub use tensor::{Index, Tensor, TensorShared, TensorSlice, TensorView, TensorViewMut};

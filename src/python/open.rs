@@ -114,7 +114,7 @@ pub(super) fn is_mapped(backend: &str) -> PyResult<bool> {
 /// that is the model, for one inside a tar or an uncompressed zip archive.
 ///
 /// `guard=True` keeps the files open and looks at each access through the model (`model[name]`, `model.numpy()`,
-/// iterating, `stream()`, `shard()`, `changed()`, saving) whether their size and time of writing are as they were (in `"r+"` the size alone);
+/// iterating, `stream()`, `rank_view()`, `changed()`, saving) whether their size and time of writing are as they were (in `"r+"` the size alone);
 /// if not, `ChangedError` is raised. So does a `Tensor` each time it becomes an array, a buffer, a capsule or `bytes`, is
 /// assigned to or saved. The tensor's pages are read in before it is handed out, so that an I/O error
 /// is an `OSError`. What is already out can still suffer: after a truncation, touching it is `SIGBUS`; bytes

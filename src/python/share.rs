@@ -1,6 +1,6 @@
 //! `maptensors._native.Publisher` and `Subscriber`: what `maptensors.publish` and `attach` stand on.
 
-use super::given::{Data, Given, collect};
+use super::import::{Data, Given, collect};
 use super::metadata::entries;
 use super::model::Model;
 use super::save::stage_one;
