@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use criterion::{BatchSize, Criterion, criterion_group, criterion_main};
-use maptensors::{Index, Model, SaveOptions};
+use maptensors::{Content, Index, Model, SaveOptions};
 use memmap2::Mmap;
 use safetensors::SafeTensors;
 use safetensors::tensor::TensorView;
@@ -77,7 +77,7 @@ fn opening(c: &mut Criterion) {
     // What opening costs beyond parsing, and what a name costs.
     let header = header(&many.path);
     let mut group = c.benchmark_group("header-20000");
-    group.bench_function("maptensors", |b| b.iter(|| Model::from_bytes(&header).unwrap().len()));
+    group.bench_function("maptensors", |b| b.iter(|| Model::read(Content::new(&header)).unwrap().len()));
     group.bench_function("safetensors", |b| {
         b.iter(|| SafeTensors::read_metadata(&header).unwrap().0);
     });
@@ -109,7 +109,7 @@ fn header(path: &Path) -> Vec<u8> {
 fn slicing(c: &mut Criterion) {
     let bytes = vec![7; 1024 * 1024 * 4];
     let file = safetensors::serialize([("w", view(&[1024, 1024], &bytes))], None).unwrap();
-    let model = Model::from_bytes(&file).unwrap();
+    let model = Model::read(Content::new(&file)).unwrap();
     let ours = model.tensor("w").unwrap();
     let theirs = SafeTensors::deserialize(&file).unwrap();
     let theirs = theirs.tensor("w").unwrap();

@@ -185,10 +185,13 @@ pub use layout::{
 pub use map::{Advice, Backing, Evicted, MapOptions, Mapping, Residency, SharedMemory};
 #[cfg(target_os = "linux")]
 pub use map::{Memfd, SealedMemfd};
-pub use model::{Model, ModelMut, ModelRef, ModelShared, OpenOptions, Stream, Tensors, diff};
+pub use model::{
+    Content, Files, Model, ModelMut, ModelRef, ModelShared, OpenFrom, OpenOptions, OverMemory, ReadFrom,
+    Stream, Tensors, diff,
+};
 pub use num_complex::Complex32;
 pub use paging::{Order, Prefetch, StreamOptions};
-pub use rank::{ModelShard, ShardPlan, Split};
+pub use rank::{RankPlan, RankView, Split};
 pub use save::{Draft, DraftOptions, Edited, HeaderEdit, SaveOptions, save};
 pub use share::{AttachOptions, Publication, PublishOptions, Publisher, Refreshed, Subscriber};
 pub use tensor::{Index, Tensor, TensorShared, TensorSlice, TensorView, TensorViewMut};

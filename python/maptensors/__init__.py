@@ -39,7 +39,7 @@ from maptensors import _native as _native
 from maptensors import plans
 from maptensors._api import dumps, edit, save
 from maptensors._checkpoint import Checkpointer, Saved, Saving
-from maptensors._lazy import Prefetch, Shard, Stream
+from maptensors._lazy import Prefetch, RankView, Stream
 from maptensors._native import (
     Changes,
     Draft,
@@ -79,11 +79,11 @@ __all__ = [
     "Prefetch",
     "Publication",
     "Publisher",
+    "RankView",
     "Residency",
     "SafetensorError",
     "Saved",
     "Saving",
-    "Shard",
     "Stream",
     "Subscriber",
     "Tensor",

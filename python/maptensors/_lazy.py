@@ -207,7 +207,7 @@ def stream(
     return Stream(_native.stream(model, names, size, given), Told(progress, "streaming"))
 
 
-class Shard(Mapping[str, _native.Tensor]):
+class RankView(Mapping[str, _native.Tensor]):
     """A rank's part of a model: its tensors by name.
 
     A part that is contiguous in its file is mapped: of the same pages as the model's tensor, so that an edit
@@ -234,7 +234,7 @@ class Shard(Mapping[str, _native.Tensor]):
         return len(self._tensors)
 
     def __repr__(self) -> str:
-        return f"Shard({len(self)} tensors, {self.nbytes} bytes, {self.gathered} of them gathered)"
+        return f"RankView({len(self)} tensors, {self.nbytes} bytes, {self.gathered} of them gathered)"
 
 
 _SPLITS = {"column": 0, "row": 1, "replicate": None}
@@ -252,15 +252,15 @@ def _axis(split: int | str) -> int | None:
     return split
 
 
-def shard(
+def rank_view(
     model: _native.Model,
     rank: int,
     world: int,
     plan: Mapping[str, int | str],
     default: int | str | None,
-) -> Shard:
-    """Return a rank's part: :meth:`maptensors.Model.shard`."""
+) -> RankView:
+    """Return a rank's part: :meth:`maptensors.Model.rank_view`."""
     rules = [(pattern, _axis(split)) for pattern, split in plan.items()]
     if default is not None:
         rules.append(("*", _axis(default)))
-    return Shard(*_native.shard(model, rank, world, rules))
+    return RankView(*_native.rank_view(model, rank, world, rules))

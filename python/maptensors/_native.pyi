@@ -33,11 +33,11 @@ __all__ = [
     "planned_size",
     "prefetch",
     "publications",
+    "rank_view",
     "remove_publication",
     "save",
     "save_delta",
     "save_diff",
-    "shard",
     "stream",
     "torch_memory",
     "verify",
@@ -142,14 +142,14 @@ class Model:
         order: Literal["file", "name"] | Iterable[str] | None = None,
         progress: Callable[[int, int], object] | bool | None = None,
     ) -> _lazy.Stream: ...
-    def shard(
+    def rank_view(
         self,
         rank: int,
         world: int,
         plan: Mapping[str, int | str],
         *,
         default: int | str | None = None,
-    ) -> _lazy.Shard: ...
+    ) -> _lazy.RankView: ...
     def changed(self) -> Changes: ...
     def mark(self) -> None: ...
     def promote(self, names: list[str] | None = None) -> None: ...
@@ -364,7 +364,7 @@ class Stream:
 
 def prefetch(model: Model, names: _Names | None, lock: bool) -> Prefetch: ...
 def stream(model: Model, names: _Names | None, budget: int, order: list[str] | None) -> Stream: ...
-def shard(
+def rank_view(
     model: Model, rank: int, world: int, rules: list[tuple[str, int | None]]
 ) -> tuple[dict[str, Tensor], int, int, int]: ...
 

@@ -1,4 +1,4 @@
-"""Plans of tensor parallelism for families of models: what :meth:`maptensors.Model.shard` takes.
+"""Plans of tensor parallelism for families of models: what :meth:`maptensors.Model.rank_view` takes.
 
 The rules are those of Megatron: what makes features is split by output ("column", biases with it), what
 takes them by input ("row", biases replicated, to be added once, after the sum over ranks). They go by the

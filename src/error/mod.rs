@@ -23,9 +23,9 @@ pub type Result<T, E = Error> = std::result::Result<T, E>;
 /// what to match on where the fields do not matter.
 ///
 /// ```
-/// use maptensors::{Error, ErrorKind, Model};
+/// use maptensors::{Content, Error, ErrorKind, Model};
 ///
-/// let error = Model::from_bytes(b"\x3c\0\0\0\0\0\0\0").unwrap_err();
+/// let error = Model::read(Content::new(b"\x3c\0\0\0\0\0\0\0")).unwrap_err();
 /// assert!(matches!(error, Error::Truncated { found: 8, expected: 68, .. }));
 /// assert_eq!(error.kind(), ErrorKind::Truncated);
 /// ```

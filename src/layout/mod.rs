@@ -22,7 +22,7 @@ pub use iter::TensorInfos;
 pub use metadata::{Metadata, MetadataIter};
 pub use plan::LayoutBuilder;
 pub use select::Select;
-pub(crate) use select::{Place, Run};
+pub(crate) use select::{Position, Run};
 pub use value::{Array, Item, Value};
 
 use crate::dtype::DType;

@@ -88,7 +88,7 @@ impl std::fmt::Debug for Select<'_> {
 }
 
 /// A tensor's shard, and its place there.
-pub(crate) type Place = (usize, usize);
+pub(crate) type Position = (usize, usize);
 
 /// Bytes of one shard's file.
 pub(crate) type Run = (usize, Range<usize>);
@@ -98,8 +98,8 @@ impl Catalog {
     ///
     /// # Errors
     /// [`Error::Missing`] for a name that is not there; [`Error::Argument`] where no tensor is meant.
-    pub(crate) fn select(&self, select: &Select<'_>) -> Result<Vec<Place>> {
-        let mut places: Vec<Place> = match &select.0 {
+    pub(crate) fn select(&self, select: &Select<'_>) -> Result<Vec<Position>> {
+        let mut places: Vec<Position> = match &select.0 {
             Inner::All => return Ok(self.places(|_| true)),
             Inner::Names(names) => {
                 let find = |name: &&str| self.find(name).ok_or_else(|| self.missing(name));
@@ -115,7 +115,7 @@ impl Catalog {
         Ok(places)
     }
 
-    fn places(&self, wanted: impl Fn(&str) -> bool) -> Vec<Place> {
+    fn places(&self, wanted: impl Fn(&str) -> bool) -> Vec<Position> {
         let shards = self.shards().iter().enumerate();
         let all =
             shards.flat_map(|(s, shard)| shard.layout.iter().enumerate().map(move |(i, info)| (s, i, info)));
@@ -123,16 +123,16 @@ impl Catalog {
     }
 
     /// The bytes of a tensor in its file.
-    pub(crate) fn bytes(&self, (shard, index): Place) -> Range<usize> {
+    pub(crate) fn bytes(&self, (shard, index): Position) -> Range<usize> {
         self.shards()[shard].layout.at(index).map_or(0..0, |info| info.bytes())
     }
 
-    pub(crate) fn name(&self, (shard, index): Place) -> &str {
+    pub(crate) fn name(&self, (shard, index): Position) -> &str {
         self.shards()[shard].layout.at(index).map_or("", |info| info.name())
     }
 
     /// The bytes of tensors in file order: what touches is one run.
-    pub(crate) fn runs(&self, places: &[Place]) -> Vec<Run> {
+    pub(crate) fn runs(&self, places: &[Position]) -> Vec<Run> {
         let mut runs: Vec<Run> = Vec::new();
         for &place in places {
             let bytes = self.bytes(place);

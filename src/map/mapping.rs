@@ -1,6 +1,5 @@
 //! A range of memory backed by a file, or owned in the same shape.
 
-#[cfg(test)]
 use super::Window;
 use super::lock::{self, Moving};
 use super::options::{MapOptions, aligning};
@@ -147,6 +146,21 @@ impl Mapping {
         let len = raw.len();
         // No page is listed as writable, nor ever will be.
         Self { writable: Some(Arc::default()), ..Self::new(raw, 0, len, Backing::Lent) }
+    }
+
+    /// Only the window of these bytes that `find` says, given how many there are.
+    pub(super) fn narrowed(mut self, find: impl FnOnce(u64) -> Result<Window>) -> Result<Self> {
+        let window = find(self.len as u64)?;
+        let inside = usize::try_from(window.offset)
+            .ok()
+            .filter(|start| start.checked_add(window.len).is_some_and(|end| end <= self.len));
+        self.start += inside.ok_or_else(|| Error::Truncated {
+            path: std::path::PathBuf::new(),
+            found: self.len as u64,
+            expected: window.offset.saturating_add(window.len as u64),
+        })?;
+        (self.len, self.offset) = (window.len, window.offset);
+        Ok(self)
     }
 
     /// Maps a whole file, of `len` bytes, to be written. [`ExclusiveFile::allocate`] came before and said yes.

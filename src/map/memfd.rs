@@ -27,7 +27,7 @@ const IMMUTABLE: SealFlags = SealFlags::WRITE.union(SealFlags::SHRINK).union(Sea
 /// let mut memfd = Memfd::create("weights", bytes.len())?;
 /// memfd.as_bytes_mut().copy_from_slice(&bytes);
 /// let sealed = memfd.seal()?; // nobody can change it from here on, so opening it is safe
-/// let model = OpenOptions::new().open_sealed(&sealed)?;
+/// let model = OpenOptions::new().over(&sealed)?;
 /// assert_eq!(model.len(), 4);
 /// # Ok::<(), maptensors::Error>(())
 /// ```

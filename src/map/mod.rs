@@ -46,7 +46,7 @@ pub use mapping::{Backing, Mapping};
 pub use memfd::{Memfd, SealedMemfd};
 pub(crate) use memory::Memory;
 pub use options::MapOptions;
-pub(crate) use options::Window;
+pub(crate) use options::{Window, read_all_at};
 pub use pages::Evicted;
 pub(crate) use pages::Pages;
 pub(crate) use raw_slice::RawSlice;

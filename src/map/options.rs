@@ -243,7 +243,7 @@ impl MapOptions {
         self.start != 0 || self.end.is_some()
     }
 
-    /// The part of a file of so many bytes.
+    /// The part of a file of `file_len` bytes.
     ///
     /// # Errors
     /// [`Error::Truncated`], [`Error::Argument`], [`Error::Io`].
@@ -292,23 +292,22 @@ impl MapOptions {
         self.settled(mapping.map_err(Error::io(path, "mapping the file"))?, path)
     }
 
-    /// Reads a part of a file into owned memory, in which byte `data_start` lies on a 64-byte boundary.
+    /// Owned memory for the bytes of `window`, which `fill` writes; byte `data_start` lies on a 64-byte boundary.
     ///
     /// # Errors
-    /// As [`MapOptions::bring`].
+    /// As [`MapOptions::bring`]; those of `fill`.
     pub(crate) fn read(
         &self,
-        file: &File,
         path: &Path,
         window: Window,
         data_start: usize,
+        fill: impl FnOnce(&mut [u8]) -> io::Result<()>,
     ) -> Result<Mapping> {
         let mapping = self.owned(window.len, aligning(data_start));
         let mapping = mapping.map_err(Error::io(path, "allocating memory for the model"))?;
         // Reading brings every page; what is to be locked is so before it is filled, in case it may not be.
         let mut mapping = Self { populate: false, ..self.clone() }.settled(mapping, path)?;
-        read_all_at(mapping.as_bytes_mut(), file, window.offset)
-            .map_err(Error::io(path, "reading the file"))?;
+        fill(mapping.as_bytes_mut()).map_err(Error::io(path, "reading the file"))?;
         mapping.offset = window.offset;
         Ok(mapping)
     }
@@ -316,15 +315,15 @@ impl MapOptions {
     /// As [`MapOptions::read`], into memory that is then sealed, and mapped read-only or copy-on-write.
     ///
     /// # Errors
-    /// As [`MapOptions::bring`].
+    /// As [`MapOptions::read`].
     #[cfg(target_os = "linux")]
     pub(crate) fn read_sealed(
         &self,
-        file: &File,
         path: &Path,
         window: Window,
         data_start: usize,
         backing: Backing,
+        fill: impl FnOnce(&mut [u8]) -> io::Result<()>,
     ) -> Result<Mapping> {
         let start = aligning(data_start);
         let too_large =
@@ -332,12 +331,26 @@ impl MapOptions {
         let size = window.len.checked_add(start).ok_or_else(too_large)?;
         let memfd = Memfd::create_with(self, "maptensors", size);
         let mut memfd = memfd.map_err(Error::io(path, "allocating memory for the model"))?;
-        let bytes = &mut memfd.as_bytes_mut()[start..];
-        read_all_at(bytes, file, window.offset).map_err(Error::io(path, "reading the file"))?;
+        fill(&mut memfd.as_bytes_mut()[start..]).map_err(Error::io(path, "reading the file"))?;
         let inside = Window { offset: start as u64, len: window.len };
         let mut mapping = self.bring_sealed(&memfd.seal()?, path, inside, backing)?;
         mapping.offset = window.offset;
         Ok(mapping)
+    }
+
+    /// The window of bytes that are lent, where they lie.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] where something is asked for that is their owner's to do; as [`MapOptions::window_of`].
+    pub(crate) fn lent(&self, owner: Arc<dyn AsRef<[u8]> + Send + Sync>) -> Result<Mapping> {
+        if self.lock || self.populate {
+            let what = if self.lock { "lock" } else { "populate" };
+            return Err(Error::Argument(format!(
+                "{what}: memory that is lent is its owner's to lock and to read in; reading the model copies it into \
+                 memory that can be"
+            )));
+        }
+        Mapping::lent(owner).narrowed(|len| self.window_of(len, Path::new("")))
     }
 
     /// # Errors
@@ -471,7 +484,7 @@ impl MapOptions {
 }
 
 /// Fills memory with as many bytes of `file`, from an offset, on several threads.
-pub(super) fn read_all_at(to: &mut [u8], file: &File, offset: u64) -> io::Result<()> {
+pub(crate) fn read_all_at(to: &mut [u8], file: &File, offset: u64) -> io::Result<()> {
     let chunks: Vec<_> = to.chunks_mut(CHUNK).enumerate().collect();
     each_in_parallel(chunks, |(i, chunk)| {
         cancel::check()?;

@@ -1,13 +1,17 @@
-//! From files to a model's parts: opened, their headers read, held against the index.
+//! From files to a model's parts: opened, their headers read, checked against the index.
 
-use super::{Guards, OpenOptions, Place, again};
+use super::{Guards, Location, OpenOptions, again};
+use crate::diff::{Contents, Verify};
 use crate::error::{Error, Result};
 use crate::format::{self, index};
 use crate::layout::{Catalog, Layout, Shard};
-use crate::map::{MapOptions, Window};
+use crate::map::{MapOptions, Memory, Window};
+#[cfg(feature = "python")]
+use crate::map::{Mapping, SharedMemory};
 use crate::os::{self, Guard, Stamp};
 use crate::source::FileBytes;
 use crate::work;
+use std::collections::HashMap;
 use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -32,31 +36,68 @@ pub(super) enum Access {
 }
 
 type Brought<M> = (Arc<M>, Option<Guard>);
-pub(super) type Assembled<M> = (Catalog, Vec<Arc<M>>, Option<Guards>);
 
-/// Opens every file of `place`, gets its bytes with `bring`, and holds the whole against the index. If a save replaces
+/// What an open model consists of, whoever has it.
+pub struct Assembled<M> {
+    pub(crate) catalog: Arc<Catalog>,
+    // INVARIANT: one for each shard of the catalog, as long as its layout's file.
+    pub(crate) memories: Vec<Arc<M>>,
+    /// Under [`OpenOptions::guard`].
+    pub(crate) guards: Option<Arc<Guards>>,
+}
+
+impl<M> Assembled<M> {
+    /// Of one file, or of bytes.
+    pub(super) fn of_one(path: &Path, layout: Layout, memory: M) -> Result<Self> {
+        let catalog = Catalog::new(vec![Shard { path: path.into(), layout }])?;
+        Ok(Self { catalog: Arc::new(catalog), memories: vec![Arc::new(memory)], guards: None })
+    }
+}
+
+/// What was opened, once it is verified, if that is asked for.
+///
+/// # Errors
+/// As [`Model::verify`](super::Model::verify).
+pub(super) fn verified<M: Memory>(opened: Assembled<M>, verify: Verify) -> Result<Assembled<M>> {
+    if verify == Verify::All {
+        let memories = opened.memories.iter().map(|memory| memory.as_ref() as &dyn Memory).collect();
+        Contents { catalog: &opened.catalog, memories, copies: HashMap::new(), marks: None }.verify()?;
+    }
+    Ok(opened)
+}
+
+#[cfg(feature = "python")]
+impl Assembled<Mapping> {
+    /// As memory that arrays may be changing.
+    pub(crate) fn shared(self) -> Assembled<SharedMemory> {
+        let memories = self.memories.into_iter().map(|mapping| Arc::new(SharedMemory::of(mapping))).collect();
+        Assembled { catalog: self.catalog, memories, guards: self.guards }
+    }
+}
+
+/// Opens every file of `location`, gets its bytes with `bring`, and checks the whole against the index. If a save replaces
 /// the files meanwhile, it is the old model or the new one, whole.
 pub(super) fn assemble<M: Send + Sync>(
-    place: &Place,
+    location: &Location,
     options: &OpenOptions,
     access: Access,
     source: impl for<'f> Fn(&'f File, &'f Path, Window) -> FileBytes<'f> + Sync,
     bring: impl Fn(&Found, &Path) -> Result<M> + Sync,
 ) -> Result<Assembled<M>> {
-    again::open(place, |place| assemble_now(place, options, access, &source, &bring))
+    again::open(location, |location| assemble_now(location, options, access, &source, &bring))
 }
 
 fn assemble_now<M: Send + Sync>(
-    place: &Place,
+    location: &Location,
     options: &OpenOptions,
     access: Access,
     source: &(impl for<'f> Fn(&'f File, &'f Path, Window) -> FileBytes<'f> + Sync),
     bring: &(impl Fn(&Found, &Path) -> Result<M> + Sync),
 ) -> Result<Assembled<M>> {
-    if place.files.is_empty() && place.index.is_none() {
+    if location.files.is_empty() && location.index.is_none() {
         return Err(Error::Argument("no file is named to be opened".into()));
     }
-    if options.map.has_window() && (place.files.len() != 1 || place.index.is_some()) {
+    if options.map.has_window() && (location.files.len() != 1 || location.index.is_some()) {
         return Err(Error::Argument("a window is a part of one file; this model has several".into()));
     }
     let watched = options.guard && access != Access::Copy;
@@ -73,8 +114,8 @@ fn assemble_now<M: Send + Sync>(
         Ok((Shard { path: path.into(), layout: found.layout }, (Arc::new(memory), guard)))
     };
     let mut opened = Vec::new();
-    opened.resize_with(place.files.len(), || None);
-    let jobs = place.files.iter().zip(&mut opened).collect();
+    opened.resize_with(location.files.len(), || None);
+    let jobs = location.files.iter().zip(&mut opened).collect();
     work::each_in_parallel(jobs, |(path, slot): (&PathBuf, &mut Option<_>)| {
         *slot = Some(open(path)?);
         Ok(())
@@ -82,13 +123,13 @@ fn assemble_now<M: Send + Sync>(
     let (shards, memories): (_, Vec<_>) = opened.into_iter().flatten().unzip();
     let (memories, guards): (_, Vec<_>) = memories.into_iter().unzip();
     let mut catalog = Catalog::new(shards)?;
-    if let Some(index) = &place.index {
-        catalog.index = Some(place.path.clone());
+    if let Some(index) = &location.index {
+        catalog.index = Some(location.path.clone());
         catalog.stated_size = index.total_size;
-        check_index(index, &catalog, &place.path)?;
+        check_index(index, &catalog, &location.path)?;
     }
-    let guards = watched.then(|| Guards::new(guards.into_iter().flatten().collect()));
-    Ok((catalog, memories, guards))
+    let guards = watched.then(|| Arc::new(Guards::new(guards.into_iter().flatten().collect())));
+    Ok(Assembled { catalog: Arc::new(catalog), memories, guards })
 }
 
 /// One descriptor: length, header.
@@ -109,7 +150,7 @@ pub(super) fn copied<'f>(file: &'f File, path: &'f Path, window: Window) -> File
     FileBytes::new(file, path, window)
 }
 
-/// The layout of an open file, of so many bytes.
+/// The layout of an open file of `len` bytes.
 pub(crate) fn layout_of(file: &File, len: u64, path: &Path) -> Result<Layout> {
     format::read(&copied(file, path, MapOptions::new().window_of(len, path)?))
 }

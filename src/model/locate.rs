@@ -11,11 +11,11 @@ use std::path::{Path, PathBuf};
 
 /// The files of a model.
 #[derive(Debug)]
-pub(crate) struct Place {
+pub struct Location {
     /// What the user named, for errors that concern the whole.
     pub(crate) path: PathBuf,
     pub(crate) files: Vec<PathBuf>,
-    /// What the index says, to be held against the files.
+    /// What the index says, to be checked against the files.
     pub(crate) index: Option<index::Index>,
     /// What the files were found by, and can be again when a save replaces them; `None` where each was named.
     pub(super) found_by: Option<PathBuf>,
@@ -23,9 +23,9 @@ pub(crate) struct Place {
     pub(super) index_file: Option<File>,
 }
 
-impl Place {
-    pub(crate) fn files(paths: &[impl AsRef<Path>]) -> Self {
-        let files: Vec<PathBuf> = paths.iter().map(|p| p.as_ref().to_owned()).collect();
+impl Location {
+    /// Of files that are each named.
+    pub(crate) fn files(files: Vec<PathBuf>) -> Self {
         Self {
             path: files.first().cloned().unwrap_or_default(),
             files,
@@ -34,9 +34,7 @@ impl Place {
             index_file: None,
         }
     }
-}
 
-impl Place {
     /// Whether the index is another one by now, or gone.
     pub(super) fn is_replaced(&self) -> bool {
         let identity = |found: std::fs::Metadata| (found.dev(), found.ino());
@@ -56,23 +54,23 @@ const INDEX_SUFFIX: &str = ".safetensors.index.json";
 /// [`Error::Io`]; those of [`index::parse`]; [`Error::NotRegular`] for a directory without a model, or
 /// with several; [`Error::Argument`] for one with a whole file and an index of the same name, of which nothing says
 /// which is the model.
-pub(crate) fn locate(path: &Path) -> Result<Place> {
+pub(crate) fn locate(path: &Path) -> Result<Location> {
     again::find(path, look)
 }
 
-fn look(path: &Path) -> Result<Place> {
+fn look(path: &Path) -> Result<Location> {
     let name = path.file_name().and_then(|n| n.to_str()).unwrap_or_default();
     if path.is_dir() {
         return look(&pick(path)?);
     }
     if !name.ends_with(".index.json") {
-        return Ok(Place::files(&[path]));
+        return Ok(Location::files(vec![path.into()]));
     }
     let (file, index) = read_index(path)?;
     // Beside the index as it was named: a hub cache's index is a link, and so are the shards beside it.
     let dir = path.parent().unwrap_or(Path::new(""));
     let files = index.shards.iter().map(|shard| dir.join(shard)).collect();
-    Ok(Place { path: path.into(), files, index: Some(index), found_by: None, index_file: Some(file) })
+    Ok(Location { path: path.into(), files, index: Some(index), found_by: None, index_file: Some(file) })
 }
 
 fn read_index(path: &Path) -> Result<(File, index::Index)> {

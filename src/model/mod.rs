@@ -10,27 +10,31 @@ mod model_mut;
 mod model_ref;
 mod model_shared;
 mod open;
+mod source;
 mod stream;
 mod tensors;
 mod verify;
 
-pub(crate) use assemble::layout_of;
+pub(crate) use assemble::{Assembled, layout_of};
 pub use diff::diff;
 pub(crate) use guards::Guards;
-pub(crate) use locate::{Place, locate};
+pub(crate) use locate::{Location, locate};
 pub use model_mut::ModelMut;
 #[cfg(feature = "python")]
 pub(crate) use model_mut::new_token;
 pub(crate) use model_mut::split;
 pub use model_ref::ModelRef;
 pub use model_shared::ModelShared;
+#[cfg(feature = "python")]
+pub(crate) use open::Into;
 pub use open::OpenOptions;
+pub(crate) use source::Readable;
+pub use source::{Content, Files, OpenFrom, OverMemory, ReadFrom};
 pub use stream::Stream;
 pub use tensors::Tensors;
 
 use crate::diff::Contents;
 use crate::error::Result;
-use crate::format;
 use crate::layout::{Catalog, Layout, Metadata, Shard, TensorInfo};
 use crate::map::{Mapping, Memory};
 use crate::paging::Locks;
@@ -67,8 +71,8 @@ pub struct Model {
 }
 
 impl Model {
-    /// Maps a model: a `.safetensors` file, a `*.safetensors.index.json`, or a directory that holds
-    /// either. Read-only; [`ModelMut::open`] is the writable twin.
+    /// Maps a model: a `.safetensors` file, a `*.safetensors.index.json`, a directory that holds either, or
+    /// [`Files`], each named. Read-only; [`ModelMut::open`] is the writable twin.
     ///
     /// A directory that holds a file and an index of one name is refused, unless they are one model: of other loaders,
     /// some take the file and some the index. No save here leaves both.
@@ -84,57 +88,37 @@ impl Model {
     /// [`Error::Io`] and [`Error::NotRegular`] for the files; for their headers [`Error::Truncated`],
     /// [`Error::Limit`], [`Error::Utf8`], [`Error::Json`], [`Error::Duplicate`], [`Error::DType`],
     /// [`Error::Overflow`], [`Error::Layout`], [`Error::Shape`], [`Error::Align`]; for an index also
-    /// [`Error::Path`] and [`Error::Missing`]; [`Error::Argument`] for a directory with a file and an index of one name.
+    /// [`Error::Path`] and [`Error::Missing`]; [`Error::Argument`] for a directory with a file and an index of one name;
+    /// [`Error::Duplicate`] for a tensor that is in two files.
     #[allow(unsafe_code)]
-    pub unsafe fn open(path: impl AsRef<Path>) -> Result<Self> {
+    pub unsafe fn open(from: impl OpenFrom) -> Result<Self> {
         // SAFETY: the caller's promise is passed on.
-        unsafe { OpenOptions::new().open(path) }
-    }
-
-    /// Maps a list of files as one model.
-    ///
-    /// # Safety
-    /// As [`Model::open`].
-    ///
-    /// # Errors
-    /// As [`Model::open`]; [`Error::Duplicate`] for a tensor that is in two of the files.
-    #[allow(unsafe_code)]
-    pub unsafe fn open_files(paths: &[impl AsRef<Path>]) -> Result<Self> {
-        // SAFETY: the caller's promise is passed on.
-        unsafe { OpenOptions::new().open_files(paths) }
+        unsafe { OpenOptions::new().open(from) }
     }
 
     /// Reads a model into owned memory: everything [`Model::open`] does, without its contract, at the
-    /// price of reading every byte. Data is 64-byte aligned, even where it is not in the file.
+    /// price of reading every byte. Data is 64-byte aligned, even where it is not in the file. The bytes of a file that
+    /// are in memory already are a [`Content`].
     ///
     /// # Errors
     /// As [`Model::open`].
     ///
     /// ```
-    /// let model = maptensors::Model::read("models/digits.safetensors")?;
+    /// use maptensors::{Content, Model};
+    ///
+    /// let model = Model::read("models/digits.safetensors")?;
     /// assert_eq!(model.tensor("fc1.weight")?.shape(), [64, 64]);
-    /// # Ok::<(), maptensors::Error>(())
-    /// ```
-    pub fn read(path: impl AsRef<Path>) -> Result<Self> {
-        OpenOptions::new().read(path)
-    }
-
-    /// A model from the bytes of one file, copied once into aligned memory.
-    ///
-    /// # Errors
-    /// As [`Model::open`]; the path in errors is empty.
-    ///
-    /// ```
     /// let bytes = std::fs::read("models/digits.safetensors").unwrap();
-    /// assert_eq!(maptensors::Model::from_bytes(&bytes)?.len(), 4);
+    /// assert_eq!(Model::read(Content::new(&bytes))?.len(), 4);
     /// # Ok::<(), maptensors::Error>(())
     /// ```
-    pub fn from_bytes(bytes: &[u8]) -> Result<Self> {
-        open::from_bytes(bytes)
+    pub fn read(from: impl ReadFrom) -> Result<Self> {
+        OpenOptions::new().read(from)
     }
 
-    /// A model over the bytes of one file that somebody else holds: nothing is copied, and the owner lives as long as the
-    /// model or a [`Tensor`] of it does. For a slice that is only borrowed there is [`ModelRef`](crate::ModelRef).
+    /// A model over memory that nobody changes, for as long as the model or a [`Tensor`] of it lives: the bytes of one file
+    /// that somebody else holds, or a `&SealedMemfd`. Nothing is copied. For a slice that is only borrowed there is
+    /// [`ModelRef`](crate::ModelRef).
     ///
     /// Tensors may be misaligned for their dtype, as the bytes lie: [`TensorView::as_slice`] then refuses, and `to_vec`
     /// copies.
@@ -151,28 +135,21 @@ impl Model {
     /// assert!(bytes.as_ptr_range().contains(&model.tensor("fc1.bias")?.as_bytes().as_ptr()));
     /// # Ok::<(), maptensors::Error>(())
     /// ```
-    pub fn over(bytes: impl AsRef<[u8]> + Send + Sync + 'static) -> Result<Self> {
-        let mapping = Mapping::lent(Arc::new(bytes));
-        let layout = format::read(&mapping.as_bytes())?;
-        Ok(Self::new(Catalog::new(vec![Shard { path: "".into(), layout }])?, vec![Arc::new(mapping)]))
+    pub fn over(memory: impl OverMemory) -> Result<Self> {
+        OpenOptions::new().over(memory)
     }
 
     pub(crate) fn new(catalog: Catalog, mappings: Vec<Arc<Mapping>>) -> Self {
+        Self::of(Assembled { catalog: Arc::new(catalog), memories: mappings, guards: None })
+    }
+
+    pub(crate) fn of(opened: Assembled<Mapping>) -> Self {
+        let Assembled { catalog, memories: mappings, guards } = opened;
         debug_assert_eq!(catalog.shards().len(), mappings.len());
-        Self { catalog: Arc::new(catalog), mappings, locks: Arc::default(), guards: None }
+        Self { catalog, mappings, locks: Arc::default(), guards }
     }
 
-    pub(crate) fn guarded(mut self, guards: Option<Guards>) -> Self {
-        self.guards = guards.map(Arc::new);
-        self
-    }
-
-    #[cfg(feature = "python")]
-    pub(crate) fn take_guards(&mut self) -> Option<Arc<Guards>> {
-        self.guards.take()
-    }
-
-    /// Under [`OpenOptions::guard`], whether the files are still as they were when they were opened. Else it is
+    /// Under [`OpenOptions::guard`], whether the files are still as they were when they were opened. Otherwise it is
     /// not known, and this answers that all is well.
     ///
     /// # Errors
@@ -190,8 +167,8 @@ impl Model {
 
     /// What there is, and where it lies in memory.
     #[cfg(feature = "python")]
-    pub(crate) fn into_parts(self) -> (Arc<Catalog>, Vec<Arc<Mapping>>) {
-        (self.catalog, self.mappings)
+    pub(crate) fn into_parts(self) -> Assembled<Mapping> {
+        Assembled { catalog: self.catalog, memories: self.mappings, guards: self.guards }
     }
 
     /// Its bytes, to compare and to hash.

@@ -1,9 +1,11 @@
 //! A model whose tensors can be written.
 
-use super::{Model, OpenOptions};
+use super::{Model, OpenFrom, OpenOptions, ReadFrom};
 use crate::diff::{Changes, Contents, Marks};
 use crate::error::{Error, Result};
 use crate::layout::TensorInfo;
+#[cfg(target_os = "linux")]
+use crate::map::SealedMemfd;
 use crate::map::{CHUNK, Mapping, not_writable};
 use crate::tensor::TensorViewMut;
 use std::collections::HashSet;
@@ -43,7 +45,7 @@ pub struct ModelMut {
 }
 
 impl ModelMut {
-    /// Maps a model copy-on-write; paths as for [`Model::open`].
+    /// Maps a model copy-on-write, from what [`Model::open`] takes.
     ///
     /// # Safety
     /// As [`Model::open`].
@@ -51,30 +53,26 @@ impl ModelMut {
     /// # Errors
     /// As [`Model::open`].
     #[allow(unsafe_code)]
-    pub unsafe fn open(path: impl AsRef<Path>) -> Result<Self> {
+    pub unsafe fn open(from: impl OpenFrom) -> Result<Self> {
         // SAFETY: the caller's promise is passed on.
-        unsafe { OpenOptions::new().open_mut(path) }
-    }
-
-    /// Maps a list of files as one model, copy-on-write.
-    ///
-    /// # Safety
-    /// As [`Model::open`].
-    ///
-    /// # Errors
-    /// As [`Model::open_files`].
-    #[allow(unsafe_code)]
-    pub unsafe fn open_files(paths: &[impl AsRef<Path>]) -> Result<Self> {
-        // SAFETY: the caller's promise is passed on.
-        unsafe { OpenOptions::new().open_files_mut(paths) }
+        unsafe { OpenOptions::new().open_mut(from) }
     }
 
     /// Reads a model into owned memory, to edit there; see [`Model::read`].
     ///
     /// # Errors
     /// As [`Model::open`].
-    pub fn read(path: impl AsRef<Path>) -> Result<Self> {
-        Ok(Self::new(Model::read(path)?, false))
+    pub fn read(from: impl ReadFrom) -> Result<Self> {
+        OpenOptions::new().read_mut(from)
+    }
+
+    /// A model over sealed memory, copy-on-write: see [`OpenOptions::over_mut`].
+    ///
+    /// # Errors
+    /// As [`Model::over`].
+    #[cfg(target_os = "linux")]
+    pub fn over(memory: &SealedMemfd) -> Result<Self> {
+        OpenOptions::new().over_mut(memory)
     }
 
     /// `model`'s mappings are copy-on-write or owned, and its alone.

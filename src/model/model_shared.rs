@@ -1,13 +1,10 @@
 //! A model edited in its file, which others may have as well.
 
-use super::{Guards, OpenOptions};
-use crate::diff::Contents;
+use super::{Assembled, Guards, OpenFrom, OpenOptions};
 use crate::error::{Error, Result};
-use crate::layout::{Catalog, Metadata};
-use crate::layout::{Layout, TensorInfo};
-use crate::map::{Memory, Residency, SharedMemory};
+use crate::layout::{Catalog, Layout, Metadata, TensorInfo};
+use crate::map::{Residency, SharedMemory};
 use crate::tensor::TensorShared;
-use std::collections::HashMap;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -46,7 +43,7 @@ pub struct ModelShared {
 }
 
 impl ModelShared {
-    /// Maps a model, shared and to be written; paths as for [`Model::open`](crate::Model::open).
+    /// Maps a model, shared and to be written, from what [`Model::open`](crate::Model::open) takes.
     ///
     /// # Safety
     /// For the life of the model, nobody truncates the *inode* or punches holes in it: the process would get
@@ -55,30 +52,15 @@ impl ModelShared {
     /// # Errors
     /// As [`Model::open`](crate::Model::open); [`Error::Io`] also where the file may not be written.
     #[allow(unsafe_code)]
-    pub unsafe fn open(path: impl AsRef<Path>) -> Result<Self> {
+    pub unsafe fn open(from: impl OpenFrom) -> Result<Self> {
         // SAFETY: the caller's promise is passed on.
-        unsafe { OpenOptions::new().open_shared(path) }
+        unsafe { OpenOptions::new().open_shared(from) }
     }
 
-    pub(crate) fn new(catalog: Catalog, memories: Vec<Arc<SharedMemory>>, guards: Option<Guards>) -> Self {
+    pub(super) fn of(opened: Assembled<SharedMemory>) -> Self {
+        let Assembled { catalog, memories, guards } = opened;
         debug_assert_eq!(catalog.shards().len(), memories.len());
-        Self { catalog: Arc::new(catalog), memories, guards: guards.map(Arc::new) }
-    }
-
-    /// What there is, and where it lies in memory.
-    #[cfg(feature = "python")]
-    pub(crate) fn into_parts(self) -> (Arc<Catalog>, Vec<Arc<SharedMemory>>, Option<Arc<Guards>>) {
-        (self.catalog, self.memories, self.guards)
-    }
-
-    /// Its bytes, to hash. For a model that nobody else in this process has yet.
-    pub(super) fn contents(&self) -> Contents<'_> {
-        Contents {
-            catalog: &self.catalog,
-            memories: self.memories.iter().map(|memory| memory.as_ref() as &dyn Memory).collect(),
-            copies: HashMap::new(),
-            marks: None,
-        }
+        Self { catalog, memories, guards }
     }
 
     /// Number of tensors.

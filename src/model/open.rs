@@ -1,17 +1,20 @@
 //! From a path to a model.
 
-use super::assemble::{Access, assemble, copied, read_layout};
-use super::{Model, ModelMut, ModelShared, Place, locate};
+use super::assemble::{Access, Assembled, Found, assemble, copied, read_layout, verified};
+use super::{Location, Model, ModelMut, ModelShared, OpenFrom, OverMemory, ReadFrom, Readable};
 use crate::diff::Verify;
-use crate::error::{Error, Result};
+#[cfg(target_os = "linux")]
+use crate::error::Error;
+use crate::error::Result;
 use crate::format;
-use crate::layout::{Catalog, Shard};
+use crate::layout::Layout;
 #[cfg(target_os = "linux")]
 use crate::map::SealedMemfd;
 use crate::map::{self, Backing, MapOptions, Mapping, SharedMemory, StableFile, Window};
 use crate::source::FileBytes;
 use crate::work;
 use std::fs::File;
+use std::io;
 use std::ops::RangeBounds;
 #[cfg(target_os = "linux")]
 use std::os::fd::AsFd as _;
@@ -19,6 +22,24 @@ use std::path::Path;
 use std::sync::Arc;
 
 /// How to open a model; [`Model::open`] and its kin are the defaults.
+///
+/// What a model is opened from and what is done with it are said apart. Every option goes with every row, or is
+/// refused by name.
+///
+/// | | from | to read: [`Model`] | to edit a copy: [`ModelMut`] | to edit the file: [`ModelShared`] |
+/// |---|---|---|---|---|
+/// | mapped, under a contract (`unsafe`) | [`OpenFrom`]: a path, [`Files`](crate::Files) | [`open`](Self::open) | [`open_mut`](Self::open_mut) | [`open_shared`](Self::open_shared) |
+/// | over memory that nobody changes | [`OverMemory`]: bytes that are lent, a `&SealedMemfd` | [`over`](Self::over) | [`over_mut`](Self::over_mut) (sealed memory) | – |
+/// | read into owned memory | [`ReadFrom`]: a path, [`Files`](crate::Files), [`Content`](crate::Content), a `&SealedMemfd` | [`read`](Self::read) | [`read_mut`](Self::read_mut) | – |
+/// | read into memory that is sealed | [`ReadFrom`] | [`read_sealed`](Self::read_sealed) | [`read_sealed_mut`](Self::read_sealed_mut) | – |
+///
+/// Nothing that is copied has a file to be edited, and bytes alone are not opened under a contract about files:
+///
+/// ```compile_fail
+/// let bytes = std::fs::read("models/digits.safetensors").unwrap();
+/// // SAFETY: none is needed, so this does not compile: `read` copies, and `over` takes the bytes themselves.
+/// let model = unsafe { maptensors::Model::open(maptensors::Content::new(&bytes)) };
+/// ```
 ///
 /// ```
 /// use maptensors::OpenOptions;
@@ -157,7 +178,7 @@ impl OpenOptions {
         self
     }
 
-    /// As [`Model::open`].
+    /// Maps files, to read.
     ///
     /// # Safety
     /// As [`Model::open`].
@@ -165,12 +186,12 @@ impl OpenOptions {
     /// # Errors
     /// As [`Model::open`].
     #[allow(unsafe_code)]
-    pub unsafe fn open(&self, path: impl AsRef<Path>) -> Result<Model> {
+    pub unsafe fn open(&self, from: impl OpenFrom) -> Result<Model> {
         // SAFETY: the caller's promise is passed on.
-        unsafe { self.open_place(&locate(path.as_ref())?, Backing::ReadOnly) }
+        unsafe { self.map_files(&from.locate()?, Backing::ReadOnly) }.map(Model::of)
     }
 
-    /// As [`ModelMut::open`].
+    /// Maps files copy-on-write, to edit a copy.
     ///
     /// # Safety
     /// As [`Model::open`].
@@ -178,40 +199,13 @@ impl OpenOptions {
     /// # Errors
     /// As [`Model::open`].
     #[allow(unsafe_code)]
-    pub unsafe fn open_mut(&self, path: impl AsRef<Path>) -> Result<ModelMut> {
+    pub unsafe fn open_mut(&self, from: impl OpenFrom) -> Result<ModelMut> {
         // SAFETY: the caller's promise is passed on.
-        unsafe { self.open_place(&locate(path.as_ref())?, Backing::CopyOnWrite) }
-            .map(|model| ModelMut::new(model, self.dense_edits))
+        let opened = unsafe { self.map_files(&from.locate()?, Backing::CopyOnWrite) }?;
+        Ok(ModelMut::new(Model::of(opened), self.dense_edits))
     }
 
-    /// As [`Model::open_files`].
-    ///
-    /// # Safety
-    /// As [`Model::open`].
-    ///
-    /// # Errors
-    /// As [`Model::open_files`].
-    #[allow(unsafe_code)]
-    pub unsafe fn open_files(&self, paths: &[impl AsRef<Path>]) -> Result<Model> {
-        // SAFETY: the caller's promise is passed on.
-        unsafe { self.open_place(&Place::files(paths), Backing::ReadOnly) }
-    }
-
-    /// As [`ModelMut::open_files`].
-    ///
-    /// # Safety
-    /// As [`Model::open`].
-    ///
-    /// # Errors
-    /// As [`Model::open_files`].
-    #[allow(unsafe_code)]
-    pub unsafe fn open_files_mut(&self, paths: &[impl AsRef<Path>]) -> Result<ModelMut> {
-        // SAFETY: the caller's promise is passed on.
-        unsafe { self.open_place(&Place::files(paths), Backing::CopyOnWrite) }
-            .map(|model| ModelMut::new(model, self.dense_edits))
-    }
-
-    /// As [`ModelShared::open`].
+    /// Maps files, to edit them.
     ///
     /// # Safety
     /// As [`ModelShared::open`].
@@ -219,17 +213,35 @@ impl OpenOptions {
     /// # Errors
     /// As [`ModelShared::open`].
     #[allow(unsafe_code)]
-    pub unsafe fn open_shared(&self, path: impl AsRef<Path>) -> Result<ModelShared> {
+    pub unsafe fn open_shared(&self, from: impl OpenFrom) -> Result<ModelShared> {
         // SAFETY: the caller's promise is passed on.
-        unsafe { self.open_place_shared(&locate(path.as_ref())?) }
+        unsafe { self.map_files_shared(&from.locate()?) }.map(ModelShared::of)
     }
 
-    /// As [`Model::read`].
+    /// Reads a model into owned memory.
     ///
     /// # Errors
     /// As [`Model::read`].
-    pub fn read(&self, path: impl AsRef<Path>) -> Result<Model> {
-        self.read_place(&locate(path.as_ref())?)
+    pub fn read(&self, from: impl ReadFrom) -> Result<Model> {
+        self.read_into(from.find()?, Into::Owned).map(Model::of)
+    }
+
+    /// Reads a model into owned memory, to edit there.
+    ///
+    /// # Errors
+    /// As [`Model::read`].
+    ///
+    /// ```
+    /// use maptensors::{Content, OpenOptions};
+    ///
+    /// let bytes = std::fs::read("models/digits.safetensors").unwrap();
+    /// let mut model = OpenOptions::new().lock(true).read_mut(Content::new(&bytes))?;
+    /// model.tensor_mut("fc1.bias")?.as_mut_slice::<f32>()?.fill(0.0); // `bytes` are as they were
+    /// # Ok::<(), maptensors::Error>(())
+    /// ```
+    pub fn read_mut(&self, from: impl ReadFrom) -> Result<ModelMut> {
+        // All of it is this process's own already: there is nothing to promote.
+        Ok(ModelMut::new(self.read(from)?, false))
     }
 
     /// Reads a model into memory that is then sealed, and maps that: immune to whatever becomes of the file, as
@@ -246,8 +258,8 @@ impl OpenOptions {
     /// # Ok::<(), maptensors::Error>(())
     /// ```
     #[cfg(target_os = "linux")]
-    pub fn read_sealed(&self, path: impl AsRef<Path>) -> Result<Model> {
-        self.read_place_sealed(&locate(path.as_ref())?, Backing::ReadOnly)
+    pub fn read_sealed(&self, from: impl ReadFrom) -> Result<Model> {
+        self.read_into(from.find()?, Into::Sealed(Backing::ReadOnly)).map(Model::of)
     }
 
     /// As [`OpenOptions::read_sealed`], to edit: copy-on-write, so that [`ModelMut::changed`] knows what was
@@ -263,47 +275,69 @@ impl OpenOptions {
     /// # Ok::<(), maptensors::Error>(())
     /// ```
     #[cfg(target_os = "linux")]
-    pub fn read_sealed_mut(&self, path: impl AsRef<Path>) -> Result<ModelMut> {
-        let model = self.read_place_sealed(&locate(path.as_ref())?, Backing::CopyOnWrite)?;
-        Ok(ModelMut::new(model, self.dense_edits))
+    pub fn read_sealed_mut(&self, from: impl ReadFrom) -> Result<ModelMut> {
+        let read = self.read_into(from.find()?, Into::Sealed(Backing::CopyOnWrite))?;
+        Ok(ModelMut::new(Model::of(read), self.dense_edits))
     }
 
-    /// Maps a model in sealed memory. Nobody can change it, so this needs no promise.
+    /// A model over memory that nobody changes: bytes that are lent, or sealed memory. Copies nothing, and needs no
+    /// promise.
     ///
     /// # Errors
-    /// As [`Model::open`]; the path in errors is empty.
-    #[cfg(target_os = "linux")]
-    pub fn open_sealed(&self, memfd: &SealedMemfd) -> Result<Model> {
-        self.open_memfd(memfd, Backing::ReadOnly)
+    /// As [`Model::over`]; [`Error::Argument`] for [`OpenOptions::lock`] and [`OpenOptions::populate`] of bytes that are
+    /// lent: those are their owner's.
+    pub fn over(&self, memory: impl OverMemory) -> Result<Model> {
+        memory.over(self).map(Model::of)
     }
 
-    /// As [`OpenOptions::open_sealed`], to edit: copy-on-write.
+    /// As [`OpenOptions::over`], to edit: copy-on-write. Bytes that are lent are never written:
+    /// [`OpenOptions::read_mut`] copies them.
     ///
     /// # Errors
-    /// As [`OpenOptions::open_sealed`].
+    /// As [`Model::over`].
+    ///
+    /// ```
+    /// use maptensors::{Memfd, OpenOptions};
+    ///
+    /// let bytes = std::fs::read("models/digits.safetensors").unwrap();
+    /// let mut memfd = Memfd::create("weights", bytes.len())?;
+    /// memfd.as_bytes_mut().copy_from_slice(&bytes);
+    /// let mut model = OpenOptions::new().over_mut(&memfd.seal()?)?;
+    /// model.tensor_mut("fc1.bias")?.as_mut_slice::<f32>()?[0] = 9.0;
+    /// assert_eq!(model.changed()?.elements(), 1);
+    /// # Ok::<(), maptensors::Error>(())
+    /// ```
     #[cfg(target_os = "linux")]
-    pub fn open_sealed_mut(&self, memfd: &SealedMemfd) -> Result<ModelMut> {
-        Ok(ModelMut::new(self.open_memfd(memfd, Backing::CopyOnWrite)?, self.dense_edits))
+    pub fn over_mut(&self, memory: &SealedMemfd) -> Result<ModelMut> {
+        let opened = self.over_sealed(memory, Backing::CopyOnWrite)?;
+        Ok(ModelMut::new(Model::of(opened), self.dense_edits))
     }
+}
 
+/// Memory that a model is read into.
+#[derive(Clone, Copy)]
+pub(crate) enum Into {
+    /// This process's own.
+    Owned,
+    /// Sealed once it is filled, and mapped so.
     #[cfg(target_os = "linux")]
-    fn open_memfd(&self, memfd: &SealedMemfd, backing: Backing) -> Result<Model> {
-        let path = Path::new("");
-        let file = memfd.as_fd().try_clone_to_owned().map_err(Error::io(path, "copying the descriptor"))?;
-        let found = read_layout(file.into(), memfd.len()?, path, &self.map, copied)?;
-        let mapping = self.map.bring_sealed(memfd, path, found.window, backing)?;
-        let catalog = Catalog::new(vec![Shard { path: path.into(), layout: found.layout }])?;
-        self.checked(Model::new(catalog, vec![Arc::new(mapping)]))
-    }
+    Sealed(Backing),
+}
 
+/// What opens for Rust's models, and for Python's.
+impl OpenOptions {
     /// Maps files already located.
     ///
     /// # Safety
     /// As [`Model::open`].
     #[allow(unsafe_code)]
-    pub(crate) unsafe fn open_place(&self, place: &Place, backing: Backing) -> Result<Model> {
-        let (catalog, mappings, guards) = assemble(
-            place,
+    pub(crate) unsafe fn map_files(
+        &self,
+        location: &Location,
+        backing: Backing,
+    ) -> Result<Assembled<Mapping>> {
+        let opened = assemble(
+            location,
             self,
             Access::Read,
             |file, path, window| {
@@ -311,7 +345,7 @@ impl OpenOptions {
                     // Names are looked up without asking whether the file has changed.
                     return copied(file, path, window);
                 }
-                // SAFETY: the caller vouches for the files; the window was held against this descriptor's length.
+                // SAFETY: the caller vouches for the files; the window was checked against this descriptor's length.
                 unsafe { stable(file, path, window) }
             },
             |found, path| {
@@ -319,7 +353,7 @@ impl OpenOptions {
                 unsafe { self.map.bring(&found.file, path, found.window, backing) }
             },
         )?;
-        self.checked(Model::new(catalog, mappings).guarded(guards))
+        verified(opened, self.verify)
     }
 
     /// Maps files already located, to edit them. The header is copied: what others may write is never a `&str`.
@@ -327,43 +361,79 @@ impl OpenOptions {
     /// # Safety
     /// As [`ModelShared::open`].
     #[allow(unsafe_code)]
-    pub(crate) unsafe fn open_place_shared(&self, place: &Place) -> Result<ModelShared> {
-        let (catalog, memories, guards) = assemble(place, self, Access::Edit, copied, |found, path| {
-            // SAFETY: the caller vouches that the files keep their length, against which the window was held;
+    pub(crate) unsafe fn map_files_shared(&self, location: &Location) -> Result<Assembled<SharedMemory>> {
+        let opened = assemble(location, self, Access::Edit, copied, |found, path| {
+            // SAFETY: the caller vouches that the files keep their length, against which the window was checked;
             // the mapping goes into a SharedMemory, which makes no slices.
             let mapping = unsafe { self.map.bring(&found.file, path, found.window, Backing::Shared) }?;
             Ok(SharedMemory::of(Arc::new(mapping)))
         })?;
-        let model = ModelShared::new(catalog, memories, guards);
-        if self.verify == Verify::All {
-            model.contents().verify()?;
-        }
-        Ok(model)
+        verified(opened, self.verify)
     }
 
-    /// Reads files already located into owned memory.
-    pub(crate) fn read_place(&self, place: &Place) -> Result<Model> {
-        let (catalog, mappings, _) = assemble(place, self, Access::Copy, copied, |found, path| {
-            self.map.read(&found.file, path, found.window, found.layout.data_range().start)
-        })?;
-        self.checked(Model::new(catalog, mappings))
+    /// Copies what was found.
+    pub(crate) fn read_into(&self, from: Readable<'_>, into: Into) -> Result<Assembled<Mapping>> {
+        let no_path = Path::new("");
+        let read = |found: &Found, path: &Path| {
+            let from = found.window.offset;
+            self.fill(into, path, found.window, &found.layout, |to| map::read_all_at(to, &found.file, from))
+        };
+        let opened = match from {
+            Readable::Files(location) => assemble(&location, self, Access::Copy, copied, read)?,
+            Readable::Content(bytes) => {
+                let window = self.map.window_of(bytes.len() as u64, no_path)?;
+                let start = usize::try_from(window.offset).unwrap_or_default();
+                let bytes = &bytes[start..start + window.len];
+                let layout = format::read(&bytes)?;
+                let memory = self.fill(into, no_path, window, &layout, |to| copy_to(to, bytes))?;
+                Assembled::of_one(no_path, layout, memory)?
+            }
+            #[cfg(target_os = "linux")]
+            Readable::Sealed(memfd) => {
+                let found = self.found_in(memfd)?;
+                let memory = read(&found, no_path)?;
+                Assembled::of_one(no_path, found.layout, memory)?
+            }
+        };
+        verified(opened, self.verify)
     }
 
-    /// Reads files already located into memory that is then sealed.
+    /// Lies over bytes that are lent.
+    pub(super) fn over_lent(&self, owner: Arc<dyn AsRef<[u8]> + Send + Sync>) -> Result<Assembled<Mapping>> {
+        let mapping = self.map.lent(owner)?;
+        let layout = format::read(&mapping.as_bytes())?;
+        verified(Assembled::of_one(Path::new(""), layout, mapping)?, self.verify)
+    }
+
+    /// Maps sealed memory.
     #[cfg(target_os = "linux")]
-    pub(crate) fn read_place_sealed(&self, place: &Place, backing: Backing) -> Result<Model> {
-        let (catalog, mappings, _) = assemble(place, self, Access::Copy, copied, |found, path| {
-            let data_start = found.layout.data_range().start;
-            self.map.read_sealed(&found.file, path, found.window, data_start, backing)
-        })?;
-        self.checked(Model::new(catalog, mappings))
+    pub(super) fn over_sealed(&self, memfd: &SealedMemfd, backing: Backing) -> Result<Assembled<Mapping>> {
+        let (found, path) = (self.found_in(memfd)?, Path::new(""));
+        let mapping = self.map.bring_sealed(memfd, path, found.window, backing)?;
+        verified(Assembled::of_one(path, found.layout, mapping)?, self.verify)
     }
 
-    fn checked(&self, model: Model) -> Result<Model> {
-        if self.verify == Verify::All {
-            model.verify()?;
+    #[cfg(target_os = "linux")]
+    fn found_in(&self, memfd: &SealedMemfd) -> Result<Found> {
+        let path = Path::new("");
+        let file = memfd.as_fd().try_clone_to_owned().map_err(Error::io(path, "copying the descriptor"))?;
+        read_layout(file.into(), memfd.len()?, path, &self.map, copied)
+    }
+
+    fn fill(
+        &self,
+        into: Into,
+        path: &Path,
+        window: Window,
+        layout: &Layout,
+        fill: impl FnOnce(&mut [u8]) -> io::Result<()>,
+    ) -> Result<Mapping> {
+        let data_start = layout.data_range().start;
+        match into {
+            Into::Owned => self.map.read(path, window, data_start, fill),
+            #[cfg(target_os = "linux")]
+            Into::Sealed(backing) => self.map.read_sealed(path, window, data_start, backing, fill),
         }
-        Ok(model)
     }
 }
 
@@ -378,19 +448,13 @@ unsafe fn stable<'f>(file: &'f File, path: &'f Path, window: Window) -> FileByte
     FileBytes::stable(unsafe { StableFile::new(file, end) }, path, window)
 }
 
-pub(super) fn from_bytes(bytes: &[u8]) -> Result<Model> {
-    let path = Path::new("");
-    let layout = format::read(&bytes)?;
-    let mut mapping = Mapping::owned(bytes.len(), layout.data_range().start)
-        .map_err(Error::io(path, "allocating memory for the model"))?;
+/// Copies bytes on several threads.
+fn copy_to(to: &mut [u8], bytes: &[u8]) -> io::Result<()> {
     let source = map::RawSlice::from(bytes);
-    let chunks = mapping.as_bytes_mut().chunks_mut(map::CHUNK).enumerate().collect();
-    let copied: Result<(), ()> = work::each_in_parallel(chunks, |(i, chunk): (usize, &mut [u8])| {
-        source.copy_to(i * map::CHUNK..i * map::CHUNK + chunk.len(), chunk);
+    work::each_in_parallel(to.chunks_mut(map::CHUNK).enumerate().collect(), |(i, to): (usize, &mut [u8])| {
+        source.copy_to(i * map::CHUNK..i * map::CHUNK + to.len(), to);
         Ok(())
-    });
-    debug_assert!(copied.is_ok());
-    Ok(Model::new(Catalog::new(vec![Shard { path: path.into(), layout }])?, vec![Arc::new(mapping)]))
+    })
 }
 
 /// As [`ModelMut::open`], for tests in rooms without `unsafe`.

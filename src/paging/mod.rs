@@ -12,7 +12,7 @@ pub use stream::{Order, StreamOptions};
 
 use crate::error::{Error, Result, quote};
 use crate::layout::Catalog;
-use crate::layout::{Place, Run, Select};
+use crate::layout::{Position, Run, Select};
 use crate::map::{Evicted, Pages, Residency};
 use crate::work::each_in_parallel;
 use std::collections::BTreeMap;
@@ -125,7 +125,7 @@ impl Paging<'_> {
     }
 
     /// For each tensor that is selected, in file order.
-    pub(crate) fn residency_by_tensor(&self, select: &Select<'_>) -> Result<Vec<(Place, Residency)>> {
+    pub(crate) fn residency_by_tensor(&self, select: &Select<'_>) -> Result<Vec<(Position, Residency)>> {
         let places = self.catalog.select(select)?;
         let mut found = Vec::with_capacity(places.len());
         for places in places.chunk_by(|a, b| a.0 == b.0) {
@@ -154,8 +154,9 @@ impl Paging<'_> {
             };
             // Before anything is given back.
             if let Some(locked) = locked.iter().find(|run| run.start < part.end && part.start < run.end) {
-                let inside =
-                    |place: &&Place| place.0 == shard && self.touches(**place, &(locked.start..locked.end));
+                let inside = |place: &&Position| {
+                    place.0 == shard && self.touches(**place, &(locked.start..locked.end))
+                };
                 let name = places.iter().find(inside).map_or("", |&place| self.catalog.name(place));
                 return Err(Error::Argument(format!(
                     "tensor {} is locked in memory: unlock it first",
@@ -174,13 +175,13 @@ impl Paging<'_> {
         Ok(total.into_inner().unwrap_or_else(PoisonError::into_inner))
     }
 
-    fn touches(&self, place: Place, part: &Range<usize>) -> bool {
+    fn touches(&self, place: Position, part: &Range<usize>) -> bool {
         let pages = self.pages[place.0].pages_of(&self.catalog.bytes(place));
         pages.start < part.end && part.start < pages.end
     }
 
     /// What is selected, to be locked with its pages.
-    pub(crate) fn to_lock(&self, places: &[Place]) -> ToLock {
+    pub(crate) fn to_lock(&self, places: &[Position]) -> ToLock {
         drop(self.locks.held(self));
         ToLock {
             runs: self.catalog.runs(places),

@@ -2,7 +2,7 @@
 
 use super::{Paging, ToLock};
 use crate::error::{Error, Result, quote};
-use crate::layout::{Place, Run, Select};
+use crate::layout::{Position, Run, Select};
 use crate::map::{CHUNK, Pages};
 use crate::work::each_in_parallel;
 use std::io;
@@ -83,7 +83,7 @@ impl Paging<'_> {
         let runs = self.catalog.runs(&places);
         let total = runs.iter().map(|(_, run)| run.len() as u64).sum();
         let named =
-            |&place: &Place| ((place.0, self.catalog.bytes(place)), self.catalog.name(place).to_owned());
+            |&place: &Position| ((place.0, self.catalog.bytes(place)), self.catalog.name(place).to_owned());
         let work = Work {
             pages: self.pages.clone(),
             pieces: pieces(&runs, |shard| self.catalog.shards()[shard].layout.data_range()),

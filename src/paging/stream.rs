@@ -5,7 +5,7 @@ use super::prefetch::{Piece, pieces, unreadable};
 use super::schedule::{Schedule, Step};
 use crate::error::{Error, Result, quote};
 use crate::layout::Catalog;
-use crate::layout::{Place, Select};
+use crate::layout::{Position, Select};
 use crate::map::{CHUNK, Pages};
 use std::collections::{HashMap, HashSet};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
@@ -91,7 +91,7 @@ impl<'a> StreamOptions<'a> {
 /// Reads tensors ahead in the background, and gives back what is behind. Dropping it ends that.
 pub(crate) struct ReadAhead {
     shared: Arc<Shared>,
-    order: Vec<Place>,
+    order: Vec<Position>,
     sizes: Vec<u64>,
     /// The tensor that is asked for next.
     at: usize,
@@ -196,7 +196,7 @@ impl Paging<'_> {
             // Two runs in one chunk: what lies between is little.
             chunks.entry(chunk).and_modify(|whole| whole.part.end = piece.part.end).or_insert(piece);
         }
-        let needs = |&place: &Place| {
+        let needs = |&place: &Position| {
             let bytes = self.catalog.bytes(place);
             let first = first[place.0];
             if bytes.is_empty() {
@@ -225,13 +225,13 @@ impl Paging<'_> {
         Ok(ReadAhead { shared, order, sizes, at: 0, passed: 0, readers: (readers, std::process::id()) })
     }
 
-    fn order(&self, options: &StreamOptions<'_>) -> Result<Vec<Place>> {
+    fn order(&self, options: &StreamOptions<'_>) -> Result<Vec<Position>> {
         let mut order = self.catalog.select(&options.select)?;
         match &options.order {
             Order::File => {}
             Order::Name => order.sort_by_key(|&place| self.catalog.name(place)),
             Order::Given(names) => {
-                let selected: HashSet<Place> = order.into_iter().collect();
+                let selected: HashSet<Position> = order.into_iter().collect();
                 let mut seen = HashSet::new();
                 order = Vec::with_capacity(names.len());
                 for &name in names {
@@ -268,7 +268,7 @@ impl ReadAhead {
 
     /// The place of the next tensor, once it is there; what was out before is passed. `Some(Ok(None))` where that
     /// takes longer than `timeout`; `None` at the end.
-    pub(crate) fn next(&mut self, catalog: &Catalog, timeout: Duration) -> Option<Result<Option<Place>>> {
+    pub(crate) fn next(&mut self, catalog: &Catalog, timeout: Duration) -> Option<Result<Option<Position>>> {
         let deadline = Instant::now().checked_add(timeout);
         if self.at > 0 && self.is_out() {
             self.pass(self.at - 1);

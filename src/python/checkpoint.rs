@@ -1,6 +1,6 @@
 //! `maptensors._native.Checkpoints`: what `maptensors.Checkpointer` stands on.
 
-use super::given::collect;
+use super::import::collect;
 use super::interrupt::{GRACE, wait_in_turns};
 use super::metadata::{Metadata, metadata as read_metadata};
 use super::save::{sizes, stage_one};

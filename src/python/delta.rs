@@ -12,7 +12,7 @@ use crate::diff::{Contents, Differences, compare_contents};
 use crate::error::Error;
 use crate::map::Backing;
 use crate::model::Model as Opened;
-use crate::model::{ModelMut, OpenOptions, Place};
+use crate::model::{Into, Location, ModelMut, OpenOptions, Readable};
 use crate::save::SaveOptions;
 use pyo3::exceptions::PyUserWarning;
 use pyo3::prelude::*;
@@ -29,10 +29,10 @@ fn options(metadata: Metadata, durable: bool, checksums: bool) -> SaveOptions {
 }
 
 /// Maps a model.
-fn map(place: &Place, backing: Backing) -> Result<Opened, Error> {
+fn map(location: &Location, backing: Backing) -> Result<Opened, Error> {
     // SAFETY: the stable-file contract, which Python's documentation puts to the caller. These mappings live
     // no longer than the call, or become a model's like any other.
-    unsafe { OpenOptions::new().open_place(place, backing) }
+    unsafe { OpenOptions::new().map_files(location, backing) }.map(Opened::of)
 }
 
 /// A model to look at: one that is open, or files.
@@ -52,7 +52,7 @@ impl Given {
     fn with<T>(&self, work: impl FnOnce(&Contents<'_>) -> Result<T, Error>) -> Result<T, Error> {
         match self {
             Self::Open(parts) => parts.with_contents(work),
-            Self::Files(files) => work(&map(&files.place()?, Backing::ReadOnly)?.contents()),
+            Self::Files(files) => work(&map(&files.locate()?, Backing::ReadOnly)?.contents()),
         }
     }
 }
@@ -127,7 +127,7 @@ fn deltas(given: &Bound<'_, PyAny>) -> PyResult<Vec<PathBuf>> {
 }
 
 fn opened(deltas: &[PathBuf]) -> Result<Vec<Opened>, Error> {
-    deltas.iter().map(|path| map(&Place::files(&[path]), Backing::ReadOnly)).collect()
+    deltas.iter().map(|path| map(&Location::files(vec![path.clone()]), Backing::ReadOnly)).collect()
 }
 
 /// Opens `base` and applies a delta, or a list of them in order, in memory. The files do not change.
@@ -149,13 +149,13 @@ pub(super) fn apply_delta(
     let (mode, mapped) = (open::mode(mode)?, open::is_mapped(backend)?);
     let (base, deltas) = (Files::of(base)?, deltas(delta)?);
     let model = interruptible(py, || -> Result<_, Error> {
-        let place = base.place()?;
+        let location = base.locate()?;
         let base = if mapped {
-            map(&place, Backing::CopyOnWrite)?
+            map(&location, Backing::CopyOnWrite)?
         } else {
-            OpenOptions::new().read_place(&place)?
+            Opened::of(OpenOptions::new().read_into(Readable::Files(location), Into::Owned)?)
         };
-        Ok(apply(ModelMut::new(base, false), &opened(&deltas)?)?.into_model())
+        Ok(apply(ModelMut::new(base, false), &opened(&deltas)?)?.into_model().into_parts().shared())
     })??;
     Ok(Model::new(model, mode, false))
 }
@@ -176,7 +176,7 @@ pub(super) fn materialize(
 ) -> PyResult<bool> {
     let (base, deltas) = (Files::of(base)?, self::deltas(deltas)?);
     Ok(abandonable(py, move || -> Result<_, Error> {
-        let base = ModelMut::new(map(&base.place()?, Backing::CopyOnWrite)?, false);
+        let base = ModelMut::new(map(&base.locate()?, Backing::CopyOnWrite)?, false);
         materialize_deltas(base, &opened(&deltas)?, &out, &SaveOptions::new().durable(durable))
     })??)
 }

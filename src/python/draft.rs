@@ -3,7 +3,7 @@
 use super::interrupt::{LONG, abandonable};
 use super::metadata::{Metadata, metadata as read_metadata};
 use super::tensor::Tensor;
-use super::{arrays, given};
+use super::{frameworks, import};
 use crate::dtype::DType;
 use crate::error::{Error, quote};
 use crate::layout::Layout;
@@ -68,9 +68,9 @@ impl Draft {
     /// A file with bools that are not all 0 or 1 is one that no framework loads.
     fn check_bools(&self) -> Result<(), Error> {
         for info in self.layout.iter().filter(|info| info.dtype() == DType::Bool) {
-            match given::largest(&self.memory.source(&info.bytes())) {
+            match import::largest(&self.memory.source(&info.bytes())) {
                 0 | 1 => {}
-                found => return Err(given::bad_bool(info.name(), found)),
+                found => return Err(import::bad_bool(info.name(), found)),
             }
         }
         Ok(())
@@ -111,7 +111,7 @@ impl Draft {
 
     /// `draft["w"] = array`: copies the array into the file's pages.
     fn __setitem__(&self, py: Python<'_>, name: &str, value: &Bound<'_, PyAny>) -> PyResult<()> {
-        given::assign(py, &self.tensor(name)?.array(), value)
+        import::assign(py, &self.tensor(name)?.array(), value)
     }
 
     fn __contains__(&self, name: &Bound<'_, PyAny>) -> bool {
@@ -165,7 +165,7 @@ impl Draft {
         let mut done = 0;
         for pair in pairs.try_iter()? {
             let (name, array): (String, Bound<'_, PyAny>) = pair?.extract()?;
-            given::assign(py, &self.tensor(&name)?.array(), &array)?;
+            import::assign(py, &self.tensor(&name)?.array(), &array)?;
             if let Some(index) = self.layout.position(&name) {
                 missing[index] = false;
                 done += self.layout.at(index).map_or(0, |info| info.nbytes());
@@ -259,7 +259,7 @@ pub(super) fn planned(spec: &Bound<'_, PyAny>, metadata: Metadata) -> PyResult<L
         Declared::Like(held) => Some(held),
         Declared::As(..) => None,
     });
-    let _out = given::out_of_modes(spec.py(), held)?;
+    let _out = import::out_of_modes(spec.py(), held)?;
     for (name, what) in &declarations {
         builder = match what {
             Declared::As(dtype, shape) => builder.tensor(name, *dtype, shape),
@@ -275,7 +275,7 @@ pub(super) fn planned(spec: &Bound<'_, PyAny>, metadata: Metadata) -> PyResult<L
 /// What a spec says of a tensor.
 enum Declared<'py> {
     As(DType, Vec<usize>),
-    Like(given::Held<'py>),
+    Like(import::Held<'py>),
 }
 
 /// `("F32", (2, 3))`, `{"dtype": …, "shape": …}`, or an array to be like.
@@ -284,7 +284,7 @@ fn declared<'py>(name: &str, what: &Bound<'py, PyAny>) -> PyResult<Declared<'py>
         let (dtype, shape): (Bound<'_, PyAny>, Bound<'_, PyAny>) =
             pair.extract().map_err(|_| no_spec(name, what))?;
         let shape = shape_of(name, &shape)?;
-        return Ok(Declared::As(arrays::parse_dtype(name, &dtype)?, shape));
+        return Ok(Declared::As(frameworks::parse_dtype(name, &dtype)?, shape));
     }
     if let Ok(dict) = what.cast::<PyDict>() {
         let part = |key: &str| {
@@ -292,10 +292,10 @@ fn declared<'py>(name: &str, what: &Bound<'py, PyAny>) -> PyResult<Declared<'py>
                 PyValueError::new_err(format!("the spec of tensor {} has no {key:?}", quote(name)))
             })
         };
-        let dtype = arrays::parse_dtype(name, &part("dtype")?)?;
+        let dtype = frameworks::parse_dtype(name, &part("dtype")?)?;
         return Ok(Declared::As(dtype, shape_of(name, &part("shape")?)?));
     }
-    given::hold(name, what).map(Declared::Like)
+    import::hold(name, what).map(Declared::Like)
 }
 
 fn shape_of(name: &str, shape: &Bound<'_, PyAny>) -> PyResult<Vec<usize>> {

@@ -10,7 +10,7 @@ use crate::layout::{Catalog, Select};
 use crate::map::{RawSlice, SharedMemory};
 use crate::paging;
 use crate::paging::{Order, Paging, ReadAhead, StreamOptions};
-use crate::rank::{At, ShardPlan, Shards, Split};
+use crate::rank::{At, RankParts, RankPlan, Split};
 use pyo3::exceptions::{PyRuntimeError, PyTypeError};
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
@@ -266,7 +266,7 @@ impl Stream {
 
 /// The part of a rank: a dict of tensors, and the bytes asked, touched and read into memory of its own.
 #[pyfunction]
-pub(super) fn shard<'py>(
+pub(super) fn rank_view<'py>(
     py: Python<'py>,
     model: &Bound<'py, Model>,
     rank: usize,
@@ -275,18 +275,18 @@ pub(super) fn shard<'py>(
 ) -> PyResult<(Bound<'py, PyDict>, u64, u64, u64)> {
     let split = |axis: Option<usize>| axis.map_or(Split::Replicate, Split::Axis);
     let parts = model.get().parts()?;
-    let Shards { pieces, memory, sizes } = py.detach(|| -> Result<_, Error> {
-        let mut plan = ShardPlan::new();
+    let RankParts { pieces, memory, sizes } = py.detach(|| -> Result<_, Error> {
+        let mut plan = RankPlan::new();
         for (pattern, axis) in &rules {
             plan = plan.glob(pattern, split(*axis))?;
         }
-        let shards = parts.with_contents(|contents| parts.paging().shard(contents, rank, world, &plan))?;
+        let found = parts.with_contents(|contents| parts.paging().rank_view(contents, rank, world, &plan))?;
         // Under a guard: what was read was read of the files as they had been.
         parts.check()?;
-        for piece in shards.pieces.iter().filter(|piece| matches!(piece.at, At::Mapped(_))) {
+        for piece in found.pieces.iter().filter(|piece| matches!(piece.at, At::Mapped(_))) {
             parts.keep_in_place(piece.place);
         }
-        Ok(shards)
+        Ok(found)
     })?;
     let memory = Arc::new(SharedMemory::of(Arc::new(memory)));
     let dict = PyDict::new(py);

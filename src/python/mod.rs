@@ -11,16 +11,16 @@
 // A method's path is not general enough over the lifetime that a closure's argument has.
 #![allow(clippy::redundant_closure_for_method_calls)]
 
-mod arrays;
-mod buffer;
 mod changes;
 mod checkpoint;
 mod collector;
 mod delta;
-mod dlpack;
 mod draft;
 mod error;
-mod given;
+mod export;
+mod frameworks;
+mod import;
+mod index;
 mod interpreter;
 mod interrupt;
 mod lazy;
@@ -59,10 +59,10 @@ fn native(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_function(wrap_pyfunction!(delta::save_diff, module)?)?;
     module.add_function(wrap_pyfunction!(delta::verify, module)?)?;
     module.add_function(wrap_pyfunction!(draft::create, module)?)?;
-    module.add_function(wrap_pyfunction!(given::firsts, module)?)?;
-    module.add_function(wrap_pyfunction!(given::torch_memory, module)?)?;
+    module.add_function(wrap_pyfunction!(import::firsts, module)?)?;
+    module.add_function(wrap_pyfunction!(import::torch_memory, module)?)?;
     module.add_function(wrap_pyfunction!(lazy::prefetch, module)?)?;
-    module.add_function(wrap_pyfunction!(lazy::shard, module)?)?;
+    module.add_function(wrap_pyfunction!(lazy::rank_view, module)?)?;
     module.add_function(wrap_pyfunction!(lazy::stream, module)?)?;
     module.add_function(wrap_pyfunction!(open::loads, module)?)?;
     module.add_function(wrap_pyfunction!(open::open, module)?)?;

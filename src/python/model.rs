@@ -1,17 +1,16 @@
 //! `maptensors.Model`: a mapping of names to tensors.
 
-use super::arrays::{Array, is_cpu, jax_stays};
 use super::changes::Changes;
-use super::collector::PausedCollector;
+use super::export;
+use super::frameworks::{is_cpu, jax_stays};
 use super::interrupt::interruptible;
 use super::lazy::{self, Names};
 use super::parts::Parts;
 use super::results::result;
 use super::tensor::Tensor;
 use crate::error::Error;
-use crate::layout::Catalog;
 use crate::map::SharedMemory;
-use crate::model::{Guards, Model as Opened, ModelShared};
+use crate::model::Assembled;
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 use pyo3::types::{PyDict, PyList};
@@ -29,28 +28,8 @@ pub(super) struct Model {
 }
 
 impl Model {
-    pub(super) fn new(mut opened: Opened, mode: &'static str, dense_edits: bool) -> Self {
-        let guards = opened.take_guards();
-        let (catalog, mappings) = opened.into_parts();
-        let memories = mappings.into_iter().map(|mapping| Arc::new(SharedMemory::of(mapping))).collect();
-        Self::of(catalog, memories, guards, mode, dense_edits)
-    }
-
-    /// Of mode "r+".
-    pub(super) fn shared(opened: ModelShared) -> Self {
-        let (catalog, memories, guards) = opened.into_parts();
-        Self::of(catalog, memories, guards, "r+", false)
-    }
-
-    fn of(
-        catalog: Arc<Catalog>,
-        memories: Vec<Arc<SharedMemory>>,
-        guards: Option<Arc<Guards>>,
-        mode: &'static str,
-        dense_edits: bool,
-    ) -> Self {
-        let parts = Parts::new(catalog, memories, guards, mode, dense_edits);
-        Self { open: RwLock::new(Some(Arc::new(parts))), mode }
+    pub(super) fn new(opened: Assembled<SharedMemory>, mode: &'static str, dense_edits: bool) -> Self {
+        Self { open: RwLock::new(Some(Arc::new(Parts::new(opened, mode, dense_edits)))), mode }
     }
 
     pub(super) fn parts(&self) -> PyResult<Arc<Parts>> {
@@ -58,62 +37,9 @@ impl Model {
         open.clone().ok_or_else(|| Error::Argument("the model is closed".into()).into())
     }
 
-    /// One array for each tensor, of memory that is writable if they are `writable`.
-    fn arrays<'py>(
-        &self,
-        py: Python<'py>,
-        writable: bool,
-        make: impl Fn(&Array<'_>) -> PyResult<Bound<'py, PyAny>>,
-    ) -> PyResult<Bound<'py, PyDict>> {
-        let parts = self.parts()?;
-        if writable && !parts.read_only {
-            py.detach(|| parts.make_writable())?;
-        }
-        let _paused = PausedCollector::new(py);
-        let dict = PyDict::new(py);
-        let mut bad = Vec::new();
-        for (shard, index, info) in parts.infos() {
-            let (memory, offset) = py.detach(|| parts.place(shard, index, &info))?;
-            let array = Array {
-                memory: &memory,
-                offset,
-                dtype: info.dtype(),
-                shape: info.shape(),
-                strides: None,
-                read_only: parts.read_only,
-                name: info.name(),
-            };
-            match make(&array) {
-                Ok(one) => dict.set_item(info.name(), one)?,
-                Err(error) if is_bad_value(py, &error) => bad.push((info.name().to_owned(), error)),
-                Err(error) => return Err(error),
-            }
-        }
-        if bad.is_empty() { Ok(dict) } else { Err(bad_values(py, bad)?) }
-    }
-
     fn view<'py>(slf: &Bound<'py, Self>, class: &str) -> PyResult<Bound<'py, PyAny>> {
         slf.py().import("collections.abc")?.getattr(class)?.call1((slf,))
     }
-}
-
-/// Whether a tensor alone is at fault: its bytes are no values.
-fn is_bad_value(py: Python<'_>, error: &PyErr) -> bool {
-    let kind = error.value(py).getattr("kind").and_then(|kind| kind.extract::<String>());
-    kind.is_ok_and(|kind| kind == "Value")
-}
-
-/// One error for all tensors that cannot be had, and how to get the others.
-fn bad_values(py: Python<'_>, bad: Vec<(String, PyErr)>) -> PyResult<PyErr> {
-    let (names, errors): (Vec<String>, Vec<PyErr>) = bad.into_iter().unzip();
-    let first = errors.first().map_or_else(|| Ok(String::new()), |error| error.value(py).str()?.extract())?;
-    let more =
-        if names.len() > 1 { format!(" (and {} more tensors)", names.len() - 1) } else { String::new() };
-    let text = format!("{first}{more}; the others can be had by name, of what maptensors.open gives");
-    let class = py.import("maptensors.errors")?.getattr("BitPatternError")?;
-    let error = class.call1((text,))?;
-    error.setattr("tensors", names)?;
-    Ok(PyErr::from_value(error))
 }
 
 #[pymethods]
@@ -287,18 +213,18 @@ impl Model {
         lazy::module(slf.py())?.call_method1("stream", (slf, budget, names, order, progress))
     }
 
-    /// The part of a rank, of `world` ranks, under a plan of tensor parallelism: a `Shard`, names to tensors. `plan`
+    /// The part of a rank, of `world` ranks, under a plan of tensor parallelism: a `RankView`, names to tensors. `plan`
     /// maps patterns of names to "column" (axis 0), "row" (axis 1), another axis, or "replicate"; the first that
     /// matches holds, and `default` for the rest.
     #[pyo3(signature = (rank, world, plan, *, default = None))]
-    fn shard<'py>(
+    fn rank_view<'py>(
         slf: &Bound<'py, Self>,
         rank: usize,
         world: usize,
         plan: Bound<'py, PyAny>,
         default: Option<Bound<'py, PyAny>>,
     ) -> PyResult<Bound<'py, PyAny>> {
-        lazy::module(slf.py())?.call_method1("shard", (slf, rank, world, plan, default))
+        lazy::module(slf.py())?.call_method1("rank_view", (slf, rank, world, plan, default))
     }
 
     /// Which tensors changed since opening, or the last `mark()`: exact, bit by bit. Empty, and so false, if
@@ -371,21 +297,21 @@ impl Model {
 
     /// All tensors as numpy arrays of the same memory.
     fn numpy<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
-        self.arrays(py, true, |array| array.ready_numpy(py))
+        export::arrays(py, &*self.parts()?, true, |array| array.ready_numpy(py))
     }
 
     /// All tensors as torch tensors of the same memory; on another `device`, copies there.
     #[pyo3(signature = (device = None))]
     fn torch<'py>(&self, py: Python<'py>, device: Option<Bound<'py, PyAny>>) -> PyResult<Bound<'py, PyDict>> {
         let stays = device.as_ref().is_none_or(is_cpu);
-        self.arrays(py, stays, |array| array.ready_torch(py, device.as_ref()))
+        export::arrays(py, &*self.parts()?, stays, |array| array.ready_torch(py, device.as_ref()))
     }
 
     /// All tensors as JAX arrays, of the same memory where it is aligned to 64 bytes.
     #[pyo3(signature = (device = None))]
     fn jax<'py>(&self, py: Python<'py>, device: Option<Bound<'py, PyAny>>) -> PyResult<Bound<'py, PyDict>> {
         let stays = jax_stays(py, device.as_ref())?;
-        self.arrays(py, stays, |array| array.ready_jax(py, device.as_ref()))
+        export::arrays(py, &*self.parts()?, stays, |array| array.ready_jax(py, device.as_ref()))
     }
 
     /// Writes all tensors and the metadata, edits included, as `maptensors.save` does; also onto the model's

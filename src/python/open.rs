@@ -4,13 +4,15 @@ use super::interrupt::interruptible;
 use super::model::Model;
 use crate::diff;
 use crate::error::Error;
-use crate::map::Backing;
-use crate::model::{Model as Opened, ModelShared, OpenOptions, Place, locate};
+use crate::map::{Backing, SharedMemory};
+use crate::model::{Assembled, Into, Location, OpenOptions, Readable, locate};
 use pyo3::exceptions::{PyTypeError, PyValueError};
 use pyo3::prelude::*;
 use pyo3::sync::PyOnceLock;
 use pyo3::types::{PyBytes, PyMemoryView, PyType};
 use std::path::PathBuf;
+
+type Opened = Assembled<SharedMemory>;
 
 /// The files that an argument names.
 pub(super) enum Files {
@@ -46,10 +48,10 @@ impl Files {
         ))
     }
 
-    pub(super) fn place(&self) -> Result<Place, Error> {
+    pub(super) fn locate(&self) -> Result<Location, Error> {
         match self {
             Self::One(path) => locate(path),
-            Self::Many(paths) => Ok(Place::files(paths)),
+            Self::Many(paths) => Ok(Location::files(paths.clone())),
         }
     }
 }
@@ -112,7 +114,7 @@ pub(super) fn is_mapped(backend: &str) -> PyResult<bool> {
 /// that is the model, for one inside a tar or an uncompressed zip archive.
 ///
 /// `guard=True` keeps the files open and looks at each access through the model (`model[name]`, `model.numpy()`,
-/// iterating, `stream()`, `shard()`, `changed()`, saving) whether their size and time of writing are as they were (in `"r+"` the size alone);
+/// iterating, `stream()`, `rank_view()`, `changed()`, saving) whether their size and time of writing are as they were (in `"r+"` the size alone);
 /// if not, `ChangedError` is raised. So does a `Tensor` each time it becomes an array, a buffer, a capsule or `bytes`, is
 /// assigned to or saved. The tensor's pages are read in before it is handed out, so that an I/O error
 /// is an `OSError`. What is already out can still suffer: after a truncation, touching it is `SIGBUS`; bytes
@@ -162,22 +164,19 @@ pub(super) fn open(
         options = options.compared();
     }
     let files = Files::of(path)?;
-    if edited {
-        return Ok(Model::shared(py.detach(|| -> Result<ModelShared, Error> {
-            // SAFETY: that nobody truncates the files, which Python's documentation of `open` puts to the caller.
-            unsafe { options.open_place_shared(&files.place()?) }
-        })?));
-    }
     let backing = if mode == "r" { Backing::ReadOnly } else { Backing::CopyOnWrite };
     let open = || -> Result<Opened, Error> {
-        let place = files.place()?;
-        match backend {
-            Backend::Pread => options.read_place(&place),
-            Backend::Memfd => options.read_place_sealed(&place, backing),
+        let location = files.locate()?;
+        let opened = match backend {
+            // SAFETY: that nobody truncates the files, which Python's documentation of `open` puts to the caller.
+            Backend::Mmap if edited => return unsafe { options.map_files_shared(&location) },
             // SAFETY: the stable-file contract, which Python's documentation of `open` puts to the caller; no
             // `&[u8]` of the mapping outlives this statement.
-            Backend::Mmap => unsafe { options.open_place(&place, backing) },
-        }
+            Backend::Mmap => unsafe { options.map_files(&location, backing) },
+            Backend::Pread => options.read_into(Readable::Files(location), Into::Owned),
+            Backend::Memfd => options.read_into(Readable::Files(location), Into::Sealed(backing)),
+        };
+        Ok(opened?.shared())
     };
     let reads = backend != Backend::Mmap || populate || lock || verify == "all";
     let opened = if reads { interruptible(py, open)? } else { py.detach(open) }?;
@@ -194,7 +193,8 @@ pub(super) fn open_whole(py: Python<'_>, path: &Bound<'_, PyAny>, backend: &str)
     let files = Files::of(path)?;
     let opened = py.detach(|| -> Result<Opened, Error> {
         // SAFETY: as in `open`, of which this is a part.
-        unsafe { OpenOptions::new().taken().open_place(&files.place()?, Backing::CopyOnWrite) }
+        let opened = unsafe { OpenOptions::new().taken().map_files(&files.locate()?, Backing::CopyOnWrite) };
+        Ok(opened?.shared())
     })?;
     Ok(Model::new(opened, "c", false))
 }
@@ -220,7 +220,8 @@ pub(super) fn loads(py: Python<'_>, data: &Bound<'_, PyAny>) -> PyResult<Model> 
         &held
     };
     let bytes = bytes.as_bytes();
-    Ok(Model::new(py.detach(|| Opened::from_bytes(bytes))?, "c", false))
+    let read = || OpenOptions::new().read_into(Readable::Content(bytes), Into::Owned);
+    Ok(Model::new(py.detach(read)?.shared(), "c", false))
 }
 
 fn not_bytes(data: &Bound<'_, PyAny>) -> PyErr {

@@ -7,7 +7,7 @@ use crate::error::Error;
 use crate::layout::TensorInfo;
 use crate::layout::{Catalog, Select};
 use crate::map::{CHUNK, Memory, SharedMemory, not_writable};
-use crate::model::{Guards, new_token};
+use crate::model::{Assembled, Guards, new_token};
 use crate::paging::Locks;
 use std::collections::{HashMap, HashSet};
 use std::ops::Range;
@@ -36,13 +36,8 @@ pub(super) struct Parts {
 }
 
 impl Parts {
-    pub(super) fn new(
-        catalog: Arc<Catalog>,
-        memories: Vec<Arc<SharedMemory>>,
-        guards: Option<Arc<Guards>>,
-        mode: &'static str,
-        dense_edits: bool,
-    ) -> Self {
+    pub(super) fn new(opened: Assembled<SharedMemory>, mode: &'static str, dense_edits: bool) -> Self {
+        let Assembled { catalog, memories, guards } = opened;
         let promoted = (dense_edits && mode == "c").then(Mutex::default);
         Self {
             catalog,

@@ -1,7 +1,7 @@
 //! Saving what Python holds.
 
 use super::draft::Draft;
-use super::given::{self, Data, Given, collect};
+use super::import::{self, Data, Given, collect};
 use super::interrupt::{LONG, abandonable, interruptible};
 use super::metadata::{Metadata, entries, metadata as read_metadata};
 use super::model::Model;
@@ -169,7 +169,7 @@ pub(super) fn stage_one(
     let draft = Draft::new(draft)?;
     for (name, given) in tensors {
         if let Data::Strided(array) = &given.data {
-            given::copy(py, &draft.tensor(name)?.array(), array.bind(py))?;
+            import::copy(py, &draft.tensor(name)?.array(), array.bind(py))?;
             progress.add(given.nbytes());
             py.check_signals()?;
         }

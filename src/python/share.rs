@@ -1,6 +1,6 @@
 //! `maptensors._native.Publisher` and `Subscriber`: what `maptensors.publish` and `attach` stand on.
 
-use super::given::{Data, Given, collect};
+use super::import::{Data, Given, collect};
 use super::metadata::entries;
 use super::model::Model;
 use super::save::stage_one;
@@ -249,7 +249,7 @@ impl Subscriber {
         // publishers writes to a publication.
         let subscriber = py.detach(|| unsafe { options.attach_while(&place, go_on) })?;
         let model = py.detach(|| subscriber.mapped(Self::backing(mode)))?;
-        let model = Py::new(py, Model::new(model, mode, false))?;
+        let model = Py::new(py, Model::new(model.into_parts().shared(), mode, false))?;
         Ok(Self {
             path: subscriber.path().to_owned(),
             held: Mutex::new(Some((subscriber.generation(), model))),
@@ -308,7 +308,7 @@ impl Subscriber {
             let Some((refreshed, model)) = refreshed else { return Ok(None) };
             // Still locked: what another thread goes on to comes after this. Who is attached waits for no lock.
             let before = Python::attach(|py| -> PyResult<_> {
-                let model = Py::new(py, Model::new(model, self.mode, false))?;
+                let model = Py::new(py, Model::new(model.into_parts().shared(), self.mode, false))?;
                 Ok(self.held().replace((refreshed.generation, model)))
             })?;
             Ok(Some((refreshed, before)))

@@ -1,16 +1,16 @@
 //! `maptensors.Tensor`: a place in memory with a dtype and a shape.
 
-use super::arrays::{self, Array};
-use super::{given, number};
+use super::export::{self, Array};
+use super::{frameworks, import, index, number};
 use crate::dtype::DType;
 use crate::error::quote;
 use crate::map::SharedMemory;
 use crate::model::Guards;
 use crate::tensor::{Selection, Tensor as Owned};
 use pyo3::basic::CompareOp;
-use pyo3::exceptions::{PyIndexError, PyTypeError, PyValueError};
+use pyo3::exceptions::{PyTypeError, PyValueError};
 use pyo3::prelude::*;
-use pyo3::types::{PyBool, PyBytes, PyEllipsis, PyInt, PySlice, PyTuple};
+use pyo3::types::{PyBytes, PyTuple};
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
@@ -92,55 +92,7 @@ impl Tensor {
 
     /// Applies Python's basic indexing: integers, slices, `...`.
     fn index(&self, key: &Bound<'_, PyAny>) -> PyResult<Self> {
-        let keys: Vec<Bound<'_, PyAny>> = match key.cast::<PyTuple>() {
-            Ok(tuple) => tuple.iter().collect(),
-            Err(_) => vec![key.clone()],
-        };
-        let is_ellipsis = |key: &Bound<'_, PyAny>| key.is_instance_of::<PyEllipsis>();
-        let ellipses = keys.iter().filter(|key| is_ellipsis(key)).count();
-        let rank = self.inner.shape().len();
-        if ellipses > 1 || keys.len() - ellipses > rank {
-            let text = format!(
-                "tensor {} of rank {rank} cannot take {} indices",
-                quote(self.inner.name()),
-                keys.len()
-            );
-            return Err(PyIndexError::new_err(text));
-        }
-        let mut selection = self.inner.selection();
-        let mut axis = 0;
-        for key in &keys {
-            if is_ellipsis(key) {
-                axis += rank - (keys.len() - 1);
-            } else if let Ok(slice) = key.cast::<PySlice>() {
-                let dim = isize::try_from(selection.shape[axis])?;
-                let range = slice.indices(dim)?;
-                let start = usize::try_from(range.start).unwrap_or_default();
-                selection.range(axis, start, range.step, range.slicelength);
-                axis += 1;
-            } else if key.is_instance_of::<PyBool>() {
-                return Err(PyTypeError::new_err(
-                    "a tensor is not indexed by bools; .numpy()[...] takes masks",
-                ));
-            } else if key.is_instance_of::<PyInt>() || key.hasattr("__index__")? {
-                let place: isize = key.extract()?;
-                let dim = selection.shape[axis];
-                let inside =
-                    if place < 0 { dim.checked_add_signed(place) } else { Some(place.unsigned_abs()) };
-                let Some(inside) = inside.filter(|&inside| inside < dim) else {
-                    return Err(PyIndexError::new_err(format!(
-                        "index {place} is outside an axis of length {dim}"
-                    )));
-                };
-                selection.at(axis, inside);
-            } else {
-                return Err(PyTypeError::new_err(format!(
-                    "a tensor is indexed by integers, slices and ..., not {}; .numpy()[...] takes the rest",
-                    key.get_type().name()?
-                )));
-            }
-        }
-        self.part(selection)
+        self.part(index::select(&self.inner, key)?)
     }
 }
 
@@ -245,7 +197,7 @@ impl Tensor {
     /// The same bytes as another dtype: of the same width any shape, of another width the last axis
     /// grows or shrinks. `view("U8")` shows the raw bytes of anything contiguous.
     fn view(&self, dtype: &Bound<'_, PyAny>) -> PyResult<Self> {
-        let dtype = arrays::parse_dtype(self.inner.name(), dtype)?;
+        let dtype = frameworks::parse_dtype(self.inner.name(), dtype)?;
         let (old, new) = (self.inner.dtype().block(), dtype.block());
         let mut shape = self.inner.shape().to_vec();
         let refuse = |why: &str| {
@@ -291,7 +243,7 @@ impl Tensor {
         }
         part.look(py)?;
         part.array().make_writable()?;
-        given::assign(py, &part.array(), value)
+        import::assign(py, &part.array(), value)
     }
 
     // Numbers, comparisons and iteration: see number.rs.
@@ -397,7 +349,7 @@ impl Tensor {
     /// `(kDLCPU, 0)`.
     #[allow(clippy::unused_self)] // a method by protocol
     fn __dlpack_device__(&self) -> (i32, i32) {
-        super::dlpack::CPU
+        export::CPU
     }
 
     /// # Safety
@@ -409,7 +361,7 @@ impl Tensor {
     ) -> PyResult<()> {
         slf.get().look(slf.py())?;
         // SAFETY: the protocol's promise, passed on.
-        unsafe { super::buffer::fill(slf.as_any(), &slf.get().array(), view, flags, &slf.get().insisted) }
+        unsafe { export::buffer::fill(slf.as_any(), &slf.get().array(), view, flags, &slf.get().insisted) }
     }
 
     /// # Safety
@@ -417,6 +369,6 @@ impl Tensor {
     #[allow(clippy::unused_self)] // a method by protocol
     unsafe fn __releasebuffer__(&self, view: *mut pyo3::ffi::Py_buffer) {
         // SAFETY: the protocol's promise, passed on.
-        unsafe { super::buffer::release(view) }
+        unsafe { export::buffer::release(view) }
     }
 }

@@ -3,12 +3,12 @@
 
 mod plan;
 
-pub use plan::{ShardPlan, Split};
+pub use plan::{RankPlan, Split};
 
 use crate::diff::Contents;
 use crate::error::{Error, Result, printable, quote};
 use crate::layout::Layout;
-use crate::layout::{Place, Select};
+use crate::layout::{Position, Select};
 use crate::map::{Backing, CHUNK, Mapping, RawSlice};
 use crate::model::Model;
 use crate::paging::Paging;
@@ -25,10 +25,10 @@ const OVERHEAD: usize = 20;
 /// Bytes that one thread reads at a time.
 const JOB: usize = 1 << 20;
 
-/// A rank's part of a model, made by [`Model::shard`]: each tensor where it lies in the file if its part is
+/// A rank's part of a model, made by [`Model::rank_view`]: each tensor where it lies in the file if its part is
 /// contiguous there, else read into memory of its own, without the bytes between.
 #[derive(Debug)]
-pub struct ModelShard<'a> {
+pub struct RankView<'a> {
     /// The names, dtypes and shapes of the parts.
     layout: Layout,
     /// By their places in `layout`.
@@ -57,7 +57,7 @@ pub(crate) struct Sizes {
 
 /// A rank's part of one tensor.
 pub(crate) struct Piece {
-    pub(crate) place: Place,
+    pub(crate) place: Position,
     pub(crate) cut: Cut,
     pub(crate) at: At,
 }
@@ -71,7 +71,7 @@ pub(crate) enum At {
 }
 
 /// A rank's part of Rust's model or Python's.
-pub(crate) struct Shards {
+pub(crate) struct RankParts {
     pub(crate) pieces: Vec<Piece>,
     pub(crate) memory: Mapping,
     pub(crate) sizes: Sizes,
@@ -79,13 +79,13 @@ pub(crate) struct Shards {
 
 impl Paging<'_> {
     /// Cuts, brings what is mapped, and reads the rest.
-    pub(crate) fn shard(
+    pub(crate) fn rank_view(
         &self,
         contents: &Contents<'_>,
         rank: usize,
         world: usize,
-        plan: &ShardPlan<'_>,
-    ) -> Result<Shards> {
+        plan: &RankPlan<'_>,
+    ) -> Result<RankParts> {
         if rank >= world {
             return Err(Error::Argument(format!("rank {rank} is not one of {world}")));
         }
@@ -140,7 +140,7 @@ impl Paging<'_> {
         let mut memory = memory.map_err(Error::io(Path::new(""), "allocating memory for the rank"))?;
         self.bring(&pieces)?;
         sizes.touched += self.gather(contents, &pieces, &mut memory)?;
-        Ok(Shards { pieces, memory, sizes })
+        Ok(RankParts { pieces, memory, sizes })
     }
 
     /// Brings what is mapped, and none of its neighbours: the first touch of a huge page would.
@@ -153,7 +153,7 @@ impl Paging<'_> {
                 work.push((piece.place, part));
             }
         }
-        each_in_parallel(work, |(place, part): (Place, Range<usize>)| {
+        each_in_parallel(work, |(place, part): (Position, Range<usize>)| {
             let pages = &self.pages[place.0];
             let unreadable = |error| unreadable(pages.path(), self.catalog.name(place), &error);
             pages.bring(part, true).map_err(unreadable)
@@ -252,7 +252,7 @@ fn not_in_place(path: &Path, tensor: &str, is_aligned: bool) -> Error {
 
 /// Runs of one tensor, of the same length, to be read one behind the other.
 struct Job<'a> {
-    place: Place,
+    place: Position,
     from: Origin<'a>,
     run: usize,
     /// From the start of the tensor.
@@ -292,9 +292,10 @@ impl Model {
     /// # Errors
     /// [`Error::Argument`] where a tensor has no rule, lacks the axis, or does not divide; [`Error::Io`]; those of
     /// [`OpenOptions::guard`](crate::OpenOptions::guard) where that is on.
-    pub fn shard(&self, rank: usize, world: usize, plan: &ShardPlan<'_>) -> Result<ModelShard<'_>> {
+    pub fn rank_view(&self, rank: usize, world: usize, plan: &RankPlan<'_>) -> Result<RankView<'_>> {
         self.check()?;
-        let Shards { pieces, memory, sizes } = self.paging().shard(&self.contents(), rank, world, plan)?;
+        let RankParts { pieces, memory, sizes } =
+            self.paging().rank_view(&self.contents(), rank, world, plan)?;
         // What was read was read of the files as they had been.
         self.check()?;
         let mut layout = Layout::builder();
@@ -312,11 +313,11 @@ impl Model {
                 At::Gathered(part) => Part::Gathered(part),
             };
         }
-        Ok(ModelShard { layout, parts, memory, sizes })
+        Ok(RankView { layout, parts, memory, sizes })
     }
 }
 
-impl ModelShard<'_> {
+impl RankView<'_> {
     fn view(&self, place: usize) -> Option<TensorView<'_>> {
         let data = match self.parts.get(place)? {
             Part::Mapped(data) => data,

@@ -35,26 +35,26 @@ type Matches<'a> = Arc<dyn Fn(&str) -> bool + Send + Sync + 'a>;
 /// Which tensors are split, and how: rules by name, of which the first that matches holds.
 ///
 /// ```
-/// use maptensors::{Model, ShardPlan, Split};
+/// use maptensors::{Model, RankPlan, Split};
 ///
-/// let plan = ShardPlan::new()
+/// let plan = RankPlan::new()
 ///     .when(|name| name.starts_with("fc1."), Split::COLUMN)
 ///     .when(|name| name == "fc2.weight", Split::ROW)
 ///     .otherwise(Split::Replicate);
 /// // SAFETY: nobody writes to the file while it is mapped.
 /// let model = unsafe { Model::open("models/digits.safetensors")? };
-/// let first = model.shard(0, 8, &plan)?;
+/// let first = model.rank_view(0, 8, &plan)?;
 /// assert_eq!(first.tensor("fc1.weight")?.shape(), [8, 64]); // of 64 × 64
 /// assert_eq!(first.tensor("fc2.weight")?.shape(), [10, 8]); // of 10 × 64
 /// # Ok::<(), maptensors::Error>(())
 /// ```
 #[derive(Clone, Default)]
-pub struct ShardPlan<'a> {
+pub struct RankPlan<'a> {
     rules: Vec<(Matches<'a>, Split)>,
     otherwise: Option<Split>,
 }
 
-impl<'a> ShardPlan<'a> {
+impl<'a> RankPlan<'a> {
     /// No rule: every tensor is an error, until there are some.
     pub fn new() -> Self {
         Self::default()
@@ -91,10 +91,10 @@ impl<'a> ShardPlan<'a> {
     }
 }
 
-impl std::fmt::Debug for ShardPlan<'_> {
+impl std::fmt::Debug for RankPlan<'_> {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         let splits: Vec<Split> = self.rules.iter().map(|&(_, split)| split).collect();
-        f.debug_struct("ShardPlan").field("rules", &splits).field("otherwise", &self.otherwise).finish()
+        f.debug_struct("RankPlan").field("rules", &splits).field("otherwise", &self.otherwise).finish()
     }
 }
 

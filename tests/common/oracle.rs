@@ -1,7 +1,7 @@
 //! Our reader held against the reference crate's: the property that the differential test and the fuzz
 //! targets share.
 
-use maptensors::{MAX_RANK, Model};
+use maptensors::{Content, MAX_RANK, Model};
 use safetensors::SafeTensors;
 use serde::de::{Deserialize, Deserializer, MapAccess, Visitor};
 use serde_json::Value;
@@ -21,7 +21,7 @@ pub enum Verdict {
 /// # Panics
 /// If they differ and no documented exception (see `src/format/safetensors/mod.rs`) explains it.
 pub fn compare(file: &[u8]) -> Verdict {
-    match (Model::from_bytes(file), SafeTensors::deserialize(file)) {
+    match (Model::read(Content::new(file)), SafeTensors::deserialize(file)) {
         (Ok(ours), Ok(theirs)) => {
             same(file, &ours, &theirs);
             Verdict::BothAccept

@@ -3,7 +3,7 @@
 
 use crate::common::{self, cold};
 use maptensors::{
-    DType, Draft, Error, Index, Layout, Model, ModelMut, OpenOptions, Order, Select, ShardPlan, Split,
+    DType, Draft, Error, Index, Layout, Model, ModelMut, OpenOptions, Order, RankPlan, Select, Split,
     StreamOptions,
 };
 use std::path::{Path, PathBuf};
@@ -414,13 +414,13 @@ fn a_stream_and_a_shard_are_guarded_accesses() {
     let path = made(dir.path(), &[4096, 4 * MIB]);
     // SAFETY: nothing is looked at behind a change.
     let model = unsafe { OpenOptions::new().guard(true).open(&path) }.unwrap();
-    let plan = ShardPlan::new().otherwise(Split::Replicate);
+    let plan = RankPlan::new().otherwise(Split::Replicate);
     let mut stream = model.stream(StreamOptions::new()).unwrap();
-    assert!(stream.next().unwrap().is_ok() && model.shard(0, 1, &plan).is_ok());
+    assert!(stream.next().unwrap().is_ok() && model.rank_view(0, 1, &plan).is_ok());
     let file = std::fs::File::options().write(true).open(&path).unwrap();
     std::os::unix::fs::FileExt::write_all_at(&file, &[1; 8], 4 * MIB as u64).unwrap();
     assert!(matches!(stream.next(), Some(Err(Error::Changed { .. }))));
-    assert!(matches!(model.shard(0, 1, &plan), Err(Error::Changed { .. })));
+    assert!(matches!(model.rank_view(0, 1, &plan), Err(Error::Changed { .. })));
 }
 
 #[test]
@@ -437,7 +437,7 @@ fn the_ranks_of_a_plan_are_the_whole_and_touch_their_parts() {
         values.iter_mut().zip((0..=u16::MAX).cycle()).for_each(|(value, i)| *value = f32::from(i));
     }
     draft.commit().unwrap();
-    let plan = ShardPlan::new()
+    let plan = RankPlan::new()
         .when(|name| name.starts_with("q."), Split::COLUMN)
         .when(|name| name == "o.weight", Split::ROW)
         .otherwise(Split::Replicate);
@@ -445,7 +445,7 @@ fn the_ranks_of_a_plan_are_the_whole_and_touch_their_parts() {
     edited.tensor_mut("o.weight").unwrap().as_mut_slice::<f32>().unwrap()[2000] = -1.0;
     for model in [&open(&path), &*edited, &Model::read(&path).unwrap()] {
         for rank in 0..4 {
-            let part = model.shard(rank, 4, &plan).unwrap();
+            let part = model.rank_view(rank, 4, &plan).unwrap();
             for (name, shape) in shapes {
                 let quarter = |size: usize| Index::from(rank * size / 4..(rank + 1) * size / 4);
                 let expected = match name {
@@ -466,7 +466,7 @@ fn the_ranks_of_a_plan_are_the_whole_and_touch_their_parts() {
             assert_eq!(view.as_bytes().as_ptr(), whole.as_bytes()[rank << 20..].as_ptr());
         }
     }
-    assert!(matches!(open(&path).shard(4, 4, &plan), Err(Error::Argument(_))));
-    let none = open(&path).shard(0, 4, &ShardPlan::new()).unwrap_err().to_string();
+    assert!(matches!(open(&path).rank_view(4, 4, &plan), Err(Error::Argument(_))));
+    let none = open(&path).rank_view(0, 4, &RankPlan::new()).unwrap_err().to_string();
     assert!(none.contains("no rule of the plan matches 4 of the 4"), "{none}");
 }

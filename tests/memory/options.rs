@@ -475,9 +475,9 @@ fn a_model_in_sealed_memory_does_not_care_what_becomes_of_its_file() {
     let sent = memfd.seal().unwrap();
     let received = SealedMemfd::try_from(sent.as_fd().try_clone_to_owned().unwrap()).unwrap();
     drop(sent);
-    let model = OpenOptions::new().open_sealed(&received).unwrap();
+    let model = OpenOptions::new().over(&received).unwrap();
     assert!(model.tensor("big").unwrap().as_bytes() == noise(1, 3 * MIB));
-    let mut model = OpenOptions::new().open_sealed_mut(&received).unwrap();
+    let mut model = OpenOptions::new().over_mut(&received).unwrap();
     model.tensor_mut("small").unwrap().as_bytes_mut().fill(9);
     assert_eq!(model.changed().unwrap().elements(), 3);
 }

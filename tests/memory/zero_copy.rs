@@ -2,7 +2,9 @@
 //! written and nothing else.
 #![allow(unsafe_code)]
 
-use maptensors::{Backing, DType, Draft, Layout, Model, ModelMut, OpenOptions, Residency, TensorView};
+use maptensors::{
+    Backing, Content, DType, Draft, Layout, Model, ModelMut, OpenOptions, Residency, TensorView,
+};
 use std::fs::File;
 use std::ops::Range;
 use std::os::unix::fs::FileExt as _;
@@ -144,7 +146,7 @@ fn views_are_pointers_into_the_mapping() {
     let path = model_file(dir.path(), 9, 5000);
     assert!(all_views_are_in_place(&open(&path)));
     assert!(all_views_are_in_place(&Model::read(&path).unwrap()));
-    assert!(all_views_are_in_place(&Model::from_bytes(&std::fs::read(&path).unwrap()).unwrap()));
+    assert!(all_views_are_in_place(&Model::read(Content::new(&std::fs::read(&path).unwrap())).unwrap()));
     let mut model = open_mut(&path);
     assert!(all_views_are_in_place(&model));
     let memory = model.mapping(0).unwrap().as_bytes().as_ptr_range();

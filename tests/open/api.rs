@@ -1,10 +1,10 @@
 //! What a user of the crate may do with its types, whatever is in them.
 
 use maptensors::{
-    Advice, AttachOptions, Backing, Change, Changes, CheckpointOptions, DType, Differences, DraftOptions,
-    Edited, Error, ErrorKind, Evicted, HeaderEdit, Index, Layout, LayoutBuilder, MapOptions, Model, ModelMut,
-    OpenOptions, Order, Publication, PublishOptions, Ready, Refreshed, Reshaped, Residency, SaveOptions,
-    Select, ShardPlan, Split, StreamOptions, TensorInfo, Verify,
+    Advice, AttachOptions, Backing, Change, Changes, CheckpointOptions, Content, DType, Differences,
+    DraftOptions, Edited, Error, ErrorKind, Evicted, HeaderEdit, Index, Layout, LayoutBuilder, MapOptions,
+    Model, ModelMut, OpenOptions, Order, Publication, PublishOptions, RankPlan, Ready, Refreshed, Reshaped,
+    Residency, SaveOptions, Select, Split, StreamOptions, TensorInfo, Verify,
 };
 use std::fmt::Debug;
 
@@ -22,7 +22,7 @@ fn options_can_be_cloned_printed_and_sent_to_threads() {
     is_an_option::<HeaderEdit>();
     is_an_option::<LayoutBuilder>();
     is_an_option::<Select<'_>>();
-    is_an_option::<ShardPlan<'_>>();
+    is_an_option::<RankPlan<'_>>();
     is_an_option::<Order<'_>>();
     is_an_option::<Split>();
     is_an_option::<Verify>();
@@ -54,7 +54,7 @@ fn answers_can_be_cloned_compared_printed_and_sent_to_threads() {
 fn an_error_goes_through_threads_and_boxes() {
     fn is_an_error<T: std::error::Error + Send + Sync + 'static>() {}
     is_an_error::<Error>();
-    let boxed: Box<dyn std::error::Error + Send + Sync> = Model::from_bytes(b"").unwrap_err().into();
+    let boxed: Box<dyn std::error::Error + Send + Sync> = Model::read(Content::new(b"")).unwrap_err().into();
     assert_eq!(boxed.downcast_ref::<Error>().map(Error::kind), Some(ErrorKind::Truncated));
 }
 
@@ -78,7 +78,7 @@ fn options_cloned_with_a_predicate_select_the_same() {
     let suffix = String::from(".bias");
     let select = Select::matching(|name| name.ends_with(&suffix));
     let plan =
-        ShardPlan::new().when(|name| name.ends_with(&suffix), Split::Replicate).otherwise(Split::COLUMN);
+        RankPlan::new().when(|name| name.ends_with(&suffix), Split::Replicate).otherwise(Split::COLUMN);
     let (mine, theirs) = (select.clone(), plan.clone());
     drop((select, plan));
     std::thread::scope(|scope| {
@@ -88,7 +88,7 @@ fn options_cloned_with_a_predicate_select_the_same() {
         });
         assert_eq!(other.join().unwrap(), ["fc1.bias", "fc2.bias"]);
     });
-    assert_eq!(model.shard(1, 2, &theirs).unwrap().tensor("fc1.weight").unwrap().shape(), [32, 64]);
+    assert_eq!(model.rank_view(1, 2, &theirs).unwrap().tensor("fc1.weight").unwrap().shape(), [32, 64]);
 }
 
 /// A copy of a model that a test may edit.

@@ -2,7 +2,7 @@
 //! none a panic, a hang or a wild allocation.
 #![allow(unsafe_code)]
 
-use maptensors::{Error, Model, ModelMut};
+use maptensors::{Content, Error, Model, ModelMut};
 use rustix::process::{Resource, Rlimit, setrlimit};
 use std::os::unix::fs::{PermissionsExt, symlink};
 use std::path::Path;
@@ -40,7 +40,7 @@ fn verdict_on(bytes: &[u8]) -> (&'static str, String) {
     std::fs::write(&path, bytes).unwrap();
     let (kind, message) = verdict(&path);
     assert_eq!(
-        Model::from_bytes(bytes).err().map_or("OK", |e| e.kind().name()),
+        Model::read(Content::new(bytes)).err().map_or("OK", |e| e.kind().name()),
         kind,
         "from memory: {message}"
     );

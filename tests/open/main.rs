@@ -9,3 +9,4 @@ mod api;
 mod bad_inputs;
 mod differential;
 mod owned;
+mod sources;

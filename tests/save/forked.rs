@@ -355,7 +355,7 @@ fn memory_that_is_being_filled_is_not_a_childs_and_sealed_memory_is() {
         });
         let sealed = value.unwrap().seal().unwrap();
         forked(|| {
-            let opened = maptensors::OpenOptions::new().open_sealed(&sealed).unwrap();
+            let opened = maptensors::OpenOptions::new().over(&sealed).unwrap();
             let same = |name: &str| {
                 opened.tensor(name).unwrap().as_bytes() == model.tensor(name).unwrap().as_bytes()
             };

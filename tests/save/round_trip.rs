@@ -4,8 +4,8 @@
 
 use crate::common;
 use maptensors::{
-    Complex32, DType, Draft, Element, F4x2, F6E2M3x4, F6E3M2x4, F8E4M3, F8E4M3Fnuz, F8E5M2, F8E5M2Fnuz,
-    F8E8M0, Index, Layout, Model, SaveOptions, TensorView, bf16, f16,
+    Complex32, Content, DType, Draft, Element, F4x2, F6E2M3x4, F6E3M2x4, F8E4M3, F8E4M3Fnuz, F8E5M2,
+    F8E5M2Fnuz, F8E8M0, Index, Layout, Model, SaveOptions, TensorView, bf16, f16,
 };
 use safetensors::{SafeTensors, View as _};
 use std::collections::HashMap;
@@ -94,7 +94,7 @@ fn every_dtype_round_trips_bit_for_bit_by_every_way_in_and_out() {
         SaveOptions::new().mapped(mapped).save(views(&zoo), &path).unwrap();
         assert_holds(&open(&path), &zoo, "mapped");
         assert_holds(&Model::read(&path).unwrap(), &zoo, "read");
-        assert_holds(&Model::from_bytes(&std::fs::read(&path).unwrap()).unwrap(), &zoo, "from bytes");
+        assert_holds(&Model::read(Content::new(&std::fs::read(&path).unwrap())).unwrap(), &zoo, "from bytes");
         std::fs::remove_file(&path).unwrap();
     }
 
@@ -157,7 +157,7 @@ fn our_views_can_be_saved_by_the_reference() {
     maptensors::save(views(&zoo), &path).unwrap();
     let model = open(&path);
     let bytes = safetensors::serialize(model.tensors().map(|t| (t.name(), t)), None).unwrap();
-    assert_holds(&Model::from_bytes(&bytes).unwrap(), &zoo, "written by the reference");
+    assert_holds(&Model::read(Content::new(&bytes)).unwrap(), &zoo, "written by the reference");
     let view = model.tensors().next().unwrap();
     assert_eq!(view.data().as_ptr(), view.as_bytes().as_ptr(), "borrowed, not copied");
     assert_eq!(view.data_len(), view.as_bytes().len());
@@ -199,7 +199,7 @@ fn golden_files_read_as_the_reference_says() {
     for (file, expected) in files {
         let path = golden(file);
         let bytes = std::fs::read(&path).unwrap();
-        for model in [open(&path), Model::read(&path).unwrap(), Model::from_bytes(&bytes).unwrap()] {
+        for model in [open(&path), Model::read(&path).unwrap(), Model::read(Content::new(&bytes)).unwrap()] {
             let tensors = expected["tensors"].as_array().unwrap();
             assert_eq!(model.len(), tensors.len(), "{file}");
             for tensor in tensors {
@@ -284,7 +284,7 @@ fn every_element_type_sees_its_dtype_and_no_other() {
 fn a_bool_that_is_neither_0_nor_1_is_bytes_only() {
     let mut bytes = common::file_of(r#"{"m":{"dtype":"BOOL","shape":[3],"data_offsets":[0,3]}}"#, 3);
     *bytes.last_mut().unwrap() = 2;
-    let model = Model::from_bytes(&bytes).unwrap();
+    let model = Model::read(Content::new(&bytes)).unwrap();
     let view = model.tensor("m").unwrap();
     assert_eq!(view.as_bytes(), [1, 1, 2]);
     assert_eq!(view.as_slice::<bool>().unwrap_err().kind().name(), "Value");

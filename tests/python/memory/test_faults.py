@@ -265,10 +265,10 @@ other = mt.loads(open(path, "rb").read())
 for guard, mode in ((True, "c"), (True, "r+")):
     for how, use in ways.items():
         model = mt.open(path, mode, guard=guard)
-        tensors = [model["a"], model.shard(0, 2, {"*": "column"})["a"], next(model.stream())[1]]
+        tensors = [model["a"], model.rank_view(0, 2, {"*": "column"})["a"], next(model.stream())[1]]
         assert all(tensor.mapped for tensor in tensors)
         # Of a model that is edited in its file there is none.
-        gathered = model.shard(0, 2, {"*": "row"})["a"] if mode == "c" else None
+        gathered = model.rank_view(0, 2, {"*": "row"})["a"] if mode == "c" else None
         for tensor in tensors:
             use(tensor)  # as long as nothing has changed
         del model

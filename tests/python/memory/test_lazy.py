@@ -490,7 +490,7 @@ for path in sys.argv[1:]:
     if "renamed" not in path:
         os.rename(path + ".old", path)
     try:
-        model.shard(0, 2, {"a": "row"})
+        model.rank_view(0, 2, {"a": "row"})
     except OSError as error:
         assert '"a"' in str(error), error
         print("told")
@@ -849,7 +849,7 @@ def test_a_write_racing_with_evict_is_never_lost(disk: Path) -> None:
 def test_pages_that_a_shard_has_handed_out_are_not_promoted_under_a_write(tmp_path: Path) -> None:
     path = make(tmp_path / "m.safetensors", {"w": (8 * MIB,), "v": (8 * MIB,)})
     model = mt.open(path, dense_edits=True)
-    part = model.shard(0, 2, {"w": "column"}, default="replicate")["w"].numpy()
+    part = model.rank_view(0, 2, {"w": "column"}, default="replicate")["w"].numpy()
     # Copying its pages in bulk now would lose what another thread writes to the part meanwhile.
     whole = model["w"].numpy()
     assert model.residency("w").private == 0
@@ -956,7 +956,7 @@ def test_eight_ranks_of_llama_touch_their_parts_and_are_the_whole(disk: Path, mo
         # One at a time, so that nothing is in memory before.
         cold(path)
         model = mt.open(path, mode)
-        part = model.shard(rank, 8, plans.LLAMA)
+        part = model.rank_view(rank, 8, plans.LLAMA)
         assert part.nbytes == sum(tensor.nbytes for tensor in part.values())
         assert part.touched <= 1.05 * part.nbytes
         # What is mapped is all this process has of the file. (Some pages the kernel may have taken back.)
@@ -1014,7 +1014,7 @@ for rank in ranks:
     print("ready", flush=True)
     sys.stdin.readline()  # all at once, or one after the other
     with mt.open(path, "r") as model:
-        model.shard(int(rank), 8, plans.LLAMA)
+        model.rank_view(int(rank), 8, plans.LLAMA)
     print(from_disk() - before, flush=True)
 """
 )
@@ -1072,7 +1072,7 @@ def test_eight_ranks_of_a_published_model_are_the_whole(fetch: Callable[[str], P
     path = fetch("minilm")
     model = mt.open(path)
     assert [name for name in model if "LayerNorm" in name]
-    parts = [model.shard(rank, 8, plans.BERT) for rank in range(8)]
+    parts = [model.rank_view(rank, 8, plans.BERT) for rank in range(8)]
     for part in parts:
         assert part.touched <= 1.05 * part.nbytes
     parts = [{name: copied(tensor) for name, tensor in part.items()} for part in parts]
@@ -1085,11 +1085,11 @@ def test_edits_are_seen_in_a_shard_and_renamed_files_are_read(tmp_path: Path) ->
     model = mt.open(path)
     model["w"].numpy()[:, 5] = 77
     expected = model["w"].numpy().copy()
-    parts = [model.shard(rank, 4, {"w": "row"}, default=0) for rank in range(4)]
+    parts = [model.rank_view(rank, 4, {"w": "row"}, default=0) for rank in range(4)]
     assert (np.concatenate([part["w"].numpy() for part in parts], 1) == expected).all()
     # Another file under its name is not read.
     make(tmp_path / "n.safetensors", {"w": (64, 8192), "v": (64, 8192), "x": (3,)}).rename(path)
-    parts = [model.shard(rank, 4, {"v": 1}, default="column") for rank in range(4)]
+    parts = [model.rank_view(rank, 4, {"v": 1}, default="column") for rank in range(4)]
     assert (np.concatenate([part["v"].numpy() for part in parts], 1) == model["v"].numpy()).all()
     assert parts[1]["w"].data_ptr() == model["w"].data_ptr() + 16 * 8192
     parts[1]["w"].numpy()[0, 0] = 3
@@ -1107,7 +1107,7 @@ def test_a_plan_that_does_not_fit_is_an_error_that_says_why(tmp_path: Path) -> N
             ({"w": -1}, None, "counted from 0"),
         ]:
             with pytest.raises(ValueError, match=message):
-                model.shard(0, 4, plan, default=default)
+                model.rank_view(0, 4, plan, default=default)
         with pytest.raises(ValueError, match="rank 4 is not one of 4"):
-            model.shard(4, 4, {}, default="replicate")
-        assert model.shard(0, 2, {}, default="replicate")["w"].tobytes() == model["w"].tobytes()
+            model.rank_view(4, 4, {}, default="replicate")
+        assert model.rank_view(0, 2, {}, default="replicate")["w"].tobytes() == model["w"].tobytes()

@@ -258,8 +258,8 @@ def test_a_rank_of_a_model_that_is_edited_in_its_file_never_gets_a_copy(tmp_path
     mt.save({"rows": np.zeros((8, 1024), np.float32), "columns": np.zeros((8, 1024), np.float32)}, path)
     model = mt.open(path, "r+")
     with pytest.raises(mt.errors.MapTensorsError, match=r'"columns".*would not reach the file'):
-        model.shard(1, 2, {"rows": "column", "columns": "row"})
-    part = model.shard(1, 2, {"rows": "column", "columns": "replicate"})
+        model.rank_view(1, 2, {"rows": "column", "columns": "row"})
+    part = model.rank_view(1, 2, {"rows": "column", "columns": "replicate"})
     part["rows"].numpy()[...] = 5
     part["columns"].numpy()[0, 0] = 6
     model.flush()
@@ -272,6 +272,6 @@ def test_a_rank_of_a_model_that_is_edited_in_its_file_never_gets_a_copy(tmp_path
 def test_a_part_of_a_page_is_never_a_copy_where_a_model_is_edited_in_its_file(tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
     mt.save({"w": np.zeros((2, 8), np.float32)}, path)
-    part = mt.open(path, "r+").shard(1, 2, {"w": "column"})
+    part = mt.open(path, "r+").rank_view(1, 2, {"w": "column"})
     part["w"].numpy()[...] = 3
     assert mt.open(path, "r")["w"].numpy().tolist() == [[0] * 8, [3] * 8]

@@ -18,9 +18,9 @@ pub(super) use assign::{assign, copy};
 pub(super) use refusal::bad_bool;
 pub(super) use tied::{firsts, torch_memory};
 
-use super::arrays::import;
 use super::collector::PausedCollector;
-use super::dlpack::Taken;
+use super::export::Taken;
+use super::frameworks::import;
 use super::model::Model;
 use super::tensor::Tensor;
 use crate::dtype::DType;

@@ -8,7 +8,7 @@ use super::{Data, Given, Keep, is_imported, is_of};
 use crate::dtype::DType;
 use crate::error::Error;
 use crate::layout::elements;
-use crate::python::arrays::{NDARRAY, import};
+use crate::python::frameworks::{NDARRAY, import};
 use pyo3::intern;
 use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyDict};

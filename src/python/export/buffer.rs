@@ -43,7 +43,7 @@ fn format(dtype: DType) -> Option<&'static CStr> {
 ///
 /// # Safety
 /// `view` is null or a `Py_buffer` to fill, as Python's buffer protocol passes it.
-pub(super) unsafe fn fill(
+pub(in crate::python) unsafe fn fill(
     owner: &Bound<'_, PyAny>,
     array: &Array<'_>,
     view: *mut ffi::Py_buffer,
@@ -136,7 +136,7 @@ pub(super) unsafe fn fill(
 
 /// A run of bytes: what numpy keeps as the base of an array.
 #[pyclass(frozen, module = "maptensors._native")]
-pub(super) struct Extent {
+pub(in crate::python) struct Extent {
     memory: Arc<SharedMemory>,
     // INVARIANT: inside the memory.
     part: Range<usize>,
@@ -145,7 +145,7 @@ pub(super) struct Extent {
 
 impl Extent {
     /// A part that lies inside `memory`, and is writable there unless `read_only`.
-    pub(super) fn new(memory: Arc<SharedMemory>, part: Range<usize>, read_only: bool) -> Self {
+    pub(in crate::python) fn new(memory: Arc<SharedMemory>, part: Range<usize>, read_only: bool) -> Self {
         Self { memory, part, read_only }
     }
 }
@@ -170,7 +170,7 @@ impl Extent {
 ///
 /// # Safety
 /// `view` was filled by [`fill`] and is released once.
-pub(super) unsafe fn release(view: *mut ffi::Py_buffer) {
+pub(in crate::python) unsafe fn release(view: *mut ffi::Py_buffer) {
     // SAFETY: the caller's promise.
     let internal = unsafe { (*view).internal };
     if !internal.is_null() {

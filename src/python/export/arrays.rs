@@ -1,55 +1,56 @@
 //! Memory as arrays of numpy, torch and JAX.
 
 use super::buffer::Extent;
-use super::dlpack::{self, Exchange, Export};
+use super::dlpack::{self, Export};
 use crate::dtype::{Block, DType};
 use crate::error::{Error, quote};
 use crate::map::{RawSlice, SharedMemory, not_writable};
+use crate::python::frameworks::{NDARRAY, import, is_cpu, jax_stays, numpy_dtype, torch};
 use crate::tensor::Selection;
-use pyo3::exceptions::{PyBufferError, PyImportError, PyTypeError, PyValueError};
+use pyo3::exceptions::{PyBufferError, PyValueError};
 use pyo3::intern;
 use pyo3::prelude::*;
 use pyo3::sync::PyOnceLock;
-use pyo3::types::{PyString, PyTuple};
+use pyo3::types::PyTuple;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 /// A tensor in memory that may be shared with Python; [`Tensor`]'s fields, borrowed.
 #[derive(Clone, Copy)]
-pub(super) struct Array<'a> {
-    pub(super) memory: &'a Arc<SharedMemory>,
+pub(in crate::python) struct Array<'a> {
+    pub(in crate::python) memory: &'a Arc<SharedMemory>,
     /// Of the first element, in bytes.
-    pub(super) offset: usize,
-    pub(super) dtype: DType,
-    pub(super) shape: &'a [usize],
+    pub(in crate::python) offset: usize,
+    pub(in crate::python) dtype: DType,
+    pub(in crate::python) shape: &'a [usize],
     /// In elements; `None` in C order.
-    pub(super) strides: Option<&'a [isize]>,
-    pub(super) read_only: bool,
-    pub(super) name: &'a str,
+    pub(in crate::python) strides: Option<&'a [isize]>,
+    pub(in crate::python) read_only: bool,
+    pub(in crate::python) name: &'a str,
 }
 
 impl Array<'_> {
-    pub(super) fn elements(&self) -> usize {
+    pub(in crate::python) fn elements(&self) -> usize {
         if self.shape.contains(&0) { 0 } else { self.shape.iter().product() }
     }
 
-    pub(super) fn nbytes(&self) -> usize {
+    pub(in crate::python) fn nbytes(&self) -> usize {
         // Checked when the layout was made.
         self.dtype.block().start_of(self.elements())
     }
 
-    pub(super) fn ptr(&self) -> *mut u8 {
+    pub(in crate::python) fn ptr(&self) -> *mut u8 {
         self.memory.ptr(&(self.offset..self.offset))
     }
 
     /// Bytes in C order, where they lie so.
-    pub(super) fn source(&self) -> Option<RawSlice<'_>> {
+    pub(in crate::python) fn source(&self) -> Option<RawSlice<'_>> {
         self.strides.is_none().then(|| self.memory.source(&(self.offset..self.offset + self.nbytes())))
     }
 
     /// Copies the elements that `selection` (of this array) describes to `to`, in C order.
-    pub(super) fn gather(&self, selection: &Selection, to: &mut [u8]) {
+    pub(in crate::python) fn gather(&self, selection: &Selection, to: &mut [u8]) {
         let block = self.dtype.block();
         let mut done = 0;
         selection.for_each_run(|first, len| {
@@ -72,7 +73,7 @@ impl Array<'_> {
     }
 
     /// A `bool` other than 0 and 1 is no value: frameworks would misbehave on it.
-    pub(super) fn check_values(&self) -> PyResult<()> {
+    pub(in crate::python) fn check_values(&self) -> PyResult<()> {
         if self.dtype != DType::Bool {
             return Ok(());
         }
@@ -100,7 +101,7 @@ impl Array<'_> {
     /// Sees to it that the elements can be written, before they are handed out to be: pages of a mapped file are
     /// read-only until then. A library that would write to read-only memory all the same gets pages of this process's
     /// own, which nobody else sees, and no crash.
-    pub(super) fn make_writable(&self) -> Result<(), Error> {
+    pub(in crate::python) fn make_writable(&self) -> Result<(), Error> {
         let extent = self.extent();
         let asked = extent.len();
         let what = || format!("tensor {}", quote(self.name));
@@ -108,7 +109,7 @@ impl Array<'_> {
     }
 
     /// A numpy array of this memory, to write unless it is read-only.
-    pub(super) fn numpy<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyAny>> {
+    pub(in crate::python) fn numpy<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyAny>> {
         if !self.read_only {
             self.make_writable()?;
         }
@@ -116,7 +117,7 @@ impl Array<'_> {
     }
 
     /// As [`Array::numpy`], of memory that is [writable](Array::make_writable) already.
-    pub(super) fn ready_numpy<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyAny>> {
+    pub(in crate::python) fn ready_numpy<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyAny>> {
         self.check_values()?;
         match self.dtype {
             DType::F4 => return self.unpacked(py),
@@ -143,7 +144,7 @@ impl Array<'_> {
     }
 
     /// From the lowest to the highest element.
-    pub(super) fn extent(&self) -> Range<usize> {
+    pub(in crate::python) fn extent(&self) -> Range<usize> {
         let Some(strides) = self.strides.filter(|_| self.elements() > 0) else {
             return self.offset..self.offset + self.nbytes();
         };
@@ -173,7 +174,7 @@ impl Array<'_> {
     }
 
     /// A torch tensor of this memory; on another device a copy, made from pages that stay as they are.
-    pub(super) fn torch<'py>(
+    pub(in crate::python) fn torch<'py>(
         &self,
         py: Python<'py>,
         device: Option<&Bound<'py, PyAny>>,
@@ -185,7 +186,7 @@ impl Array<'_> {
     }
 
     /// As [`Array::torch`], of memory that is [writable](Array::make_writable) already, where the tensor stays there.
-    pub(super) fn ready_torch<'py>(
+    pub(in crate::python) fn ready_torch<'py>(
         &self,
         py: Python<'py>,
         device: Option<&Bound<'py, PyAny>>,
@@ -216,7 +217,7 @@ impl Array<'_> {
         }
     }
 
-    pub(super) fn jax<'py>(
+    pub(in crate::python) fn jax<'py>(
         &self,
         py: Python<'py>,
         device: Option<&Bound<'py, PyAny>>,
@@ -229,7 +230,7 @@ impl Array<'_> {
     }
 
     /// As [`Array::jax`], of memory that is [writable](Array::make_writable) already, where the array stays there.
-    pub(super) fn ready_jax<'py>(
+    pub(in crate::python) fn ready_jax<'py>(
         &self,
         py: Python<'py>,
         device: Option<&Bound<'py, PyAny>>,
@@ -240,7 +241,7 @@ impl Array<'_> {
         import(py, &DEVICE_PUT, "jax", "device_put")?.call1((array, device))
     }
 
-    pub(super) fn dlpack<'py>(
+    pub(in crate::python) fn dlpack<'py>(
         &self,
         py: Python<'py>,
         versioned: bool,
@@ -289,119 +290,4 @@ impl Array<'_> {
             copied: false,
         })
     }
-}
-
-pub(super) fn is_cpu(device: &Bound<'_, PyAny>) -> bool {
-    device.is_none() || device.str().is_ok_and(|text| text == "cpu")
-}
-
-/// Whether JAX has arrays that are made for a device in this memory, where it can.
-pub(super) fn jax_stays(py: Python<'_>, device: Option<&Bound<'_, PyAny>>) -> PyResult<bool> {
-    static DEFAULT: PyOnceLock<Py<PyAny>> = PyOnceLock::new();
-    let platform = match device {
-        Some(device) => device.getattr(intern!(py, "platform")).ok(),
-        None => Some(import(py, &DEFAULT, "jax", "default_backend")?.call0()?),
-    };
-    Ok(platform.is_none_or(|platform| is_cpu(&platform)))
-}
-
-pub(super) static NDARRAY: PyOnceLock<Py<PyAny>> = PyOnceLock::new();
-
-/// `module.name`, imported once.
-pub(super) fn import<'py>(
-    py: Python<'py>,
-    cell: &'static PyOnceLock<Py<PyAny>>,
-    module: &str,
-    name: &str,
-) -> PyResult<Bound<'py, PyAny>> {
-    let object =
-        cell.get_or_try_init(py, || -> PyResult<_> { Ok(py.import(module)?.getattr(name)?.unbind()) })?;
-    Ok(object.bind(py).clone())
-}
-
-/// torch's ways in, looked up once.
-pub(super) struct Torch {
-    pub(super) class: Py<PyAny>,
-    pub(super) parameter: Py<PyAny>,
-    pub(super) exchange: Option<Exchange>,
-    from_dlpack: Py<PyAny>,
-}
-
-pub(super) fn torch(py: Python<'_>) -> PyResult<&'static Torch> {
-    static TORCH: PyOnceLock<Torch> = PyOnceLock::new();
-    TORCH.get_or_try_init(py, || {
-        let module = py.import("torch")?;
-        let class = module.getattr("Tensor")?;
-        Ok(Torch {
-            exchange: Exchange::of(&class),
-            class: class.unbind(),
-            parameter: module.getattr("nn")?.getattr("Parameter")?.unbind(),
-            from_dlpack: module.getattr("utils")?.getattr("dlpack")?.getattr("from_dlpack")?.unbind(),
-        })
-    })
-}
-
-/// numpy's dtype object; beyond numpy's own, `ml_dtypes`'.
-pub(super) fn numpy_dtype(py: Python<'_>, dtype: DType) -> PyResult<Bound<'_, PyAny>> {
-    static DTYPES: [PyOnceLock<Py<PyAny>>; DType::ALL.len()] =
-        [const { PyOnceLock::new() }; DType::ALL.len()];
-    let cell = &DTYPES[dtype as usize];
-    let object = cell.get_or_try_init(py, || -> PyResult<_> {
-        let none = || PyTypeError::new_err(format!("numpy has no dtype for {dtype}"));
-        let name = dtype.numpy_name().ok_or_else(none)?;
-        let numpy = py.import("numpy")?;
-        let own = matches!(
-            dtype,
-            DType::Bool
-                | DType::U8
-                | DType::I8
-                | DType::U16
-                | DType::I16
-                | DType::U32
-                | DType::I32
-                | DType::U64
-                | DType::I64
-                | DType::F16
-                | DType::F32
-                | DType::F64
-                | DType::C64
-        );
-        let named = if own {
-            PyString::new(py, name).into_any()
-        } else {
-            let module = py.import("ml_dtypes").map_err(|error| {
-                let text = format!("numpy has no {name} of its own: pip install ml_dtypes");
-                let wrapped = PyImportError::new_err(text);
-                wrapped.set_cause(py, Some(error));
-                wrapped
-            })?;
-            module.getattr(name)?
-        };
-        Ok(numpy.call_method1("dtype", (named,))?.unbind())
-    })?;
-    Ok(object.bind(py).clone())
-}
-
-/// A dtype as people write it: `"F32"`, `"float32"`, `np.float32`, `np.dtype("float32")`,
-/// `torch.float32`, `ml_dtypes.bfloat16`.
-pub(super) fn parse_dtype(tensor: &str, dtype: &Bound<'_, PyAny>) -> PyResult<DType> {
-    let text = if let Ok(text) = dtype.cast::<PyString>() {
-        text.to_string()
-    } else if let Ok(name) = dtype.getattr("name").and_then(|name| name.extract::<String>()) {
-        name
-    } else if let Ok(name) = dtype.getattr("__name__").and_then(|name| name.extract::<String>()) {
-        name
-    } else {
-        dtype.str()?.to_string()
-    };
-    let name = text.strip_prefix("torch.").unwrap_or(&text);
-    name.parse().ok().or_else(|| DType::from_framework_name(name)).ok_or_else(|| {
-        Error::DType {
-            path: PathBuf::new(),
-            tensor: tensor.into(),
-            found: format!("of dtype {text}"),
-            expected: "one of BOOL, U8, …, F64, or a framework's name for it".into(),
-        }
-        .into()
-    })
 }

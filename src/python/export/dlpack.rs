@@ -26,7 +26,7 @@ struct Device {
 }
 
 /// kDLCPU
-pub(super) const CPU: (i32, i32) = (1, 0);
+pub(in crate::python) const CPU: (i32, i32) = (1, 0);
 
 #[repr(C)]
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -90,15 +90,15 @@ fn data_type(dtype: DType) -> Option<DataType> {
 }
 
 /// A tensor to hand out.
-pub(super) struct Export<'a> {
-    pub(super) memory: &'a Arc<SharedMemory>,
-    pub(super) ptr: *mut u8,
-    pub(super) dtype: DType,
-    pub(super) shape: &'a [usize],
+pub(in crate::python) struct Export<'a> {
+    pub(in crate::python) memory: &'a Arc<SharedMemory>,
+    pub(in crate::python) ptr: *mut u8,
+    pub(in crate::python) dtype: DType,
+    pub(in crate::python) shape: &'a [usize],
     /// In elements; `None` in C order.
-    pub(super) strides: Option<&'a [isize]>,
-    pub(super) read_only: bool,
-    pub(super) copied: bool,
+    pub(in crate::python) strides: Option<&'a [isize]>,
+    pub(in crate::python) read_only: bool,
+    pub(in crate::python) copied: bool,
 }
 
 /// What keeps a tensor handed out alive: its memory, and the arrays its structure points to.
@@ -158,7 +158,11 @@ impl Export<'_> {
 
     /// A capsule for `from_dlpack`. Without a version it cannot carry the read-only flag, and is refused
     /// for read-only memory.
-    pub(super) fn capsule<'py>(&self, py: Python<'py>, versioned: bool) -> PyResult<Bound<'py, PyAny>> {
+    pub(in crate::python) fn capsule<'py>(
+        &self,
+        py: Python<'py>,
+        versioned: bool,
+    ) -> PyResult<Bound<'py, PyAny>> {
         if versioned {
             let managed = self.versioned()?;
             // SAFETY: a live allocation, a static name, and a destructor that knows both names.
@@ -248,14 +252,14 @@ type ToObject = unsafe extern "C" fn(*mut Versioned, *mut *mut c_void) -> c_int;
 
 /// A framework's C functions that make one of its tensors, and take one.
 #[derive(Clone, Copy)]
-pub(super) struct Exchange {
+pub(in crate::python) struct Exchange {
     make: ToObject,
     take: FromObject,
 }
 
 impl Exchange {
     /// What a tensor class publishes, if it does, in a version this module knows.
-    pub(super) fn of(class: &Bound<'_, PyAny>) -> Option<Self> {
+    pub(in crate::python) fn of(class: &Bound<'_, PyAny>) -> Option<Self> {
         let capsule = class.getattr("__dlpack_c_exchange_api__").ok()?;
         let name = c"dlpack_exchange_api";
         // SAFETY: any object may be asked.
@@ -274,7 +278,7 @@ impl Exchange {
 
     /// A tensor of the framework, to be looked at: its own claim on the memory, whatever becomes of the
     /// object.
-    pub(super) fn take(self, tensor: &Bound<'_, PyAny>) -> PyResult<Taken> {
+    pub(in crate::python) fn take(self, tensor: &Bound<'_, PyAny>) -> PyResult<Taken> {
         let mut managed = std::ptr::null_mut();
         // SAFETY: an object of the framework's class; room for the result.
         if unsafe { (self.take)(tensor.as_ptr().cast(), &raw mut managed) } != 0 {
@@ -297,14 +301,18 @@ impl Exchange {
     }
 
     /// The framework's tensor over our memory.
-    pub(super) fn make<'py>(self, py: Python<'py>, export: &Export<'_>) -> PyResult<Bound<'py, PyAny>> {
+    pub(in crate::python) fn make<'py>(
+        self,
+        py: Python<'py>,
+        export: &Export<'_>,
+    ) -> PyResult<Bound<'py, PyAny>> {
         let managed = std::ptr::NonNull::new(export.versioned()?);
         self.give(py, managed.ok_or_else(|| PyBufferError::new_err("no tensor was made"))?)
     }
 }
 
 /// A tensor taken over from a framework, and given back when dropped.
-pub(super) struct Taken(Claim);
+pub(in crate::python) struct Taken(Claim);
 
 enum Claim {
     Managed(std::ptr::NonNull<Versioned>),
@@ -322,7 +330,7 @@ unsafe impl Sync for Taken {}
 
 impl Taken {
     /// A tensor in a capsule that is not consumed.
-    pub(super) fn of_capsule(capsule: &Bound<'_, PyAny>) -> PyResult<Self> {
+    pub(in crate::python) fn of_capsule(capsule: &Bound<'_, PyAny>) -> PyResult<Self> {
         // SAFETY: any object may be asked; null is an exception.
         let managed = unsafe { ffi::PyCapsule_GetPointer(capsule.as_ptr(), UNVERSIONED.as_ptr()) };
         match std::ptr::NonNull::new(managed.cast::<Unversioned>()) {
@@ -340,18 +348,18 @@ impl Taken {
         }
     }
 
-    pub(super) fn is_on_cpu(&self) -> bool {
+    pub(in crate::python) fn is_on_cpu(&self) -> bool {
         self.tensor().device.kind == CPU.0
     }
 
-    pub(super) fn ptr(&self) -> *const u8 {
+    pub(in crate::python) fn ptr(&self) -> *const u8 {
         let tensor = self.tensor();
         let offset = usize::try_from(tensor.byte_offset).unwrap_or_default();
         tensor.data.cast_const().cast::<u8>().wrapping_add(offset)
     }
 
     /// Whether the elements are of this dtype, as DLPack calls it.
-    pub(super) fn is(&self, dtype: DType) -> bool {
+    pub(in crate::python) fn is(&self, dtype: DType) -> bool {
         data_type(dtype) == Some(self.tensor().dtype)
     }
 
@@ -365,17 +373,17 @@ impl Taken {
     }
 
     /// `None` for a shape that cannot be.
-    pub(super) fn shape(&self) -> Option<Vec<usize>> {
+    pub(in crate::python) fn shape(&self) -> Option<Vec<usize>> {
         self.ints(self.tensor().shape).iter().map(|&dim| usize::try_from(dim).ok()).collect()
     }
 
     /// In elements; empty where they are those of C order.
-    pub(super) fn strides(&self) -> &[i64] {
+    pub(in crate::python) fn strides(&self) -> &[i64] {
         self.ints(self.tensor().strides)
     }
 
     /// The framework's plain tensor over this memory: of none of its subclasses.
-    pub(super) fn give<'py>(
+    pub(in crate::python) fn give<'py>(
         self,
         py: Python<'py>,
         exchange: Option<Exchange>,
