@@ -7,9 +7,8 @@ use std::alloc::{GlobalAlloc, Layout, System};
 use std::hint::black_box;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use maptensors::Model;
+use maptensors::{DType, Model};
 use safetensors::SafeTensors;
-use safetensors::tensor::TensorView;
 
 const TENSORS: usize = 20_000;
 
@@ -51,8 +50,7 @@ fn main() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("many.safetensors");
     let bytes = [7; 64 * 4];
-    let views = (0..TENSORS)
-        .map(|i| (format!("w.{i}"), TensorView::new(safetensors::Dtype::F32, vec![64], &bytes).unwrap()));
+    let views = (0..TENSORS).map(|i| (format!("w.{i}"), (DType::F32, [64], bytes)));
     maptensors::save(views, &path).unwrap();
 
     // SAFETY: the file is in a directory of its own, and only read from here on.

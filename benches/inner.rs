@@ -9,10 +9,9 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use criterion::{BatchSize, Criterion, criterion_group, criterion_main};
-use maptensors::{Content, Index, Model, SaveOptions};
+use maptensors::{Content, DType, Index, Model, SaveOptions, TensorView};
 use memmap2::Mmap;
 use safetensors::SafeTensors;
-use safetensors::tensor::TensorView;
 
 const TENSORS: usize = 20_000;
 const SAVED: usize = 64 << 20;
@@ -34,8 +33,8 @@ fn many() -> Many {
     Many { dir, path, names }
 }
 
-fn view<'a>(shape: &[usize], bytes: &'a [u8]) -> TensorView<'a> {
-    TensorView::new(safetensors::Dtype::F32, shape.to_vec(), bytes).unwrap()
+fn view<'a>(shape: &'a [usize], bytes: &'a [u8]) -> TensorView<'a> {
+    TensorView::from_bytes(DType::F32, shape, bytes).unwrap()
 }
 
 fn open(path: &Path) -> Model {
@@ -108,7 +107,9 @@ fn header(path: &Path) -> Vec<u8> {
 
 fn slicing(c: &mut Criterion) {
     let bytes = vec![7; 1024 * 1024 * 4];
-    let file = safetensors::serialize([("w", view(&[1024, 1024], &bytes))], None).unwrap();
+    let theirs =
+        safetensors::tensor::TensorView::new(safetensors::Dtype::F32, vec![1024, 1024], &bytes).unwrap();
+    let file = safetensors::serialize([("w", theirs)], None).unwrap();
     let model = Model::read(Content::new(&file)).unwrap();
     let ours = model.tensor("w").unwrap();
     let theirs = SafeTensors::deserialize(&file).unwrap();
@@ -146,7 +147,7 @@ fn saving(c: &mut Criterion) {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("saved.safetensors");
     let bytes = vec![7; SAVED / 16];
-    let tensors = || (0..16).map(|i| (format!("w{i}"), view(&[SAVED / 64], &bytes)));
+    let tensors = || (0..16).map(|i| (format!("w{i}"), (DType::F32, [SAVED / 64], &bytes)));
     let gone = || drop(std::fs::remove_file(&path));
 
     let mut group = c.benchmark_group("save-64MiB-no-fsync");
@@ -156,7 +157,10 @@ fn saving(c: &mut Criterion) {
         b.iter_batched(gone, |()| options().save(tensors(), &path).unwrap(), BatchSize::PerIteration);
     });
     group.bench_function("safetensors", |b| {
-        let save = || safetensors::serialize_to_file(tensors(), None, &path).unwrap();
+        let theirs =
+            |bytes| safetensors::tensor::TensorView::new(safetensors::Dtype::F32, vec![SAVED / 64], bytes);
+        let theirs = || (0..16).map(|i| (format!("w{i}"), theirs(&bytes).unwrap()));
+        let save = || safetensors::serialize_to_file(theirs(), None, &path).unwrap();
         b.iter_batched(gone, |()| save(), BatchSize::PerIteration);
     });
     group.finish();

@@ -46,7 +46,7 @@
 //! # Ok::<(), maptensors::Error>(())
 //! ```
 //!
-//! [`save`] does the same for tensors that exist already, anything that is a `safetensors::View`.
+//! [`save`] does the same for tensors that exist already, of any type that is a [`SaveTensor`].
 //!
 //! # What changed
 //!
@@ -137,7 +137,10 @@
 //! None by default. `cli` builds the `maptensors` command, `python` the extension module of the wheel.
 //! `serde` makes plain answers serializable, and all but [`Layout`] and [`TensorInfo`] deserializable: those two,
 //! [`DType`] and [`ErrorKind`] by their names, [`Residency`], [`Evicted`], [`Changes`], [`Differences`], [`Edited`],
-//! [`Backing`], [`Advice`], [`Split`], [`Verify`].
+//! [`Backing`], [`Advice`], [`Split`], [`Verify`]. `safetensors` saves what is a `View` of the `safetensors` crate, version
+//! 0.8 (`FromView`), and converts between its `Dtype` and [`DType`].
+//!
+//! [`f16`] and [`bf16`] are those of the `half` crate, version 2; [`Complex32`] is that of `num-complex`, version 0.4.
 
 // The demo's walk is one text, compiled into the example and the command: both call the crate by name.
 #[cfg(feature = "cli")]
@@ -192,7 +195,9 @@ pub use model::{
 pub use num_complex::Complex32;
 pub use paging::{Order, Prefetch, StreamOptions};
 pub use rank::{RankPlan, RankView, Split};
-pub use save::{Draft, DraftOptions, Edited, HeaderEdit, SaveOptions, save};
+#[cfg(feature = "safetensors")]
+pub use save::FromView;
+pub use save::{Draft, DraftOptions, Edited, HeaderEdit, SaveOptions, SaveTensor, TensorBytes, save};
 pub use share::{AttachOptions, Publication, PublishOptions, Publisher, Refreshed, Subscriber};
 pub use tensor::{Index, Tensor, TensorShared, TensorSlice, TensorView, TensorViewMut};
 

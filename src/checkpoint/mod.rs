@@ -37,15 +37,20 @@ mod tests;
 pub use queue::{Saved, Saving};
 
 use crate::error::{Error, Result};
-use crate::layout::{Layout, Metadata, Value};
+use crate::layout::{Metadata, Value};
 use crate::model::Model;
+#[cfg(feature = "python")]
+use crate::save::Later;
+#[cfg(doc)]
+use crate::save::SaveOptions;
 use crate::save::over::Kind;
-use crate::save::{Commit, Create, DraftOptions, Pair, SaveOptions, fill_draft, sharded, sizes, total};
+use crate::save::{DraftOptions, SaveTensor, Staged, named, plan, sharded, sizes, stage, total};
 use crate::work::Patience;
+#[cfg(feature = "python")]
+use crate::work::cancel::{self, Cancel};
 use queue::Queue;
-use safetensors::View;
+use std::ops::Range;
 use std::path::{Path, PathBuf};
-use std::sync::{Mutex, PoisonError};
 use std::time::Instant;
 use store::Store;
 
@@ -354,9 +359,9 @@ impl Checkpointer {
     /// As [`SaveOptions::save`]; that of an earlier [`Checkpointer::save_async`] nobody has asked for.
     /// [`Error::NotRemoved`]: the checkpoint is saved, and what `keep` no longer holds could not be removed.
     /// [`Error::Moved`] where the directory is not at its path any more: nothing is saved, and nothing removed there.
-    pub fn save<N: Into<String>, V: View>(
+    pub fn save<N: Into<String>, T: SaveTensor>(
         &self,
-        tensors: impl IntoIterator<Item = (N, V)>,
+        tensors: impl IntoIterator<Item = (N, T)>,
         step: u64,
     ) -> Result<Saved> {
         self.save_with(tensors, Metadata::new(), step)
@@ -366,9 +371,9 @@ impl Checkpointer {
     ///
     /// # Errors
     /// As [`Checkpointer::save`].
-    pub fn save_with<N: Into<String>, V: View>(
+    pub fn save_with<N: Into<String>, T: SaveTensor>(
         &self,
-        tensors: impl IntoIterator<Item = (N, V)>,
+        tensors: impl IntoIterator<Item = (N, T)>,
         metadata: impl Into<Metadata>,
         step: u64,
     ) -> Result<Saved> {
@@ -396,9 +401,9 @@ impl Checkpointer {
     /// # std::fs::remove_dir_all(dir).unwrap();
     /// # Ok::<(), maptensors::Error>(())
     /// ```
-    pub fn save_async<N: Into<String>, V: View>(
+    pub fn save_async<N: Into<String>, T: SaveTensor>(
         &self,
-        tensors: impl IntoIterator<Item = (N, V)>,
+        tensors: impl IntoIterator<Item = (N, T)>,
         step: u64,
     ) -> Result<Saving> {
         self.save_async_with(tensors, Metadata::new(), step)
@@ -408,85 +413,81 @@ impl Checkpointer {
     ///
     /// # Errors
     /// As [`Checkpointer::save`].
-    pub fn save_async_with<N: Into<String>, V: View>(
+    pub fn save_async_with<N: Into<String>, T: SaveTensor>(
         &self,
-        tensors: impl IntoIterator<Item = (N, V)>,
+        tensors: impl IntoIterator<Item = (N, T)>,
         metadata: impl Into<Metadata>,
         step: u64,
     ) -> Result<Saving> {
         self.begin(tensors, metadata.into(), step, false)
     }
 
-    fn begin<N: Into<String>, V: View>(
+    fn begin<N: Into<String>, T: SaveTensor>(
         &self,
-        tensors: impl IntoIterator<Item = (N, V)>,
+        tensors: impl IntoIterator<Item = (N, T)>,
         metadata: Metadata,
         step: u64,
         inline: bool,
     ) -> Result<Saving> {
-        let tensors: Vec<Pair<V>> =
-            tensors.into_iter().map(|(name, view)| Pair { name: name.into(), view }).collect();
-        let mut all = self.options.metadata.clone();
-        all.extend(metadata);
-        let options = SaveOptions { metadata: Some(all), ..SaveOptions::new() };
-        let stage = |tensors: &[Pair<V>], path: &Path, create: Create<'_>| -> Result<Commit> {
-            let mut draft = create(path, &options.plan(tensors)?)?;
-            fill_draft(&mut draft, tensors)?;
-            Ok(Box::new(move || draft.commit_mapped()))
-        };
-        self.run(&sizes(&tensors), options.metadata.as_ref(), step, inline, |part, path, create| {
-            stage(&tensors[part], path, create)
-        })
+        Ok(self.submit(self.stage(&named(tensors), metadata, step, inline)?, inline))
     }
 
-    /// Saves tensors, given by name and size: `stage` makes a part of them one file, up to its commit.
-    pub(crate) fn run<E: From<Error>>(
+    /// Copies tensors into the files of a step's checkpoint, up to their commits. Waits first until there is room for one
+    /// more save, or (`alone`) until there is no other.
+    ///
+    /// # Errors
+    /// As [`Checkpointer::save`].
+    pub(crate) fn stage<T: SaveTensor>(
         &self,
-        tensors: &[(&str, u64)],
-        metadata: Option<&Metadata>,
+        tensors: &[(String, T)],
+        metadata: Metadata,
         step: u64,
-        inline: bool,
-        stage: impl Fn(std::ops::Range<usize>, &Path, Create<'_>) -> Result<Commit, E>,
-    ) -> Result<Saving, E> {
+        alone: bool,
+    ) -> Result<Staging> {
         let begun = Instant::now();
         self.queue.own()?;
         let dir = self.queue.store().make()?;
-        self.queue.make_room(inline)?;
+        self.queue.make_room(alone)?;
         let turn = self.queue.store().turn(dir, step)?;
-        let numbered = |metadata: &Metadata| {
-            let mut metadata = metadata.clone();
-            metadata.insert(order::KEY, turn.sequence.to_string());
-            metadata
-        };
-        let path = self.path(step);
-        let bytes = total(tensors);
-        let draft = self.options.draft.over(bytes).within(dir);
-        let made = Mutex::new((None, Ready::No));
+        let mut all = self.options.metadata.clone();
+        all.extend(metadata);
+        all.insert(order::KEY, turn.sequence.to_string());
+        let (path, sizes) = (self.path(step), sizes(tensors));
+        let bytes = total(&sizes);
+        let options = self.options.draft.over(bytes).within(dir);
+        let (mut size, mut ready) = (None, Ready::No);
+        #[cfg(feature = "python")]
+        let mut later = Vec::new();
         let commit = match self.options.max_shard_size.filter(|limit| bytes > *limit) {
             Some(limit) => {
-                let new = |path: &Path, layout: &Layout| {
-                    let mut layout = layout.clone();
-                    layout.set_metadata(Some(numbered(layout.metadata())));
-                    draft.create(path, &layout)
+                #[cfg(feature = "python")]
+                let brought = std::cell::RefCell::new(&mut later);
+                let write = |part: Range<usize>, path: &Path| -> Result<_> {
+                    let draft = options.create(path, &plan(&tensors[part.clone()], Some(&all))?)?;
+                    let staged = stage(draft, &tensors[part.clone()])?;
+                    #[cfg(feature = "python")]
+                    brought.borrow_mut().extend(staged.later.into_iter().map(|mut later| {
+                        later.tensor += part.start;
+                        later
+                    }));
+                    Ok(staged.commit)
                 };
-                let write = |part, path: &Path| stage(part, path, &new);
-                let mut metadata = numbered(metadata.unwrap_or(&Metadata::new()));
+                let mut shared = all.clone();
                 // Those of each file.
-                metadata.remove(crate::diff::digest::CHECKSUMS);
-                let durable = draft.is_durable();
-                let set = sharded::stage(dir, tensors, &path, limit, Some(&metadata), durable, write)?;
+                shared.remove(crate::diff::digest::CHECKSUMS);
+                let durable = options.is_durable();
+                let set = sharded::stage(dir, &sizes, &path, limit, Some(&shared), durable, write)?;
                 Box::new(move || set.commit().map(|()| None))
             }
-            None => stage(0..tensors.len(), &path, &|path, layout| {
-                let mut layout = layout.clone();
-                layout.set_metadata(Some(numbered(layout.metadata())));
-                let (draft, ready) = self.queue.draft(path, &layout, &draft)?;
-                *made.lock().unwrap_or_else(PoisonError::into_inner) =
-                    (Some(draft.layout().file_len()), ready);
-                Ok(draft)
-            })?,
+            None => {
+                let (draft, made) = self.queue.draft(&path, &plan(tensors, Some(&all))?, &options)?;
+                (size, ready) = (Some(draft.layout().file_len()), made);
+                let staged: Staged = stage(draft, tensors)?;
+                #[cfg(feature = "python")]
+                later.extend(staged.later);
+                staged.commit
+            }
         };
-        let (size, ready) = made.into_inner().unwrap_or_else(PoisonError::into_inner);
         let job = queue::Job {
             commit,
             step,
@@ -494,12 +495,23 @@ impl Checkpointer {
             bytes,
             ready,
             size,
-            durable: draft.is_durable(),
+            durable: options.is_durable(),
             below: turn.below,
             begun,
             staged: begun.elapsed(),
         };
-        Ok(self.queue.submit(job, inline))
+        Ok(Staging {
+            job,
+            #[cfg(feature = "python")]
+            later,
+        })
+    }
+
+    /// Commits what was staged: at once (`inline`), or in the background.
+    pub(crate) fn submit(&self, staging: Staging, inline: bool) -> Saving {
+        let mut job = staging.job;
+        job.staged = job.begun.elapsed();
+        self.queue.submit(job, inline)
     }
 
     /// Whether this is the process that opened it, and no fork's child.
@@ -534,6 +546,24 @@ impl Checkpointer {
     #[cfg(feature = "python")]
     pub(crate) fn room_within(&self, alone: bool, most: std::time::Duration) -> Option<Result<()>> {
         self.queue.room_within(alone, most)
+    }
+}
+
+/// A checkpoint whose files are filled, but for what its caller brings.
+pub(crate) struct Staging {
+    job: queue::Job,
+    /// What the caller has yet to write, by the tensors' places among those that were staged.
+    #[cfg(feature = "python")]
+    pub(crate) later: Vec<Later>,
+}
+
+#[cfg(feature = "python")]
+impl Staging {
+    /// The same, to be committed under a `Cancel`.
+    pub(crate) fn under(mut self, cancel: Cancel) -> Self {
+        let commit = self.job.commit;
+        self.job.commit = Box::new(move || cancel::under(Some(cancel), commit));
+        self
     }
 }
 

@@ -1,11 +1,11 @@
 //! What a file system refuses to remove, rename or sync is told.
 
 use super::{CheckpointOptions, Checkpointer};
+use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::model::Model;
 use crate::os::disk::{self, Op, Watch};
 use crate::save::SaveOptions;
-use safetensors::tensor::TensorView;
 use std::ffi::OsStr;
 use std::io;
 use std::path::Path;
@@ -58,8 +58,8 @@ fn is_hidden(name: &OsStr) -> bool {
 
 fn save(checkpoints: &Checkpointer, step: u64) -> Result<super::Saved> {
     let bytes = vec![u8::try_from(step).unwrap(); 10_000];
-    let view = |bytes| TensorView::new(safetensors::Dtype::U8, vec![5000], bytes).unwrap();
-    checkpoints.save([("a", view(&bytes[..5000])), ("b", view(&bytes[5000..]))], step)
+    let (a, b) = bytes.split_at(5000);
+    checkpoints.save([("a", (DType::U8, [5000], a)), ("b", (DType::U8, [5000], b))], step)
 }
 
 #[track_caller]
@@ -93,8 +93,8 @@ fn what_keep_cannot_remove_is_told_by_the_save_that_is_there() {
         assert_eq!(checkpoints.latest().unwrap(), Some(2));
         // In the background as well, and to the next call if nobody waits.
         let bytes = [3; 10];
-        let view = TensorView::new(safetensors::Dtype::U8, vec![10], &bytes).unwrap();
-        let saving = checkpoints.save_async([("a", view.clone())], 3).unwrap();
+        let view = (DType::U8, [10], bytes);
+        let saving = checkpoints.save_async([("a", view)], 3).unwrap();
         assert_not_removed(saving.wait(), 3, "step-0000000001.safetensors");
         drop(checkpoints.save_async([("a", view)], 4).unwrap());
         assert_not_removed(checkpoints.wait(), 4, "step-0000000001.safetensors");
@@ -162,7 +162,7 @@ fn shards_that_cannot_be_removed_are_told() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("model.safetensors");
     let bytes = [7; 100];
-    let tensor = || TensorView::new(safetensors::Dtype::U8, vec![100], &bytes).unwrap();
+    let tensor = || (DType::U8, [100], bytes);
     let save = |path: &Path, value: &str| {
         let options = SaveOptions::new().metadata("value", value).max_shard_size(100);
         options.save([("a", tensor()), ("b", tensor())], path)

@@ -8,7 +8,6 @@ use crate::layout::Layout;
 use crate::model::open_own_file;
 use crate::os::disk;
 use crate::save::{DraftOptions, Edited, HeaderEdit, SaveOptions};
-use safetensors::tensor::TensorView;
 
 /// Several sectors of a page, so that a torn one is a mixture.
 pub(super) const A: usize = 2500;
@@ -22,8 +21,8 @@ pub(super) fn save_at(path: &Path, generation: u8, options: &SaveOptions) -> Res
     options.save([("a", tensor(&a)), ("b", tensor(&b))], path)
 }
 
-pub(super) fn tensor(bytes: &[u8]) -> TensorView<'_> {
-    TensorView::new(safetensors::Dtype::U8, vec![bytes.len()], bytes).unwrap()
+pub(super) fn tensor(bytes: &[u8]) -> (DType, [usize; 1], &[u8]) {
+    (DType::U8, [bytes.len()], bytes)
 }
 
 pub(super) fn one(path: &Path, generation: u8) -> Result<()> {

@@ -231,7 +231,11 @@ fn write<'a>(
     if options.max_shard_size.is_some() {
         return Err(Error::Argument("a delta is one file: it is not split over shards".into()));
     }
-    let json = |source| Error::Json { path: path.into(), what: "the delta's metadata", source };
+    let json = |source: serde_json::Error| Error::Json {
+        path: path.into(),
+        what: "the delta's metadata",
+        source: source.into(),
+    };
     let text = serde_json::to_string(header).map_err(json)?;
     let mut builder = Layout::builder();
     for (key, value) in options.metadata.iter().flatten() {

@@ -51,7 +51,11 @@ pub(crate) fn encode<'a>(sums: impl IntoIterator<Item = (&'a str, u128)>) -> Str
 /// # Errors
 /// [`Error::Json`].
 pub(crate) fn decode(text: &str, path: &Path) -> Result<HashMap<String, u128>> {
-    let json = |source| Error::Json { path: path.into(), what: "the checksum metadata", source };
+    let json = |source: serde_json::Error| Error::Json {
+        path: path.into(),
+        what: "the checksum metadata",
+        source: source.into(),
+    };
     let sums: HashMap<String, String> = serde_json::from_str(text).map_err(json)?;
     sums.into_iter()
         .map(|(name, text)| match parse_hex(&text) {

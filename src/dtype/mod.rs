@@ -4,6 +4,7 @@
 mod block;
 mod element;
 mod packed;
+#[cfg(any(feature = "safetensors", test))]
 mod reference;
 #[cfg(feature = "serde")]
 mod serialize;

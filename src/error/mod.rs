@@ -104,7 +104,7 @@ pub enum Error {
         /// Which text.
         what: &'static str,
         /// Line, column and reason.
-        source: serde_json::Error,
+        source: Box<dyn std::error::Error + Send + Sync>,
     },
 
     /// A name is there twice.

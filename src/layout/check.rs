@@ -28,7 +28,7 @@ pub(crate) fn elements(shape: &[usize]) -> Option<usize> {
 ///
 /// # Errors
 /// [`Error::Overflow`] where the count leaves `isize`, [`Error::Align`] where it ends inside a block.
-pub(super) fn checked_nbytes(path: &Path, tensor: &str, dtype: DType, shape: &[usize]) -> Result<usize> {
+pub(crate) fn checked_nbytes(path: &Path, tensor: &str, dtype: DType, shape: &[usize]) -> Result<usize> {
     let overflow = || Error::Overflow { path: path.into(), tensor: tensor.into(), shape: shape.to_vec() };
     let elements = elements(shape).ok_or_else(overflow)?;
     let block = dtype.block();

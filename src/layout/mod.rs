@@ -14,9 +14,9 @@ mod serialize;
 mod value;
 
 pub(crate) use catalog::{Catalog, Shard};
-#[cfg(feature = "python")]
-pub(crate) use check::elements;
 pub(crate) use check::{Parts, Rules};
+#[cfg(feature = "python")]
+pub(crate) use check::{checked_nbytes, elements};
 pub use format::Format;
 pub use iter::TensorInfos;
 pub use metadata::{Metadata, MetadataIter};

@@ -4,11 +4,11 @@ use super::{Paging, ToLock};
 use crate::error::{Error, Result, quote};
 use crate::layout::{Position, Run, Select};
 use crate::map::{CHUNK, Pages};
-use crate::work::each_in_parallel;
+use crate::work::{Progress, each_in_parallel};
 use std::io;
 use std::ops::Range;
 use std::path::Path;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -36,8 +36,7 @@ pub struct Prefetch {
 }
 
 struct Shared {
-    total: u64,
-    bytes: AtomicU64,
+    progress: Progress,
     cancelled: AtomicBool,
     /// Once it has ended: whether all is there, until somebody takes an error.
     outcome: Mutex<Option<Result<bool>>>,
@@ -91,8 +90,7 @@ impl Paging<'_> {
             lock: lock.then(|| self.to_lock(&places)),
         };
         let shared = Arc::new(Shared {
-            total,
-            bytes: AtomicU64::new(0),
+            progress: Progress::default().over(total),
             cancelled: AtomicBool::new(false),
             outcome: Mutex::new(None),
             ended: Condvar::new(),
@@ -122,7 +120,7 @@ impl Work {
                 unreadable(pages[piece.shard].path(), name, &error)
             };
             pages[piece.shard].bring(piece.part.clone(), piece.exact).map_err(failed)?;
-            shared.bytes.fetch_add(bytes, Ordering::Relaxed);
+            shared.progress.add(bytes);
             Ok::<_, Error>(())
         })?;
         if shared.cancelled.load(Ordering::Relaxed) {
@@ -157,7 +155,7 @@ impl Shared {
 impl Prefetch {
     /// Bytes that are in memory, and all that will be.
     pub fn progress(&self) -> (u64, u64) {
-        (self.shared.bytes.load(Ordering::Relaxed), self.shared.total)
+        self.shared.progress.so_far()
     }
 
     /// Whether it was begun in the process that this one was forked from: nobody here is told of its end.

@@ -7,6 +7,7 @@ use crate::error::{Error, Result, quote};
 use crate::layout::Catalog;
 use crate::layout::{Position, Select};
 use crate::map::{CHUNK, Pages};
+use crate::work::Progress;
 use std::collections::{HashMap, HashSet};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -95,7 +96,7 @@ pub(crate) struct ReadAhead {
     sizes: Vec<u64>,
     /// The tensor that is asked for next.
     at: usize,
-    passed: u64,
+    progress: Progress,
     /// Threads that read, and whose: a fork's child has none of them.
     readers: (usize, u32),
 }
@@ -221,8 +222,9 @@ impl Paging<'_> {
             // Where the system gives no thread, the consumer reads.
             readers += usize::from(thread.spawn(move || theirs.read()).is_ok());
         }
-        let sizes = order.iter().map(|&place| self.catalog.bytes(place).len() as u64).collect();
-        Ok(ReadAhead { shared, order, sizes, at: 0, passed: 0, readers: (readers, std::process::id()) })
+        let sizes: Vec<u64> = order.iter().map(|&place| self.catalog.bytes(place).len() as u64).collect();
+        let progress = Progress::default().over(sizes.iter().sum());
+        Ok(ReadAhead { shared, order, sizes, at: 0, progress, readers: (readers, std::process::id()) })
     }
 
     fn order(&self, options: &StreamOptions<'_>) -> Result<Vec<Position>> {
@@ -249,7 +251,7 @@ impl Paging<'_> {
 
 impl ReadAhead {
     pub(crate) fn progress(&self) -> (u64, u64) {
-        (self.passed, self.sizes.iter().sum())
+        self.progress.so_far()
     }
 
     pub(crate) fn left(&self) -> usize {
@@ -263,7 +265,7 @@ impl ReadAhead {
             self.shared.give_back(chunk);
         }
         self.shared.changed.notify_all();
-        self.passed += self.sizes[tensor];
+        self.progress.add(self.sizes[tensor]);
     }
 
     /// The place of the next tensor, once it is there; what was out before is passed. `Some(Ok(None))` where that

@@ -3,11 +3,11 @@
 use super::import::collect;
 use super::interrupt::{GRACE, wait_in_turns};
 use super::metadata::{Metadata, metadata as read_metadata};
-use super::save::{sizes, stage_one};
+use super::save::{bring, stage};
 use crate::checkpoint;
 use crate::checkpoint::{CheckpointOptions, Checkpointer, Ready};
 use crate::error::Error;
-use crate::work::cancel::{self, Cancel};
+use crate::work::cancel::Cancel;
 use pyo3::exceptions::{PyFileNotFoundError, PyKeyboardInterrupt};
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
@@ -37,17 +37,14 @@ impl Checkpoints {
     ) -> PyResult<checkpoint::Saving> {
         let checkpointer = self.checkpointer()?;
         let tensors = collect(tensors)?;
-        let given = metadata.as_ref();
         if let Some(room) = wait_in_turns(py, None, |most| checkpointer.room_within(alone, most))? {
             room?;
         }
-        py.detach(|| {
-            checkpointer.run(&sizes(&tensors), given, step, false, |part, path, create| {
-                let commit = Python::attach(|py| stage_one(py, &tensors[part], path, &metadata, create))?;
-                let cancel = cancel.clone();
-                Ok(Box::new(move || cancel::under(Some(cancel), commit)))
-            })
-        })
+        let metadata = metadata.unwrap_or_default();
+        let staging = stage(py, &tensors, || checkpointer.stage(&tensors, metadata, step, false))?;
+        bring(py, &tensors, &staging.later)?;
+        let staging = staging.under(cancel.clone());
+        Ok(py.detach(|| checkpointer.submit(staging, false)))
     }
 }
 

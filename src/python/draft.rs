@@ -7,15 +7,15 @@ use super::{frameworks, import};
 use crate::dtype::DType;
 use crate::error::{Error, quote};
 use crate::layout::Layout;
-use crate::map::{RawSlice, SharedMemory};
+use crate::map::SharedMemory;
 use crate::os::fork::Owner;
-use crate::save::{self, DraftOptions, Pending, Target};
+use crate::save::{self, DraftOptions, SharedDraft};
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 use pyo3::types::{PyDict, PyList, PyTuple};
 use std::ffi::OsStr;
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 /// A safetensors file being made: allocated and mapped, invisible until `commit()`.
 ///
@@ -29,29 +29,30 @@ pub(super) struct Draft {
     layout: Layout,
     memory: Arc<SharedMemory>,
     mapped: bool,
-    durable: bool,
     path: PathBuf,
-    pending: Mutex<Option<Pending>>,
+    /// Until it is committed or closed.
+    open: Mutex<Option<SharedDraft>>,
     owner: Owner,
 }
 
 impl Draft {
-    pub(super) fn new(draft: save::Draft) -> Result<Self, Error> {
-        let path = draft.path().to_owned();
-        let (layout, memory, mapped, durable, pending) = draft.into_parts()?;
-        let memory = Arc::new(SharedMemory::of(Arc::new(memory)));
+    fn new(draft: save::Draft) -> Result<Self, Error> {
+        let draft = SharedDraft::new(draft)?;
         Ok(Self {
-            layout,
-            memory,
-            mapped,
-            durable,
-            path,
-            pending: Mutex::new(Some(pending)),
+            layout: draft.layout().clone(),
+            memory: draft.memory().clone(),
+            mapped: draft.is_mapped(),
+            path: draft.path().to_owned(),
+            open: Mutex::new(Some(draft)),
             owner: Owner::me(),
         })
     }
 
-    pub(super) fn tensor(&self, name: &str) -> PyResult<Tensor> {
+    fn open(&self) -> MutexGuard<'_, Option<SharedDraft>> {
+        self.open.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn tensor(&self, name: &str) -> PyResult<Tensor> {
         self.owner.check("this draft")?;
         if self.closed() {
             return Err(PyValueError::new_err("the draft is committed or closed"));
@@ -77,29 +78,14 @@ impl Draft {
     }
 
     /// What commits it, on any thread. The draft is closed from here on.
-    pub(super) fn finishing(&self) -> Result<impl FnOnce() -> Result<(), Error> + Send + 'static, Error> {
+    fn finishing(&self) -> Result<impl FnOnce() -> Result<(), Error> + Send + 'static, Error> {
         // First: in a fork's child the lock may be held by a thread that is not there.
         self.owner.check("this draft")?;
         self.check_bools()?;
-        let Some(pending) = self.pending.lock().unwrap_or_else(PoisonError::into_inner).take() else {
+        let Some(draft) = self.open().take() else {
             return Err(Error::Argument("the draft is committed or closed already".into()));
         };
-        let (layout, memory, path) = (self.layout.clone(), self.memory.clone(), self.path.clone());
-        let (mapped, durable) = (self.mapped, self.durable);
-        Ok(move || {
-            let io = |action| Error::io(&path, action);
-            if mapped {
-                // Before the sync: what is written later must not reach a file others may have mapped.
-                memory.detach(pending.file().file()).map_err(io("detaching the new file from memory"))?;
-            } else {
-                let data = layout.data_range();
-                let source: RawSlice<'_> = memory.source(&data);
-                save::fill(Target::File(pending.file()), vec![(data.start, source)], &|_| ())
-                    .map_err(io("writing tensor data"))?;
-            }
-            save::checksum::seal(&layout, pending.file(), &path)?;
-            pending.publish_model(durable)
-        })
+        Ok(move || draft.commit())
     }
 }
 
@@ -147,7 +133,7 @@ impl Draft {
     /// Whether the draft has been committed or closed.
     #[getter]
     fn closed(&self) -> bool {
-        self.pending.lock().unwrap_or_else(PoisonError::into_inner).is_none()
+        self.open().is_none()
     }
 
     /// Copies arrays in, one after the other: from a mapping, or from an iterable of pairs of which only one
@@ -192,7 +178,7 @@ impl Draft {
 
     /// Gives the file up, if it is not committed: nothing is left behind.
     fn close(&self) {
-        self.pending.lock().unwrap_or_else(PoisonError::into_inner).take();
+        self.open().take();
     }
 
     fn __enter__(slf: Bound<'_, Self>) -> Bound<'_, Self> {

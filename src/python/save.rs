@@ -1,19 +1,20 @@
 //! Saving what Python holds.
 
-use super::draft::Draft;
 use super::import::{self, Data, Given, collect};
 use super::interrupt::{LONG, abandonable, interruptible};
 use super::metadata::{Metadata, entries, metadata as read_metadata};
 use super::model::Model;
+use super::tensor::Tensor;
 use crate::diff::digest::CHECKSUMS;
 use crate::error::Error;
 use crate::format::safetensors;
 use crate::layout::Layout;
 use crate::map::RawSlice;
 use crate::os::disk::Dir;
+use crate::save as saving;
 use crate::save::sharded::{Locked, save_in};
 use crate::save::{
-    Commit, Create, DraftOptions, Edited, HeaderEdit, Target, checksum, fill, model_may_be_at, place,
+    Commit, DraftOptions, Edited, HeaderEdit, Later, Target, checksum, fill, model_may_be_at, nbytes, place,
 };
 use pyo3::prelude::*;
 use pyo3::types::PyBytes;
@@ -21,14 +22,6 @@ use std::collections::BTreeMap;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-
-fn plan(tensors: &[(String, Given)], metadata: &Metadata) -> Result<Layout, Error> {
-    let mut builder = Layout::builder().with_metadata(metadata.clone());
-    for (name, given) in tensors {
-        builder = builder.tensor(name, given.dtype, &given.shape);
-    }
-    builder.build()
-}
 
 /// Where each contiguous array goes.
 fn jobs<'a>(layout: &Layout, tensors: &'a [(String, Given)]) -> Vec<(usize, RawSlice<'a>)> {
@@ -64,9 +57,8 @@ pub(super) fn save(
     let options = DraftOptions::new().durable(durable).mapped(mapped).checksums(checksums);
     let write = |part: Range<usize>, path: &Path, dir: Option<&Arc<Dir>>| -> PyResult<()> {
         let options = dir.map_or_else(|| options.clone(), |dir| options.within(dir));
-        let create = |path: &Path, layout: &Layout| options.create(path, layout);
         let tensors = &tensors[part];
-        let commit = stage_one(py, tensors, path, &metadata, &create)?;
+        let commit = stage_one(py, tensors, path, &metadata, &options)?;
         // Unmapping takes its time as well.
         let commit = move || commit().map(drop);
         Ok(if is_long(tensors) { abandonable(py, commit)? } else { py.detach(commit) }?)
@@ -82,7 +74,7 @@ pub(super) fn save(
             let write = |part, path: &Path, dir: &Arc<Dir>| write(part, path, Some(dir));
             // Whoever has the directory locked may need the interpreter to finish.
             let locked = py.detach(|| Locked::wait(&path))?;
-            save_in(locked, &sizes(&tensors), &path, limit, shared.as_ref(), durable, write)?;
+            save_in(locked, &saving::sizes(&tensors), &path, limit, shared.as_ref(), durable, write)?;
         }
     }
     Ok(true)
@@ -116,14 +108,9 @@ pub(super) fn edit(
     })
 }
 
-/// Names and bytes.
-pub(super) fn sizes(tensors: &[(String, Given)]) -> Vec<(&str, u64)> {
-    tensors.iter().map(|(name, given)| (name.as_str(), given.nbytes())).collect()
-}
-
 /// Whether saving these takes so long that somebody may interrupt it.
-fn is_long(tensors: &[(String, Given)]) -> bool {
-    tensors.iter().map(|(_, given)| given.nbytes()).sum::<u64>() >= LONG
+pub(super) fn is_long(tensors: &[(String, Given)]) -> bool {
+    saving::total(&saving::sizes(tensors)) >= LONG
 }
 
 /// Whether every tensor lies in one piece of CPU memory that no other has a part in.
@@ -141,41 +128,45 @@ fn are_distinct(tensors: &[(String, Given)]) -> bool {
 }
 
 /// Makes a file, up to its commit.
-pub(super) fn stage_one(
+fn stage_one(
     py: Python<'_>,
     tensors: &[(String, Given)],
     path: &Path,
     metadata: &Metadata,
-    create: Create<'_>,
+    options: &DraftOptions,
 ) -> PyResult<Commit> {
-    let strided = tensors.iter().any(|(_, given)| given.data.source().is_none());
-    let stage = || -> Result<_, Error> {
-        let mut draft = create(path, &plan(tensors, metadata)?)?;
-        if strided {
-            draft.materialize()?;
-        }
-        let jobs = jobs(draft.layout(), tensors);
-        draft.fill(jobs)?;
-        Ok(draft)
-    };
-    let draft = if is_long(tensors) { interruptible(py, stage)? } else { py.detach(stage) }?;
-    // Ctrl-C while the data was copied: nothing is visible yet, and the draft cleans up.
+    let staged = stage(py, tensors, || {
+        saving::stage(options.create(path, &saving::plan(tensors, metadata.as_ref())?)?, tensors)
+    })?;
+    bring(py, tensors, &staged.later)?;
+    Ok(staged.commit)
+}
+
+/// Copies what lies in memory: `stage` does, outside the interpreter.
+pub(super) fn stage<T: Send>(
+    py: Python<'_>,
+    tensors: &[(String, Given)],
+    stage: impl FnOnce() -> Result<T, Error> + Send,
+) -> PyResult<T> {
+    let staged = if is_long(tensors) { interruptible(py, stage)? } else { py.detach(stage) }?;
+    // Ctrl-C while the data was copied: nothing is visible yet, and what was staged cleans up.
     py.check_signals()?;
-    if !strided {
-        return Ok(Box::new(move || draft.commit_mapped()));
-    }
-    // The rest is written by its own framework, straight into the file's pages.
-    let progress = draft.progress();
-    let draft = Draft::new(draft)?;
-    for (name, given) in tensors {
+    Ok(staged)
+}
+
+/// Has the rest written by its own framework, straight into the file's pages.
+pub(super) fn bring(py: Python<'_>, tensors: &[(String, Given)], later: &[Later]) -> PyResult<()> {
+    for place in later {
+        let Some((name, given)) = tensors.get(place.tensor) else { continue };
         if let Data::Strided(array) = &given.data {
-            import::copy(py, &draft.tensor(name)?.array(), array.bind(py))?;
-            progress.add(given.nbytes());
+            let (memory, offset) = (place.memory.clone(), place.offset);
+            let to = Tensor::whole(memory, offset, given.dtype, &given.shape, name, false);
+            import::copy(py, &to.array(), array.bind(py))?;
+            place.progress.add(nbytes(given));
             py.check_signals()?;
         }
     }
-    let finish = draft.finishing()?;
-    Ok(Box::new(move || finish().map(|()| None)))
+    Ok(())
 }
 
 /// The length of the file that tensors, or a spec of them as for `create`, would make.
@@ -206,7 +197,7 @@ pub(super) fn dumps<'py>(
         }
     }
     let (header, layout) = py.detach(|| {
-        let layout = plan(&tensors, &metadata)?;
+        let layout = saving::plan(&tensors, metadata.as_ref())?;
         let declared = checksum::declare(&layout, checksums);
         safetensors::encode(declared.as_ref().unwrap_or(&layout), Path::new(""))
     })?;
@@ -226,10 +217,4 @@ pub(super) fn dumps<'py>(
         }
         Ok(())
     })
-}
-
-impl Given {
-    fn nbytes(&self) -> u64 {
-        crate::layout::elements(&self.shape).and_then(|n| self.dtype.nbytes(n)).unwrap_or_default() as u64
-    }
 }

@@ -3,7 +3,7 @@
 use super::import::{Data, Given, collect};
 use super::metadata::entries;
 use super::model::Model;
-use super::save::stage_one;
+use super::save::bring;
 use crate::diff::Contents;
 use crate::error::Error;
 use crate::layout::Metadata;
@@ -92,11 +92,10 @@ impl Publisher {
         let names: HashSet<String> = given.iter().map(|(name, _)| name.clone()).collect();
         let copied: Vec<_> = given.into_iter().zip(chosen).filter(|(_, chosen)| *chosen).collect();
         let copied: Vec<_> = copied.into_iter().map(|(given, _)| given).collect();
-        let generation = py.detach(|| {
-            publisher.run(metadata, &|name| names.contains(name), |path, create| {
-                Python::attach(|py| stage_one(py, &copied, path, &None, create))
-            })
-        })?;
+        let keeps = |name: &str| names.contains(name);
+        let staging = py.detach(|| publisher.stage(&copied, metadata, &keeps))?;
+        let brought = bring(py, &copied, &staging.later);
+        let generation = py.detach(|| publisher.finish_generation(staging, brought))?;
         if let (Some(edits), Some(parts)) = (edits, &parts) {
             // It is published. What cannot be told is compared the next time.
             let remember = |contents: &Contents<'_>| {

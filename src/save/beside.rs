@@ -195,6 +195,7 @@ pub(crate) fn write_index(dir: &Arc<Dir>, path: &Path, text: &str, durable: bool
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::dtype::DType;
 
     #[test]
     fn a_whole_file_has_an_index_beside_it_and_a_shard_has_none() {
@@ -219,11 +220,10 @@ mod tests {
             std::fs::write(dir.path().join(format!("{name}.safetensors.index.json")), text).unwrap();
         }
         let (a, b) = ([1; 100], [2; 100]);
-        let view =
-            |data| safetensors::tensor::TensorView::new(safetensors::Dtype::U8, vec![100], data).unwrap();
         let options = crate::save::SaveOptions::new().max_shard_size(100);
         // It would wait for itself, did it lock the directory for each shard.
-        options.save([("a", view(&a)), ("b", view(&b))], dir.path().join("m.safetensors")).unwrap();
+        let tensors = [("a", (DType::U8, [100], a)), ("b", (DType::U8, [100], b))];
+        options.save(tensors, dir.path().join("m.safetensors")).unwrap();
         assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 5);
     }
 }

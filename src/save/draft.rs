@@ -1,20 +1,18 @@
 //! A file being made in place.
 
 use super::over::Kind;
+use super::tensor::Write;
 use super::{Pending, Target, checksum, fill};
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, quote};
 use crate::format::safetensors;
 use crate::layout::Layout;
 use crate::map::{Mapping, RawSlice};
 use crate::model::split;
 use crate::os::disk::Dir;
 use crate::tensor::TensorViewMut;
+use crate::work::{Progress, cancel};
 use std::path::Path;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
-
-/// Makes a file for a layout at a path, in an output made ready where there is one.
-pub(crate) type Create<'a> = &'a (dyn Fn(&Path, &Layout) -> Result<Draft> + Sync);
 
 /// How to make a [`Draft`]; [`Draft::create`] is the defaults.
 ///
@@ -114,7 +112,7 @@ impl DraftOptions {
     /// threads, and once for each piece of at most 2 MiB.
     #[must_use]
     pub fn progress(mut self, told: impl Fn(u64, u64) + Send + Sync + 'static) -> Self {
-        self.progress = Progress::new(told);
+        self.progress = Progress::telling(told);
         self
     }
 
@@ -214,9 +212,9 @@ impl Draft {
     }
 
     fn new(layout: Layout, memory: Option<Mapping>, options: &DraftOptions, pending: Pending) -> Self {
-        let progress = match options.progress.total {
-            Some(_) => options.progress.clone(),
-            None => options.progress.over(layout.data_len()),
+        let progress = match &options.progress {
+            begun if begun.has_begun() => begun.clone(),
+            progress => progress.over(layout.data_len()),
         };
         let mapped = memory.is_some();
         Self { layout, memory, mapped, durable: options.durable, progress, pending }
@@ -336,6 +334,42 @@ impl Draft {
         fill(target, placed, &copied).map_err(Error::io(self.pending.path(), "writing tensor data"))
     }
 
+    /// Has a tensor, given by its place in the layout, written: where it lies in the file's memory, if there is any.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] if not all of it is; [`Error::Io`].
+    pub(super) fn bring(&mut self, index: usize, write: Write<'_>) -> Result<()> {
+        self.pending.own()?;
+        let path = self.pending.path();
+        let info = self.layout.at(index).ok_or_else(|| Error::Argument("no such tensor".into()))?;
+        let (bytes, expected) = (info.bytes(), info.nbytes());
+        if bytes.is_empty() {
+            return Ok(());
+        }
+        let bringing = |source| {
+            let action = format!("bringing tensor {}", quote(info.name())).into();
+            Error::Io { path: path.to_owned(), action, source }
+        };
+        cancel::check().map_err(bringing)?;
+        let mut copy = Vec::new();
+        let to = match &mut self.memory {
+            Some(memory) => &mut memory.as_bytes_mut()[bytes],
+            None => {
+                copy.resize(bytes.len(), 0);
+                &mut copy[..]
+            }
+        };
+        let found = write(to).map_err(bringing)? as u64;
+        if found != expected {
+            return Err(Error::Shape { path: path.to_owned(), tensor: info.name().into(), found, expected });
+        }
+        if copy.is_empty() {
+            self.progress.add(expected);
+            return Ok(());
+        }
+        self.fill(vec![(index, RawSlice::from(&*copy))])
+    }
+
     /// Makes the file visible under its path, replacing what is there; durable when this returns, unless
     /// [`DraftOptions::durable`] says otherwise. A sharded set of that name goes as well (`model.safetensors.index.json`
     /// and its shards, for `model.safetensors`): one directory has one model.
@@ -394,37 +428,6 @@ pub(crate) fn map_output(pending: &Pending, len: u64) -> Result<Mapping> {
     let mapping = |source| Error::io(pending.path(), "mapping the new file")(source);
     let len = usize::try_from(len).map_err(|_| mapping(std::io::ErrorKind::OutOfMemory.into()))?;
     Mapping::output(pending.file(), len).map_err(mapping)
-}
-
-/// Who is told how far it is.
-#[derive(Clone, Default)]
-pub(crate) struct Progress {
-    told: Option<Arc<dyn Fn(u64, u64) + Send + Sync>>,
-    done: Arc<AtomicU64>,
-    total: Option<u64>,
-}
-
-impl Progress {
-    fn new(told: impl Fn(u64, u64) + Send + Sync + 'static) -> Self {
-        Self { told: Some(Arc::new(told)), ..Self::default() }
-    }
-
-    /// The same, of something that begins: so many bytes, in however many files.
-    fn over(&self, total: u64) -> Self {
-        Self { told: self.told.clone(), done: Arc::default(), total: Some(total) }
-    }
-
-    pub(crate) fn add(&self, bytes: u64) {
-        if let (Some(told), Some(total)) = (&self.told, self.total) {
-            told(self.done.fetch_add(bytes, Ordering::Relaxed) + bytes, total);
-        }
-    }
-}
-
-impl std::fmt::Debug for Progress {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str(if self.told.is_some() { "told" } else { "nobody" })
-    }
 }
 
 /// The file offset of each source's tensor.

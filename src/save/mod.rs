@@ -53,9 +53,12 @@ mod fill;
 pub(crate) mod over;
 mod pending;
 pub(crate) mod sharded;
+#[cfg(feature = "python")]
+mod shared;
 pub(crate) mod slot;
+mod stage;
+mod tensor;
 
-pub(crate) use draft::Create;
 #[cfg(feature = "python")]
 pub(crate) use draft::place;
 pub use draft::{Draft, DraftOptions};
@@ -66,41 +69,45 @@ pub(crate) use over::picture_may_be_at;
 pub(crate) use over::{DELTA, Kind, model_may_be_at};
 pub(crate) use pending::Pending;
 pub(crate) use sharded::Commit;
+pub(crate) use stage::{Staged, plan, stage};
+#[cfg(feature = "safetensors")]
+pub use tensor::FromView;
+pub(crate) use tensor::{Kind as BytesKind, nbytes};
+pub use tensor::{SaveTensor, TensorBytes};
+#[cfg(feature = "python")]
+pub(crate) use {shared::SharedDraft, stage::Later};
 
-use crate::dtype::DType;
-use crate::error::{Error, Result};
-use crate::layout::{Layout, LayoutBuilder, Metadata, Value};
-use crate::map::RawSlice;
+#[cfg(doc)]
+use crate::error::Error;
+use crate::error::Result;
+#[cfg(doc)]
+use crate::layout::LayoutBuilder;
+use crate::layout::{Metadata, Value};
 use crate::model::{Model, ModelMut};
 use crate::os::disk::Dir;
-use safetensors::View;
-use std::borrow::Cow;
 use std::ops::Range;
 use std::path::Path;
 use std::sync::Arc;
 
 /// Writes tensors to `path`: one copy, from where they lie into the mapped output.
 ///
-/// Anything that implements the `safetensors` crate's `View` is a tensor, ours included. The file appears
-/// whole or not at all, and is durable when this returns.
+/// Any [`SaveTensor`] is a tensor. The file appears whole or not at all, and is durable when this returns.
 ///
 /// # Errors
 /// As [`SaveOptions::save`].
 ///
 /// ```
-/// use maptensors::Model;
-/// use safetensors::{Dtype, tensor::TensorView};
+/// use maptensors::{Model, TensorView};
 ///
-/// let values: Vec<u8> = [1.0f32, 2.0].iter().flat_map(|v| v.to_le_bytes()).collect();
-/// let tensor = TensorView::new(Dtype::F32, vec![2], &values).unwrap();
+/// let tensor = TensorView::from_slice(&[2], &[1.0f32, 2.0])?;
 /// let path = std::env::temp_dir().join("maptensors-doc-save.safetensors");
 /// maptensors::save([("w", tensor)], &path)?;
 /// assert_eq!(Model::read(&path)?.tensor("w")?.as_slice::<f32>()?, [1.0, 2.0]);
 /// # std::fs::remove_file(path).unwrap();
 /// # Ok::<(), maptensors::Error>(())
 /// ```
-pub fn save<N: Into<String>, V: View>(
-    tensors: impl IntoIterator<Item = (N, V)>,
+pub fn save<N: Into<String>, T: SaveTensor>(
+    tensors: impl IntoIterator<Item = (N, T)>,
     path: impl AsRef<Path>,
 ) -> Result<()> {
     SaveOptions::new().save(tensors, path)
@@ -190,30 +197,23 @@ impl SaveOptions {
     ///
     /// # Errors
     /// Those of planning ([`LayoutBuilder::build`]); [`Error::Shape`] if a tensor's data is not as
-    /// long as its shape asks for; [`Error::DType`] for a dtype this crate does not know; [`Error::Io`]
-    /// for what the system refuses, with nothing left behind; [`Error::NotRegular`] if `path` is a
+    /// long as its shape asks for; [`Error::Io`] for what the system refuses, or a tensor cannot bring, with nothing left behind; [`Error::NotRegular`] if `path` is a
     /// directory or device; [`Error::Argument`] if its name says another kind of file; [`Error::NotDurable`].
     /// [`Error::Moved`] where the directory is not at that path any more: of one file as [`Draft::commit`], of several
     /// nothing is saved. [`Error::NotRemoved`] for a file of the sharded set that this replaces.
-    pub fn save<N: Into<String>, V: View>(
+    pub fn save<N: Into<String>, T: SaveTensor>(
         &self,
-        tensors: impl IntoIterator<Item = (N, V)>,
+        tensors: impl IntoIterator<Item = (N, T)>,
         path: impl AsRef<Path>,
     ) -> Result<()> {
-        let tensors: Vec<Pair<V>> =
-            tensors.into_iter().map(|(name, view)| Pair { name: name.into(), view }).collect();
-        let path = path.as_ref();
+        let (tensors, path) = (named(tensors), path.as_ref());
         match self.max_shard_size {
-            None => {
-                let mut draft = self.draft.create(path, &self.plan(&tensors)?)?;
-                fill_draft(&mut draft, &tensors)?;
-                draft.commit()
-            }
+            None => self.save_one(&tensors, path, &self.draft),
             Some(limit) => {
                 let sizes = sizes(&tensors);
                 let options = Self { draft: self.draft.over(total(&sizes)), ..self.clone() };
                 let write = |part: Range<usize>, path: &Path, dir: &Arc<Dir>| {
-                    options.stage_one(&tensors[part], path, dir)?().map(drop)
+                    options.save_one(&tensors[part], path, &options.draft.within(dir))
                 };
                 // Checksums are those of each file.
                 let mut metadata = self.metadata.clone();
@@ -225,68 +225,30 @@ impl SaveOptions {
         }
     }
 
-    /// One file of several, filled.
-    fn stage_one<V: View>(&self, tensors: &[Pair<V>], path: &Path, dir: &Arc<Dir>) -> Result<Commit> {
-        let mut draft = self.draft.within(dir).create(path, &self.plan(tensors)?)?;
-        fill_draft(&mut draft, tensors)?;
-        Ok(Box::new(move || draft.commit().map(|()| None)))
+    fn save_one<T: SaveTensor>(
+        &self,
+        tensors: &[(String, T)],
+        path: &Path,
+        options: &DraftOptions,
+    ) -> Result<()> {
+        let mut draft = options.create(path, &plan(tensors, self.metadata.as_ref())?)?;
+        stage::fill(&mut draft, tensors)?;
+        draft.commit()
     }
-
-    pub(crate) fn plan<V: View>(&self, tensors: &[Pair<V>]) -> Result<Layout> {
-        let mut builder = Layout::builder().with_metadata(self.metadata.clone());
-        for tensor in tensors {
-            builder = tensor.declare(builder)?;
-        }
-        builder.build()
-    }
-}
-
-/// Copies tensors into a draft planned from them.
-pub(crate) fn fill_draft<V: View>(draft: &mut Draft, tensors: &[Pair<V>]) -> Result<()> {
-    // What is borrowed is filled in one parallel go at the end; what has to be brought (from a device,
-    // by a gather) is filled at once, so that no two such copies exist together.
-    let mut borrowed = Vec::with_capacity(tensors.len());
-    for tensor in tensors {
-        // Planned just now, from these very names.
-        let index = draft.layout().position(&tensor.name).unwrap_or_default();
-        match tensor.view.data() {
-            Cow::Borrowed(data) => borrowed.push((index, RawSlice::from(data))),
-            Cow::Owned(data) => draft.fill(vec![(index, RawSlice::from(&*data))])?,
-        }
-    }
-    draft.fill(borrowed)
 }
 
 /// Names and bytes.
-pub(crate) fn sizes<V: View>(tensors: &[Pair<V>]) -> Vec<(&str, u64)> {
-    tensors.iter().map(|t| (t.name.as_str(), t.view.data_len() as u64)).collect()
+pub(crate) fn sizes<T: SaveTensor>(tensors: &[(String, T)]) -> Vec<(&str, u64)> {
+    tensors.iter().map(|(name, tensor)| (name.as_str(), nbytes(tensor))).collect()
 }
 
 pub(crate) fn total(sizes: &[(&str, u64)]) -> u64 {
-    sizes.iter().map(|(_, size)| size).sum()
+    sizes.iter().fold(0, |total, (_, size)| total.saturating_add(*size))
 }
 
-/// A tensor to save.
-pub(crate) struct Pair<V> {
-    pub(crate) name: String,
-    pub(crate) view: V,
-}
-
-impl<V: View> Pair<V> {
-    pub(crate) fn declare(&self, builder: LayoutBuilder) -> Result<LayoutBuilder> {
-        Ok(builder.tensor(&self.name, self.dtype()?, self.view.shape()))
-    }
-
-    /// # Errors
-    /// [`Error::DType`] for one this crate does not know.
-    pub(crate) fn dtype(&self) -> Result<DType> {
-        DType::try_from(self.view.dtype()).map_err(|unknown| Error::DType {
-            path: std::path::PathBuf::new(),
-            tensor: self.name.clone(),
-            found: unknown.0,
-            expected: "a dtype this version knows".into(),
-        })
-    }
+/// The tensors that a caller hands over.
+pub(crate) fn named<N: Into<String>, T>(tensors: impl IntoIterator<Item = (N, T)>) -> Vec<(String, T)> {
+    tensors.into_iter().map(|(name, tensor)| (name.into(), tensor)).collect()
 }
 
 impl Model {

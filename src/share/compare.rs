@@ -9,6 +9,7 @@ use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::map::{self, RawSlice};
 use crate::model::Model;
+use crate::save::SaveTensor;
 use crate::work;
 use std::collections::HashMap;
 use std::fs::File;
@@ -24,6 +25,12 @@ pub(crate) struct Candidate<'a> {
     pub(crate) shape: &'a [usize],
     /// `None` if they do not lie in one piece: it counts as another.
     pub(crate) bytes: Option<RawSlice<'a>>,
+}
+
+impl<'a> Candidate<'a> {
+    pub(super) fn of(name: &'a str, tensor: &'a impl SaveTensor, bytes: RawSlice<'a>) -> Self {
+        Self { name, dtype: tensor.dtype(), shape: tensor.shape(), bytes: Some(bytes) }
+    }
 }
 
 impl Publisher {

@@ -9,16 +9,14 @@ use super::segment::{self, Opened};
 use super::store::{CONTROL, Store, damaged};
 use super::user::{self, User};
 use crate::diff::{Contents, Span};
-use crate::error::{Error, Result};
-use crate::layout::{Layout, Metadata};
+use crate::error::{Error, Result, quote};
+use crate::layout::{Metadata, elements};
 use crate::map::RawSlice;
 use crate::model::ModelMut;
 use crate::os::ExclusiveFile;
 use crate::os::disk::Dir;
 use crate::os::fork::Owner;
-use crate::save::{DraftOptions, Kind, Pair, fill_draft};
-use safetensors::View;
-use std::borrow::Cow;
+use crate::save::{BytesKind, DraftOptions, Kind, SaveTensor, named};
 use std::collections::{BTreeSet, HashSet};
 use std::path::Path;
 use std::sync::Arc;
@@ -244,11 +242,11 @@ impl Publisher {
     /// Those of [`SaveOptions::save`](crate::SaveOptions::save): nothing is published, the current generation
     /// stays. [`Error::Argument`] in a fork's child. [`Error::NotRemoved`] is different: it is published, and an older
     /// file could not be removed.
-    pub fn publish<N: Into<String>, V: View>(
+    pub fn publish<N: Into<String>, T: SaveTensor>(
         &mut self,
-        tensors: impl IntoIterator<Item = (N, V)>,
+        tensors: impl IntoIterator<Item = (N, T)>,
     ) -> Result<u64> {
-        self.copy(&pairs(tensors), &|_| false)
+        self.copy(&named(tensors), &|_| false)
     }
 
     /// Publishes these tensors as the next generation, together with all others that the current one has: those are
@@ -256,11 +254,11 @@ impl Publisher {
     ///
     /// # Errors
     /// As [`Publisher::publish`].
-    pub fn publish_changed<N: Into<String>, V: View>(
+    pub fn publish_changed<N: Into<String>, T: SaveTensor>(
         &mut self,
-        tensors: impl IntoIterator<Item = (N, V)>,
+        tensors: impl IntoIterator<Item = (N, T)>,
     ) -> Result<u64> {
-        self.copy(&pairs(tensors), &|_| true)
+        self.copy(&named(tensors), &|_| true)
     }
 
     /// Publishes these tensors, and no others, as the next generation. Only those are copied whose bytes differ from
@@ -278,40 +276,62 @@ impl Publisher {
     /// # publisher.remove()?;
     /// # Ok::<(), maptensors::Error>(())
     /// ```
-    pub fn publish_differing<N: Into<String>, V: View>(
+    pub fn publish_differing<N: Into<String>, T: SaveTensor>(
         &mut self,
-        tensors: impl IntoIterator<Item = (N, V)>,
+        tensors: impl IntoIterator<Item = (N, T)>,
     ) -> Result<u64> {
         self.own()?;
-        let all = pairs(tensors);
+        let all = named(tensors);
         let mut differ = vec![false; all.len()];
-        let (mut borrowed, mut places) = (Vec::new(), Vec::new());
-        for (i, pair) in all.iter().enumerate() {
-            let dtype = pair.dtype()?;
-            let (name, shape) = (pair.name.as_str(), pair.view.shape());
-            match pair.view.data() {
-                Cow::Borrowed(bytes) => {
-                    borrowed.push(Candidate { name, dtype, shape, bytes: Some(RawSlice::from(bytes)) });
+        let (mut lying, mut places) = (Vec::new(), Vec::new());
+        for (i, (name, tensor)) in all.iter().enumerate() {
+            // Brought from somewhere: no two such copies exist together.
+            let brought = match tensor.bytes().0 {
+                BytesKind::Lying(bytes) => {
+                    lying.push(Candidate::of(name, tensor, bytes));
                     places.push(i);
+                    continue;
                 }
-                // Brought from somewhere: no two such copies exist together.
-                Cow::Owned(bytes) => {
-                    let now = Candidate { name, dtype, shape, bytes: Some(RawSlice::from(&*bytes)) };
-                    differ[i] = self.differing(&[now])? != [false];
+                BytesKind::Owned(bytes) => bytes,
+                // Not published like that, so it is copied whatever it holds.
+                BytesKind::Written(_) if !self.has(name, tensor.dtype(), tensor.shape()) => {
+                    differ[i] = true;
+                    continue;
                 }
-            }
+                BytesKind::Written(write) => {
+                    let len = elements(tensor.shape()).and_then(|n| tensor.dtype().nbytes(n));
+                    let mut bytes = vec![0; len.unwrap_or_default()];
+                    let written = if bytes.is_empty() { Ok(0) } else { write(&mut bytes) };
+                    let written = written.map_err(|source| {
+                        let action = format!("bringing tensor {}", quote(name)).into();
+                        Error::Io { path: self.store.path.clone(), action, source }
+                    })?;
+                    if written != bytes.len() {
+                        let (path, tensor) = (self.store.path.clone(), name.clone());
+                        let (found, expected) = (written as u64, bytes.len() as u64);
+                        return Err(Error::Shape { path, tensor, found, expected });
+                    }
+                    bytes
+                }
+                #[cfg(feature = "python")]
+                BytesKind::Later => {
+                    differ[i] = true;
+                    continue;
+                }
+            };
+            differ[i] = self.differing(&[Candidate::of(name, tensor, RawSlice::from(&*brought))])? != [false];
         }
-        for (i, found) in places.into_iter().zip(self.differing(&borrowed)?) {
+        for (i, found) in places.into_iter().zip(self.differing(&lying)?) {
             differ[i] = found;
         }
-        drop(borrowed);
-        let names: HashSet<String> = all.iter().map(|pair| pair.name.clone()).collect();
+        drop(lying);
+        let names: HashSet<String> = all.iter().map(|(name, _)| name.clone()).collect();
         if names.len() < all.len() {
             // One that is there twice is refused, as it is by the others.
             return self.copy(&all, &|_| false);
         }
         let changed: Vec<_> = all.into_iter().zip(differ).filter(|(_, differs)| *differs).collect();
-        let changed: Vec<_> = changed.into_iter().map(|(pair, _)| pair).collect();
+        let changed: Vec<_> = changed.into_iter().map(|(tensor, _)| tensor).collect();
         self.copy(&changed, &|name| names.contains(name))
     }
 
@@ -342,7 +362,7 @@ impl Publisher {
         let (differ, edited) =
             self.edited_since(model.token(), &model.contents(), &candidates.collect::<Vec<_>>())?;
         let changed = model.tensors().zip(differ).filter(|(_, differs)| *differs);
-        let changed = pairs(changed.map(|(tensor, _)| (tensor.name(), tensor)));
+        let changed = named(changed.map(|(tensor, _)| (tensor.name(), tensor)));
         let generation = self.copy_with(&changed, model.metadata(), &|name| model.contains(name))?;
         self.edited = edited;
         Ok(generation)
@@ -382,27 +402,23 @@ impl Publisher {
         self.edited = both.map(|((token, then), now)| (token, then.into_iter().chain(now).collect()));
     }
 
-    fn copy<V: View>(&mut self, tensors: &[Pair<V>], keeps: &(dyn Fn(&str) -> bool + Sync)) -> Result<u64> {
+    fn copy<T: SaveTensor>(
+        &mut self,
+        tensors: &[(String, T)],
+        keeps: &(dyn Fn(&str) -> bool + Sync),
+    ) -> Result<u64> {
         let metadata = self.metadata.clone();
         self.copy_with(tensors, &metadata, keeps)
     }
 
-    fn copy_with<V: View>(
+    fn copy_with<T: SaveTensor>(
         &mut self,
-        tensors: &[Pair<V>],
+        tensors: &[(String, T)],
         metadata: &Metadata,
         keeps: &(dyn Fn(&str) -> bool + Sync),
     ) -> Result<u64> {
-        let mut layout = Layout::builder();
-        for tensor in tensors {
-            layout = tensor.declare(layout)?;
-        }
-        let layout = layout.build()?;
-        self.run(metadata, keeps, |path, create| {
-            let mut draft = create(path, &layout)?;
-            fill_draft(&mut draft, tensors)?;
-            Ok::<_, Error>(Box::new(move || draft.commit_mapped()))
-        })
+        let staging = self.stage(tensors, metadata, keeps)?;
+        self.finish_generation(staging, Ok(()))
     }
 
     /// Ends the publication: who is attached is told, and keeps what is held. Its files are removed, and its
@@ -520,10 +536,6 @@ impl Drop for Publisher {
 fn edited(contents: &Contents<'_>) -> Option<HashSet<String>> {
     let (found, _) = contents.differences(Span::SinceFile, false).ok()?;
     Some(found.iter().map(|found| found.info.name().to_owned()).collect())
-}
-
-fn pairs<N: Into<String>, V: View>(tensors: impl IntoIterator<Item = (N, V)>) -> Vec<Pair<V>> {
-    tensors.into_iter().map(|(name, view)| Pair { name: name.into(), view }).collect()
 }
 
 impl std::fmt::Debug for Publisher {

@@ -49,14 +49,22 @@ pub(super) struct Head {
 impl Note {
     /// As the metadata holds it.
     pub(super) fn encode(&self, path: &Path) -> Result<String> {
-        let json = |source| Error::Json { path: path.into(), what: "the note of a segment", source };
+        let json = |source: serde_json::Error| Error::Json {
+            path: path.into(),
+            what: "the note of a segment",
+            source: source.into(),
+        };
         serde_json::to_string(self).map_err(json)
     }
 
     fn parse(layout: &Layout, number: u64, path: &Path) -> Result<Self> {
         let damaged = |what: String| Error::Publication { path: path.into(), what };
         let text = layout.metadata().text(KEY).ok_or_else(|| damaged(format!("there is no {KEY}")))?;
-        let json = |source| Error::Json { path: path.into(), what: "the note of a segment", source };
+        let json = |source: serde_json::Error| Error::Json {
+            path: path.into(),
+            what: "the note of a segment",
+            source: source.into(),
+        };
         let note: Self = serde_json::from_str(text).map_err(json)?;
         if note.number != number {
             return Err(damaged(format!("it is segment {}, not {number}", note.number)));

@@ -2,9 +2,9 @@
 
 use super::subscriber::attach_own;
 use super::{PublishOptions, Publisher, Subscriber, segment};
+use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::os::disk::{self, Dir, Op, Watch};
-use safetensors::tensor::TensorView;
 use std::collections::BTreeMap;
 use std::io;
 use std::path::Path;
@@ -36,8 +36,7 @@ impl Weights {
         let which = if publisher.generation() == 0 { &all[..] } else { which };
         let data: Vec<(String, Vec<u8>)> =
             which.iter().map(|&i| (format!("t{i}"), vec![self.values[i]; LEN])).collect();
-        let tensor = |data| TensorView::new(safetensors::Dtype::U8, vec![LEN], data).unwrap();
-        publisher.publish_changed(data.iter().map(|(name, data)| (name.as_str(), tensor(data))))
+        publisher.publish_changed(data.iter().map(|(name, data)| (name.as_str(), (DType::U8, [LEN], data))))
     }
 
     fn publish_all(&mut self, publisher: &mut Publisher) -> Result<u64> {

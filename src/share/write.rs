@@ -11,14 +11,14 @@ use crate::error::{Error, Result};
 use crate::layout::{Layout, Metadata};
 use crate::map;
 use crate::os::ExclusiveFile;
-use crate::save::Create;
+#[cfg(feature = "python")]
+use crate::save::Later;
 use crate::save::slot::Slot;
-use crate::save::{Commit, Draft};
+use crate::save::{Commit, Draft, SaveTensor, plan, stage};
 use crate::work;
 use std::collections::{BTreeMap, BTreeSet};
 use std::os::unix::fs::FileExt as _;
 use std::path::{Path, PathBuf};
-use std::sync::{Mutex, PoisonError};
 
 /// A generation on its way.
 struct Made {
@@ -26,6 +26,15 @@ struct Made {
     carried: Option<Segment>,
     plan: Plan,
     removed: BTreeSet<String>,
+}
+
+/// A generation whose files are filled, but for what its caller brings.
+pub(crate) struct Staging {
+    made: Made,
+    commit: Commit,
+    /// What the caller has yet to write, by the tensors' places among those that were staged.
+    #[cfg(feature = "python")]
+    pub(crate) later: Vec<Later>,
 }
 
 /// A segment that is listed no more.
@@ -37,57 +46,77 @@ struct Spare {
 }
 
 impl Publisher {
-    /// Publishes: `stage` has a file made at a path for the tensors that are copied, and fills it up to its commit.
-    /// Of those that the current generation has beside them, those stay that `keeps` says.
-    pub(crate) fn run<E: From<Error>>(
+    /// Copies tensors into the next generation's files, up to its commit. Of those that the current generation has beside
+    /// them, those stay that `keeps` says.
+    ///
+    /// # Errors
+    /// As [`Publisher::publish`].
+    pub(crate) fn stage<T: SaveTensor>(
         &mut self,
+        tensors: &[(String, T)],
         metadata: &Metadata,
         keeps: &(dyn Fn(&str) -> bool + Sync),
-        stage: impl FnOnce(&Path, Create<'_>) -> Result<Commit, E>,
-    ) -> Result<u64, E> {
+    ) -> Result<Staging> {
         self.own()?;
+        let layout = plan(tensors, None)?;
         self.stands()?;
         self.edited = None;
         // Never again, also if this fails.
         let carried = self.next;
         self.next += 2;
         let number = carried + 1;
-        let spare = Mutex::new(Spare { number: self.spare.take(), left: Vec::new() });
-        let made = Mutex::new(None);
-        let staged = stage(&self.file(number), &|path, layout| {
-            let (draft, new) = self.make(number, path, layout, metadata, keeps, &spare)?;
-            *made.lock().unwrap_or_else(PoisonError::into_inner) = Some(new);
-            Ok(draft)
-        });
-        // Its memory is unmapped at once: while it is mapped, nobody could ever use the file again.
-        let committed = staged.and_then(|commit| commit().map(drop).map_err(E::from));
-        let spare = spare.into_inner().unwrap_or_else(PoisonError::into_inner);
+        let mut spare = Spare { number: self.spare.take(), left: Vec::new() };
+        let draft = self.make(number, &self.file(number), &layout, metadata, keeps, &mut spare);
         self.spare = spare.number;
         self.left.extend(spare.left);
-        let made = made.into_inner().unwrap_or_else(PoisonError::into_inner);
+        let staged = draft.and_then(|(draft, made)| Ok((stage(draft, tensors)?, made)));
+        match staged {
+            Ok((staged, made)) => Ok(Staging {
+                made,
+                commit: staged.commit,
+                #[cfg(feature = "python")]
+                later: staged.later,
+            }),
+            Err(error) => Err(self.without(number, error)),
+        }
+    }
+
+    /// Publishes what was staged, once its caller has written what it had to bring.
+    ///
+    /// # Errors
+    /// As [`Publisher::publish`]; that of the caller.
+    pub(crate) fn finish_generation<E: From<Error>>(
+        &mut self,
+        staging: Staging,
+        brought: Result<(), E>,
+    ) -> Result<u64, E> {
+        let Staging { made, commit, .. } = staging;
+        let number = made.head.note.number;
+        // Its memory is unmapped at once: while it is mapped, nobody could ever use the file again.
+        let committed = brought.and_then(|()| commit().map(drop).map_err(E::from));
         let done = committed.and_then(|()| {
-            let made = made.ok_or_else(|| Error::Argument("no file was made".into()))?;
             self.give_away(number)?;
             self.flip(number)?;
-            Ok(made)
+            Ok(())
         });
-        match done {
-            Ok(made) => {
-                self.settle(made).map_err(|error| match error {
-                    Error::Io { path: left, source, .. } => {
-                        Error::NotRemoved { path: self.store.path.clone(), left, source }
-                    }
-                    error => error,
-                })?;
-                Ok(self.generation)
-            }
-            Err(error) => {
-                self.left.extend([carried, number]);
-                // Tried again, and told, when something is published: now that it was not is.
-                self.remove_left().ok();
-                Err(error)
-            }
+        if let Err(error) = done {
+            return Err(self.without(number, error));
         }
+        self.settle(made).map_err(|error| match error {
+            Error::Io { path: left, source, .. } => {
+                Error::NotRemoved { path: self.store.path.clone(), left, source }
+            }
+            error => error,
+        })?;
+        Ok(self.generation)
+    }
+
+    /// Takes away what there is of a generation that does not come about.
+    fn without<E>(&mut self, number: u64, error: E) -> E {
+        self.left.extend([number - 1, number]);
+        // Tried again, and told, when something is published: now that it was not is.
+        self.remove_left().ok();
+        error
     }
 
     /// Gives a segment to whom the publication belongs.
@@ -106,7 +135,7 @@ impl Publisher {
         layout: &Layout,
         metadata: &Metadata,
         keeps: &dyn Fn(&str) -> bool,
-        spare: &Mutex<Spare>,
+        spare: &mut Spare,
     ) -> Result<(Draft, Made)> {
         if number >= segment::LIMIT {
             return Err(damaged(&self.store.path, "its segments' numbers are used up"));
@@ -134,8 +163,7 @@ impl Publisher {
     }
 
     /// A draft: in the segment that is listed no more, if nobody has that.
-    fn draft(&self, spare: &Mutex<Spare>, path: &Path, layout: &Layout) -> Result<Draft> {
-        let mut spare = spare.lock().unwrap_or_else(PoisonError::into_inner);
+    fn draft(&self, spare: &mut Spare, path: &Path, layout: &Layout) -> Result<Draft> {
         let old = spare.number.and_then(|number| {
             let stat = self.store.dir.stat(&segment::file_name(number)).ok()?;
             Some((number, u64::try_from(stat.st_size).unwrap_or_default()))

@@ -1,6 +1,8 @@
 //! A place in a [`Layout`](crate::Layout) looked at through a [`Mapping`](crate::Mapping).
 
 mod owned;
+#[cfg(feature = "safetensors")]
+mod reference;
 mod shared;
 mod slice;
 mod view;

@@ -158,7 +158,7 @@ impl<M> Tensor<M> {
 }
 
 impl Tensor {
-    fn as_part(&self) -> TensorSlice<'_> {
+    pub(crate) fn as_part(&self) -> TensorSlice<'_> {
         let info =
             TensorInfo::new(&self.name, self.dtype, &self.shape, self.offset as u64, self.nbytes() as u64);
         TensorSlice::selected(info, &self.memory.as_bytes()[self.offset..], self.selection())

@@ -315,6 +315,12 @@ impl<'a> TensorSlice<'a> {
         )
     }
 
+    /// Copies the bytes in C order to `to`, which has their length; returns that.
+    pub(crate) fn copy_to(&self, to: &mut [u8]) -> usize {
+        self.selection.gather(self.data, self.dtype().block(), to);
+        self.nbytes()
+    }
+
     /// The elements in place.
     ///
     /// # Errors
@@ -345,21 +351,6 @@ impl<'a> TensorSlice<'a> {
 impl std::fmt::Debug for TensorSlice<'_> {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         write!(f, "TensorSlice({:?}, {}, {:?})", self.info.name(), self.dtype(), self.shape())
-    }
-}
-
-impl safetensors::View for TensorSlice<'_> {
-    fn dtype(&self) -> safetensors::Dtype {
-        self.dtype().into()
-    }
-    fn shape(&self) -> &[usize] {
-        &self.selection.shape
-    }
-    fn data(&self) -> Cow<'_, [u8]> {
-        self.to_bytes()
-    }
-    fn data_len(&self) -> usize {
-        self.nbytes()
     }
 }
 

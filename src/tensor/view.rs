@@ -3,9 +3,8 @@
 use super::slice::{Index, TensorSlice};
 use super::{cast_error, check_dtype};
 use crate::dtype::{DType, Element};
-use crate::error::Result;
-use crate::layout::TensorInfo;
-use std::borrow::Cow;
+use crate::error::{Error, Result};
+use crate::layout::{TensorInfo, checked_nbytes};
 
 /// A tensor, borrowed from where it lies. Copying the view copies no data.
 ///
@@ -31,6 +30,46 @@ impl<'a> TensorView<'a> {
     pub(crate) fn new(info: TensorInfo<'a>, data: &'a [u8]) -> Self {
         debug_assert_eq!(info.nbytes(), data.len() as u64);
         Self { info, data }
+    }
+
+    /// A tensor of bytes that lie anywhere, little endian and in C order. It has no name.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] if there are more or fewer than dtype and shape ask for; [`Error::Overflow`] and
+    /// [`Error::Align`] for a shape that no tensor of the dtype has.
+    ///
+    /// ```
+    /// use maptensors::{DType, TensorView};
+    ///
+    /// let bytes: Vec<u8> = [1.0f32, 2.0].iter().flat_map(|v| v.to_le_bytes()).collect();
+    /// let view = TensorView::from_bytes(DType::F32, &[2], &bytes)?;
+    /// assert_eq!(view.to_vec::<f32>()?, [1.0, 2.0]);
+    /// # Ok::<(), maptensors::Error>(())
+    /// ```
+    pub fn from_bytes(dtype: DType, shape: &'a [usize], bytes: &'a [u8]) -> Result<Self> {
+        let expected = checked_nbytes(std::path::Path::new(""), "", dtype, shape)? as u64;
+        let found = bytes.len() as u64;
+        if found != expected {
+            let (path, tensor) = (std::path::PathBuf::new(), String::new());
+            return Err(Error::Shape { path, tensor, found, expected });
+        }
+        Ok(Self::new(TensorInfo::new("", dtype, shape, 0, expected), bytes))
+    }
+
+    /// A tensor of elements that lie in memory. It has no name.
+    ///
+    /// # Errors
+    /// As [`TensorView::from_bytes`].
+    ///
+    /// ```
+    /// use maptensors::TensorView;
+    ///
+    /// let view = TensorView::from_slice(&[2, 2], &[1.0f32, 2.0, 3.0, 4.0])?;
+    /// assert_eq!((view.dtype().name(), view.shape()), ("F32", &[2, 2][..]));
+    /// # Ok::<(), maptensors::Error>(())
+    /// ```
+    pub fn from_slice<T: Element>(shape: &'a [usize], elements: &'a [T]) -> Result<Self> {
+        Self::from_bytes(T::DTYPE, shape, bytemuck::cast_slice(elements))
     }
 
     /// Where the tensor is, and what.
@@ -127,20 +166,5 @@ impl AsRef<[u8]> for TensorView<'_> {
 impl std::fmt::Debug for TensorView<'_> {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         write!(f, "TensorView({:?}, {}, {:?})", self.name(), self.dtype(), self.shape())
-    }
-}
-
-impl safetensors::View for TensorView<'_> {
-    fn dtype(&self) -> safetensors::Dtype {
-        self.dtype().into()
-    }
-    fn shape(&self) -> &[usize] {
-        self.info.shape()
-    }
-    fn data(&self) -> Cow<'_, [u8]> {
-        Cow::Borrowed(self.data)
-    }
-    fn data_len(&self) -> usize {
-        self.data.len()
     }
 }

@@ -377,11 +377,7 @@ fn a_reader_that_goes_away_is_no_failure() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("many.safetensors");
     let tensors = (0..20_000).map(|i| (format!("model.layers.{i}.weight"), [0u8]));
-    let views: Vec<_> = tensors
-        .map(|(name, _)| {
-            (name, safetensors::tensor::TensorView::new(safetensors::Dtype::U8, vec![1], &[0]).unwrap())
-        })
-        .collect();
+    let views: Vec<_> = tensors.map(|(name, byte)| (name, (maptensors::DType::U8, [1], byte))).collect();
     maptensors::SaveOptions::new().durable(false).save(views, &path).unwrap();
     for extra in [&[][..], &["--json"]] {
         let mut child = command(&["inspect", path.to_str().unwrap()])

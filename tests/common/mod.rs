@@ -55,8 +55,8 @@ pub fn sha256_of(path: &Path) -> String {
 }
 
 /// A tensor of bytes, to save.
-pub fn bytes_tensor(data: &[u8]) -> safetensors::tensor::TensorView<'_> {
-    safetensors::tensor::TensorView::new(safetensors::Dtype::U8, vec![data.len()], data).unwrap()
+pub fn bytes_tensor(data: &[u8]) -> (maptensors::DType, [usize; 1], &[u8]) {
+    (maptensors::DType::U8, [data.len()], data)
 }
 
 /// A publication that was begun, and whose publisher was killed before it published anything.

@@ -2,7 +2,7 @@
 //! in one step.
 #![allow(unsafe_code)]
 
-use maptensors::{DType, Draft, DraftOptions, Error, Layout, Model, SaveOptions};
+use maptensors::{DType, Draft, DraftOptions, Error, Layout, Model, SaveOptions, SaveTensor, TensorBytes};
 use rustix::process::{Resource, Rlimit, setrlimit};
 use std::collections::BTreeSet;
 use std::fs::Permissions;
@@ -497,18 +497,15 @@ struct Declared {
     data: Vec<u8>,
 }
 
-impl safetensors::View for Declared {
-    fn dtype(&self) -> safetensors::Dtype {
-        safetensors::Dtype::U8
+impl SaveTensor for Declared {
+    fn dtype(&self) -> DType {
+        DType::U8
     }
     fn shape(&self) -> &[usize] {
         &self.shape
     }
-    fn data(&self) -> std::borrow::Cow<'_, [u8]> {
+    fn bytes(&self) -> TensorBytes<'_> {
         self.data.as_slice().into()
-    }
-    fn data_len(&self) -> usize {
-        self.shape[0]
     }
 }
 

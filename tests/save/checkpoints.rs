@@ -1,9 +1,8 @@
 //! Checkpoints: saved again and again, kept or let go, into outputs used again where nobody can notice.
 #![allow(unsafe_code)]
 
-use crate::common::{self, listing};
+use crate::common::{self, bytes_tensor, listing};
 use maptensors::{CheckpointOptions, Checkpointer, Content, DType, Error, Model, Ready};
-use safetensors::tensor::TensorView;
 use std::os::unix::fs::PermissionsExt as _;
 use std::os::unix::process::ExitStatusExt as _;
 use std::path::Path;
@@ -16,9 +15,8 @@ fn save(checkpoints: &Checkpointer, step: u64) -> maptensors::Result<maptensors:
     checkpoints.save(views(&bytes), step)
 }
 
-fn views(bytes: &[u8]) -> [(&'static str, TensorView<'_>); 2] {
-    let view = |bytes| TensorView::new(safetensors::Dtype::U8, vec![LEN / 2], bytes).unwrap();
-    [("a", view(&bytes[..LEN / 2])), ("b", view(&bytes[LEN / 2..]))]
+fn views(bytes: &[u8]) -> [(&'static str, (DType, [usize; 1], &[u8])); 2] {
+    [("a", bytes_tensor(&bytes[..LEN / 2])), ("b", bytes_tensor(&bytes[LEN / 2..]))]
 }
 
 /// The step that a model's bytes are of; fails on any mixture.
@@ -111,8 +109,7 @@ fn a_file_used_again_takes_on_the_size_and_mode_of_what_is_saved() {
     let (mut recycled, mode) = (0, mode_of_a_new_file());
     for (step, len) in (1u64..).zip([LEN, LEN, LEN, LEN / 3, LEN * 2, 10, 0, LEN]) {
         let bytes = vec![u8::try_from(step).unwrap(); len];
-        let view = TensorView::new(safetensors::Dtype::U8, vec![len], &bytes).unwrap();
-        let saved = checkpoints.save([("w", view)], step).unwrap();
+        let saved = checkpoints.save([("w", bytes_tensor(&bytes))], step).unwrap();
         recycled += usize::from(saved.ready == Ready::Recycled);
         let model = checkpoints.read(None).unwrap();
         assert_eq!(model.tensor("w").unwrap().as_bytes(), bytes);

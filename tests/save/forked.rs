@@ -4,10 +4,8 @@
 
 use maptensors::{
     CheckpointOptions, DType, Draft, DraftOptions, Error, HeaderEdit, Layout, Memfd, Model, Publisher, Ready,
-    SaveOptions,
+    SaveOptions, SaveTensor, TensorBytes,
 };
-use safetensors::{Dtype, View};
-use std::borrow::Cow;
 use std::io::{Read as _, Write as _};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
@@ -97,14 +95,14 @@ struct Forking<'a> {
     in_child: &'a std::cell::Cell<bool>,
 }
 
-impl View for Forking<'_> {
-    fn dtype(&self) -> Dtype {
-        Dtype::U8
+impl SaveTensor for Forking<'_> {
+    fn dtype(&self) -> DType {
+        DType::U8
     }
     fn shape(&self) -> &[usize] {
         std::slice::from_ref(&LEN)
     }
-    fn data(&self) -> Cow<'_, [u8]> {
+    fn bytes(&self) -> TensorBytes<'_> {
         let before = listing(self.dir);
         let (maps, open) = of_files(self.dir);
         assert!(!open.is_empty() && !maps.is_empty(), "the output is not there: {maps:?}, {open:?}");
@@ -127,10 +125,7 @@ impl View for Forking<'_> {
             }
         }
         // Owned: it is copied at once.
-        Cow::Owned(self.bytes.to_vec())
-    }
-    fn data_len(&self) -> usize {
-        LEN
+        self.bytes.to_vec().into()
     }
 }
 

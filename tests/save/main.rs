@@ -17,3 +17,4 @@ mod power;
 mod reflink;
 mod replaced;
 mod round_trip;
+mod tensors;

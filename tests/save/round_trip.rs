@@ -7,7 +7,7 @@ use maptensors::{
     Complex32, Content, DType, Draft, Element, F4x2, F6E2M3x4, F6E3M2x4, F8E4M3, F8E4M3Fnuz, F8E5M2,
     F8E5M2Fnuz, F8E8M0, Index, Layout, Model, SaveOptions, TensorView, bf16, f16,
 };
-use safetensors::{SafeTensors, View as _};
+use safetensors::SafeTensors;
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 
@@ -59,13 +59,8 @@ fn zoo() -> Vec<(String, DType, Vec<usize>, Vec<u8>)> {
 
 type Zoo = [(String, DType, Vec<usize>, Vec<u8>)];
 
-fn views(zoo: &Zoo) -> Vec<(&str, safetensors::tensor::TensorView<'_>)> {
-    zoo.iter()
-        .map(|(name, dtype, shape, bytes)| {
-            let view = safetensors::tensor::TensorView::new((*dtype).into(), shape.clone(), bytes);
-            (name.as_str(), view.unwrap())
-        })
-        .collect()
+fn views(zoo: &Zoo) -> Vec<(&str, (DType, &[usize], &[u8]))> {
+    zoo.iter().map(|(name, dtype, shape, bytes)| (name.as_str(), (*dtype, &shape[..], &bytes[..]))).collect()
 }
 
 fn assert_holds(model: &Model, zoo: &Zoo, how: &str) {
@@ -141,7 +136,7 @@ fn the_reference_reads_what_we_write() {
     assert_eq!(theirs.len(), zoo.len());
     for (name, dtype, shape, data) in &zoo {
         let view = theirs.tensor(name).unwrap();
-        assert_eq!((view.dtype(), view.shape()), ((*dtype).into(), &shape[..]), "{name}");
+        assert_eq!((&*view.dtype().to_string(), view.shape()), (dtype.name(), &shape[..]), "{name}");
         assert!(view.data() == data, "{name}");
     }
     let (_, header) = SafeTensors::read_metadata(&bytes).unwrap();
@@ -150,8 +145,10 @@ fn the_reference_reads_what_we_write() {
     assert_eq!(header.metadata(), &Some(expected));
 }
 
+#[cfg(feature = "safetensors")]
 #[test]
 fn our_views_can_be_saved_by_the_reference() {
+    use safetensors::View as _;
     let (zoo, dir) = (zoo(), tempfile::tempdir().unwrap());
     let path = dir.path().join("zoo.safetensors");
     maptensors::save(views(&zoo), &path).unwrap();

@@ -2,8 +2,7 @@
 #![allow(unsafe_code)]
 #![cfg(target_os = "linux")]
 
-use maptensors::{AttachOptions, Error, Publication, Publisher, Subscriber};
-use std::borrow::Cow;
+use maptensors::{AttachOptions, DType, Error, Publication, Publisher, SaveTensor, Subscriber, TensorBytes};
 use std::fs::{self, File};
 use std::os::unix::fs::{FileExt as _, MetadataExt as _, symlink};
 use std::path::{Path, PathBuf};
@@ -107,24 +106,22 @@ fn what_has_a_name_is_found_with_what_it_takes_and_looking_makes_nothing() {
 /// A tensor whose data takes for ever to come.
 struct Endless<'a>(&'a Path);
 
-impl safetensors::View for Endless<'_> {
-    fn dtype(&self) -> safetensors::Dtype {
-        safetensors::Dtype::U8
+impl SaveTensor for Endless<'_> {
+    fn dtype(&self) -> DType {
+        DType::U8
     }
 
     fn shape(&self) -> &[usize] {
         &[8 * MIB]
     }
 
-    fn data(&self) -> Cow<'_, [u8]> {
-        fs::write(self.0, b"").unwrap();
-        loop {
-            std::thread::park();
-        }
-    }
-
-    fn data_len(&self) -> usize {
-        8 * MIB
+    fn bytes(&self) -> TensorBytes<'_> {
+        TensorBytes::written(|_| {
+            fs::write(self.0, b"").unwrap();
+            loop {
+                std::thread::park();
+            }
+        })
     }
 }
 

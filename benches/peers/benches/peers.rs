@@ -5,8 +5,7 @@ use std::hint::black_box;
 use candle_core::Device;
 use candle_core::safetensors::MmapedSafetensors;
 use criterion::{Criterion, criterion_group, criterion_main};
-use maptensors::Model;
-use safetensors::tensor::TensorView;
+use maptensors::{DType, Model};
 
 const TENSORS: usize = 20_000;
 
@@ -14,10 +13,7 @@ fn peers(c: &mut Criterion) {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("many.safetensors");
     let bytes = [0; 64 * 4];
-    let views = (0..TENSORS).map(|i| {
-        let view = TensorView::new(safetensors::Dtype::F32, vec![64], &bytes).unwrap();
-        (format!("model.layers.{i}.bias"), view)
-    });
+    let views = (0..TENSORS).map(|i| (format!("model.layers.{i}.bias"), (DType::F32, [64], bytes)));
     maptensors::save(views, &path).unwrap();
 
     let mut group = c.benchmark_group("candle-20000");

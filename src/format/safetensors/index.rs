@@ -89,7 +89,9 @@ pub(crate) fn parse(bytes: &[u8], path: &Path) -> Result<Index> {
     match (read, visitor.problem.into_inner()) {
         (Ok(index), _) => Ok(index),
         (Err(_), Some(problem)) => Err(problem),
-        (Err(source), None) => Err(Error::Json { path: path.into(), what: "the index", source }),
+        (Err(source), None) => {
+            Err(Error::Json { path: path.into(), what: "the index", source: source.into() })
+        }
     }
 }
 

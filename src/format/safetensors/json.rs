@@ -20,7 +20,9 @@ pub(super) fn read(text: &str, path: &Path) -> Result<Parts> {
     match (read, header.problem.into_inner()) {
         (Ok(()), _) => Ok(header.parts.into_inner()),
         (Err(_), Some(problem)) => Err(problem),
-        (Err(source), None) => Err(Error::Json { path: path.into(), what: "the header", source }),
+        (Err(source), None) => {
+            Err(Error::Json { path: path.into(), what: "the header", source: source.into() })
+        }
     }
 }
 

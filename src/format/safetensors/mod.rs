@@ -77,8 +77,7 @@ pub(crate) fn check_foreign(head: &[u8], path: &Path) -> Result<()> {
     if found > MAX_HEADER_LEN {
         return Err(too_long(found, path, Some(hint)));
     }
-    let source = serde::de::Error::custom(hint);
-    Err(Error::Json { path: path.into(), what: "the header", source })
+    Err(Error::Json { path: path.into(), what: "the header", source: hint.into() })
 }
 
 fn too_long(found: u64, path: &Path, hint: Option<&'static str>) -> Error {

@@ -27,6 +27,7 @@ use crate::dtype::DType;
 use crate::error::Error;
 use crate::layout::elements;
 use crate::map::{RawSlice, SharedMemory};
+use crate::save::{SaveTensor, TensorBytes};
 use base::is_tensor;
 use modes::OutOfModes;
 use pyo3::intern;
@@ -78,6 +79,18 @@ impl Data {
             Self::Ready { ptr, len, .. } => Some(unsafe { RawSlice::from_raw(*ptr, *len) }),
             Self::Strided(_) => None,
         }
+    }
+}
+
+impl SaveTensor for Given {
+    fn dtype(&self) -> DType {
+        self.dtype
+    }
+    fn shape(&self) -> &[usize] {
+        &self.shape
+    }
+    fn bytes(&self) -> TensorBytes<'_> {
+        self.data.source().map_or(TensorBytes::LATER, TensorBytes::lying)
     }
 }
 
