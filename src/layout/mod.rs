@@ -16,7 +16,8 @@ mod value;
 pub(crate) use catalog::{Catalog, Shard};
 pub(crate) use check::{Parts, Rules};
 #[cfg(feature = "python")]
-pub(crate) use check::{checked_nbytes, elements};
+pub(crate) use check::checked_nbytes;
+pub(crate) use check::elements;
 pub use format::Format;
 pub use iter::TensorInfos;
 pub use metadata::{Metadata, MetadataIter};
