@@ -14,10 +14,7 @@ mod serialize;
 mod value;
 
 pub(crate) use catalog::{Catalog, Shard};
-pub(crate) use check::{Parts, Rules};
-#[cfg(feature = "python")]
-pub(crate) use check::checked_nbytes;
-pub(crate) use check::elements;
+pub(crate) use check::{Parts, Rules, checked_nbytes, elements};
 pub use format::Format;
 pub use iter::TensorInfos;
 pub use metadata::{Metadata, MetadataIter};

@@ -45,6 +45,8 @@ pub(crate) fn plan<T: SaveTensor>(tensors: &[(String, T)], metadata: Option<&Met
 /// As [`fill`].
 pub(crate) fn stage<T: SaveTensor>(mut draft: Draft, tensors: &[(String, T)]) -> Result<Staged> {
     let later = fill(&mut draft, tensors)?;
+    #[cfg(not(feature = "python"))]
+    debug_assert!(later.is_empty());
     #[cfg(feature = "python")]
     if !later.is_empty() {
         let progress = draft.progress();
