@@ -89,7 +89,7 @@ impl ModelShared {
     /// The tensor called `name`, if there is one.
     ///
     /// # Errors
-    /// Those of [`OpenOptions::guard`] where that is on; else none.
+    /// Those of [`OpenOptions::guard`] where that is on; otherwise none.
     ///
     /// ```
     /// # let path = std::env::temp_dir().join("maptensors-doc-shared-get.safetensors");

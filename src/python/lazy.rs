@@ -153,7 +153,7 @@ pub(super) fn prefetch(
 
 #[pymethods]
 impl Prefetch {
-    /// Waits at most so many seconds: whether all is there, or None if it goes on.
+    /// Waits at most `timeout` seconds: whether all is there, or None if it goes on.
     #[pyo3(signature = (timeout = None))]
     fn wait(&self, py: Python<'_>, timeout: Option<f64>) -> PyResult<Option<bool>> {
         Ok(wait_in_turns(py, timeout, |most| self.inner.wait_for(most))?.transpose()?)
@@ -264,7 +264,7 @@ impl Stream {
     }
 }
 
-/// The part of a rank: a dict of tensors, and the bytes asked, touched and read into memory of its own.
+/// The part of a rank: a dict of tensors, and the bytes asked for, touched, and read into the view's own memory.
 #[pyfunction]
 pub(super) fn rank_view<'py>(
     py: Python<'py>,

@@ -1,4 +1,4 @@
-//! A rank's part of a model, which reads no more than that.
+//! Rank views: a rank's part of a model, reading no more than that.
 #![forbid(unsafe_code)]
 
 mod plan;
@@ -19,14 +19,14 @@ use plan::Cut;
 use std::ops::Range;
 use std::path::Path;
 
-/// A part is mapped where its pages are at most a 20th more than its bytes; else it is read.
+/// A part is mapped where its pages are at most a 20th more than its bytes; otherwise it is read.
 const OVERHEAD: usize = 20;
 
 /// Bytes that one thread reads at a time.
 const JOB: usize = 1 << 20;
 
 /// A rank's part of a model, made by [`Model::rank_view`]: each tensor where it lies in the file if its part is
-/// contiguous there, else read into memory of its own, without the bytes between.
+/// contiguous there, otherwise read into the view's own memory, without the bytes between.
 #[derive(Debug)]
 pub struct RankView<'a> {
     /// The names, dtypes and shapes of the parts.
@@ -70,7 +70,7 @@ pub(crate) enum At {
     Gathered(Range<usize>),
 }
 
-/// A rank's part of Rust's model or Python's.
+/// What a rank view of Rust or of Python is made of.
 pub(crate) struct RankParts {
     pub(crate) pieces: Vec<Piece>,
     pub(crate) memory: Mapping,
@@ -264,7 +264,7 @@ struct Job<'a> {
 /// Where to read a tensor's bytes from.
 #[derive(Clone, Copy)]
 enum Origin<'a> {
-    /// The tensor, in memory of its own.
+    /// The tensor, in a copy's memory.
     Memory(RawSlice<'a>),
     /// The tensor, in pages of its file, and its start there.
     Pages(RawSlice<'a>, usize),
@@ -361,7 +361,7 @@ impl RankView<'_> {
         self.sizes.touched
     }
 
-    /// Bytes that were read into memory of its own; the rest are the file's pages.
+    /// Bytes that were read into the view's own memory; the rest are the file's pages.
     pub fn gathered(&self) -> u64 {
         self.sizes.gathered
     }
