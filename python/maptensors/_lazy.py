@@ -208,7 +208,7 @@ def stream(
 
 
 class RankView(Mapping[str, _native.Tensor]):
-    """A rank's part of a model: its tensors by name.
+    """A rank's view of a model: its part of the tensors, by name.
 
     A part that is contiguous in its file is mapped: of the same pages as the model's tensor, so that an edit
     of one is seen in the other. Any other was read into memory of the rank's own, edits so far included; so
@@ -259,7 +259,7 @@ def rank_view(
     plan: Mapping[str, int | str],
     default: int | str | None,
 ) -> RankView:
-    """Return a rank's part: :meth:`maptensors.Model.rank_view`."""
+    """Return a rank view: :meth:`maptensors.Model.rank_view`."""
     rules = [(pattern, _axis(split)) for pattern, split in plan.items()]
     if default is not None:
         rules.append(("*", _axis(default)))

@@ -196,7 +196,7 @@ struct ChangeArgs {
     unset: Vec<String>,
 
     /// Give a tensor another name; may be given several times, all at once
-    #[arg(long, value_name = "OLD=NEW", value_parser = pair)]
+    #[arg(long, value_name = "OLD=NEW", value_parser = key_and_value)]
     rename: Vec<(String, String)>,
 }
 
@@ -399,11 +399,11 @@ impl ChangeArgs {
 
 /// A metadata entry. One without a key has lost it on the way.
 fn entry(text: &str) -> Result<(String, String), String> {
-    let (key, value) = pair(text)?;
+    let (key, value) = key_and_value(text)?;
     if key.is_empty() { Err("there is no key before the `=`".into()) } else { Ok((key, value)) }
 }
 
-fn pair(text: &str) -> Result<(String, String), String> {
+fn key_and_value(text: &str) -> Result<(String, String), String> {
     let (key, value) = text.split_once('=').ok_or("there is no `=` in it")?;
     Ok((key.into(), value.into()))
 }

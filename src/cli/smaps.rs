@@ -20,13 +20,13 @@ pub(super) struct Id {
 ///                           └ permissions
 /// ```
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct Header {
+pub(super) struct Heading {
     pub(super) start: u64,
     pub(super) end: u64,
     pub(super) id: Id,
 }
 
-impl Header {
+impl Heading {
     /// `None` for a line of another kind.
     pub(super) fn parse(line: &[u8]) -> Option<Self> {
         let mut words = line.split(|&byte| byte == b' ').filter(|word| !word.is_empty());
@@ -122,9 +122,9 @@ fn each_line(table: &mut impl BufRead, mut told: impl FnMut(&[u8])) -> io::Resul
 }
 
 /// Tells of every mapping in a table of either kind.
-pub(super) fn each_mapping(table: &mut impl BufRead, mut told: impl FnMut(&Header)) -> io::Result<()> {
+pub(super) fn each_mapping(table: &mut impl BufRead, mut told: impl FnMut(&Heading)) -> io::Result<()> {
     each_line(table, |line| {
-        if let Some(header) = Header::parse(line) {
+        if let Some(header) = Heading::parse(line) {
             told(&header);
         }
     })
@@ -138,7 +138,7 @@ pub(super) fn each_usage(
 ) -> io::Result<()> {
     let mut current: Option<(Id, Usage)> = None;
     each_line(smaps, |line| {
-        if let Some(header) = Header::parse(line) {
+        if let Some(header) = Heading::parse(line) {
             let next = wanted(header.id).then(|| (header.id, Usage { mappings: 1, ..Usage::default() }));
             if let Some((id, usage)) = std::mem::replace(&mut current, next) {
                 told(id, usage);
@@ -204,10 +204,10 @@ Rss:                  99 kB";
             (b"1000-2000 r--p 0 0:0 x", None),
             (b"\xff\xff-2000 r--p 0 0:0 1", None),
         ] {
-            let found = Header::parse(line).map(|h| (h.id.major, h.id.minor, h.id.inode));
+            let found = Heading::parse(line).map(|h| (h.id.major, h.id.minor, h.id.inode));
             assert_eq!(found, id, "{}", line.escape_ascii());
         }
-        let header = Header::parse(b"7f0c2c000000-7f0c2c021000 r--s 00000000 fe:00 1 /x").unwrap();
+        let header = Heading::parse(b"7f0c2c000000-7f0c2c021000 r--s 00000000 fe:00 1 /x").unwrap();
         assert_eq!((header.start, header.end), (0x7f0c_2c00_0000, 0x7f0c_2c02_1000));
     }
 
@@ -252,7 +252,7 @@ Rss:                  99 kB";
         let mut longest = 0;
         each_line(&mut table, |line| {
             longest = longest.max(line.len());
-            seen.push(Header::parse(line).map(|header| header.id));
+            seen.push(Heading::parse(line).map(|header| header.id));
         })
         .unwrap();
         assert_eq!(seen, [None, None, Some(FILE), None]);

@@ -1,7 +1,7 @@
 use super::record::{Change, FileId, Kind};
 use super::scenarios::*;
 use super::*;
-use crate::format::safetensors::{Changes, PREFIX_LEN, Pieces};
+use crate::format::safetensors::{HeaderChanges, PREFIX_LEN, Pieces};
 use crate::os::disk::{self, Dir};
 use std::ffi::OsStr;
 
@@ -177,7 +177,7 @@ fn an_edit_in_place_over_two_sectors_would_be_reported() {
         let old = std::fs::read(model(dir.path())).unwrap();
         let len = PREFIX_LEN + usize::from(u16::from_le_bytes([old[0], old[1]]));
         let both = ["generation", "zz"].map(|key| (key.to_owned(), Some("2".to_owned())));
-        let changes = Changes { metadata: both.into(), ..Changes::default() };
+        let changes = HeaderChanges { metadata: both.into(), ..HeaderChanges::default() };
         let text = str::from_utf8(&old[PREFIX_LEN..len]).unwrap();
         let new = Pieces::of(text, &changes).unwrap().fitted(text.len()).unwrap();
         let file = Dir::open(dir.path()).unwrap().open_file("model.safetensors".as_ref(), true).unwrap();

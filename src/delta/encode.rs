@@ -24,7 +24,7 @@ pub(crate) fn write_delta(contents: &Contents<'_>, path: &Path, options: &SaveOp
     let before = contents.sums(Until::Mark)?;
     let mut after = before.clone();
     for found in &found {
-        after[found.place] = after[found.place].wrapping_add(found.difference.shift);
+        after[found.position] = after[found.position].wrapping_add(found.difference.shift);
     }
     let header = header(contents, contents.id(&before), contents.id(&after), Vec::new())?;
     write(&header, &changed(contents, &found), Vec::new(), path, options)
@@ -64,7 +64,7 @@ pub(crate) fn write_diff<'a>(
         })
         .collect();
     for found in &compared.found {
-        after[found.place] = after[found.place].wrapping_add(found.difference.shift);
+        after[found.position] = after[found.position].wrapping_add(found.difference.shift);
     }
     let removed = compared.removed.iter().map(|&name| name.to_owned()).collect();
     let header = header(b, a.id(&before), b.id(&after), removed)?;

@@ -18,7 +18,7 @@ pub(crate) struct Contents<'a> {
     pub(crate) catalog: &'a Catalog,
     /// One for each shard.
     pub(crate) memories: Vec<&'a dyn Memory>,
-    /// Tensors that are served from elsewhere, by shard and place: Python's aligned copies.
+    /// Tensors that are served from elsewhere, by shard and position: Python's aligned copies.
     pub(crate) copies: HashMap<(usize, usize), RawSlice<'a>>,
     /// What to compare with in place of the files, if anything.
     pub(crate) marks: Option<&'a Marks>,
@@ -52,11 +52,11 @@ pub(crate) enum Span {
 /// What differs in one tensor.
 pub(crate) struct Found<'a> {
     pub(crate) shard: usize,
-    /// The tensor's place in it.
+    /// The tensor's position in it.
     pub(crate) index: usize,
     pub(crate) info: TensorInfo<'a>,
-    /// The tensor's place among all of the model, in file order.
-    pub(crate) place: usize,
+    /// The tensor's position among all of the model, in file order.
+    pub(crate) position: usize,
     /// Where in a page the shard's first byte lies.
     pub(crate) in_page: usize,
     pub(crate) difference: Difference,
@@ -71,7 +71,7 @@ impl<'a> Contents<'a> {
         }
     }
 
-    /// Every tensor's shard, place in it, and info, in file order.
+    /// Every tensor's shard, position in it, and info, in file order.
     pub(crate) fn infos(&self) -> impl Iterator<Item = (usize, usize, TensorInfo<'a>)> {
         let catalog = self.catalog;
         let shards = catalog.shards().iter().enumerate();
@@ -90,11 +90,11 @@ impl<'a> Contents<'a> {
         let none = Marks::default();
         let marks = self.marks.unwrap_or(&none);
         let page = rustix::param::page_size();
-        let (mut pairs, mut places, mut private) = (Vec::new(), Vec::new(), 0);
-        let mut place = 0;
+        let (mut pairs, mut positions, mut private) = (Vec::new(), Vec::new(), 0);
+        let mut position = 0;
         for (s, (shard, memory)) in self.catalog.shards().iter().zip(&self.memories).enumerate() {
-            let first_place = place;
-            place += shard.layout.len();
+            let first_position = position;
+            position += shard.layout.len();
             let base =
                 base_of(*memory).ok_or_else(|| nothing_to_compare_with(&shard.path, memory.backing()))?;
             let patches: &[Patch] = marks.patches.get(s).map_or(&[], Vec::as_slice);
@@ -132,16 +132,16 @@ impl<'a> Contents<'a> {
                     Span::UntilMark => (mark, file),
                 };
                 pairs.push(Pair { now, before, blocks, unit: info.dtype().itemsize().unwrap_or(1) });
-                places.push((s, i, info, first_place + i, memory.in_page()));
+                positions.push((s, i, info, first_position + i, memory.in_page()));
             }
         }
-        let found = compare(&pairs, hash).into_iter().zip(places);
+        let found = compare(&pairs, hash).into_iter().zip(positions);
         let found = found.filter(|(difference, _)| !difference.is_empty()).map(
-            |(difference, (shard, index, info, place, in_page))| Found {
+            |(difference, (shard, index, info, position, in_page))| Found {
                 shard,
                 index,
                 info,
-                place,
+                position,
                 in_page,
                 difference,
             },
@@ -168,7 +168,7 @@ impl<'a> Contents<'a> {
             let patch = |run: Range<usize>| Patch { at: run.start, bytes: kept(memory.now().part(run)) };
             marks.patches.push(runs.into_iter().map(patch).collect());
         }
-        marks.copies = self.copies.iter().map(|(&place, source)| (place, kept(*source))).collect();
+        marks.copies = self.copies.iter().map(|(&position, source)| (position, kept(*source))).collect();
         Ok(marks)
     }
 
@@ -186,7 +186,7 @@ impl<'a> Contents<'a> {
             Until::Now => Span::SinceFile,
         };
         for found in self.differences(span, true)?.0 {
-            sums[found.place] = sums[found.place].wrapping_add(found.difference.shift);
+            sums[found.position] = sums[found.position].wrapping_add(found.difference.shift);
         }
         Ok(sums)
     }

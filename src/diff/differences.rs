@@ -62,13 +62,13 @@ impl Differences {
 pub(crate) struct Compared<'a> {
     /// What differs, by the second model's tensors.
     pub(crate) found: Vec<Found<'a>>,
-    /// Tensors of the second model only: shard, place in it, info.
+    /// Tensors of the second model only: shard, position in it, info.
     pub(crate) added: Vec<(usize, usize, TensorInfo<'a>)>,
     pub(crate) removed: Vec<&'a str>,
     /// Of the second model, with how it was in the first.
     pub(crate) reshaped: Vec<(usize, usize, TensorInfo<'a>, TensorInfo<'a>)>,
     metadata: Vec<String>,
-    /// For every tensor of the second model, in file order, the place among all of the first of its like.
+    /// For every tensor of the second model, in file order, the position among all of the first of its like.
     pub(crate) origins: Vec<Option<usize>>,
 }
 
@@ -85,7 +85,7 @@ pub(crate) fn compare_contents<'a>(a: &Contents<'a>, b: &Contents<'a>, hash: boo
             Some(start)
         })
         .collect();
-    let (mut pairs, mut places) = (Vec::new(), Vec::new());
+    let (mut pairs, mut positions) = (Vec::new(), Vec::new());
     let mut compared = Compared {
         found: Vec::new(),
         added: Vec::new(),
@@ -94,21 +94,21 @@ pub(crate) fn compare_contents<'a>(a: &Contents<'a>, b: &Contents<'a>, hash: boo
         metadata: metadata(a, b),
         origins: Vec::new(),
     };
-    for (place, (shard, index, info)) in b.infos().enumerate() {
+    for (position, (shard, index, info)) in b.infos().enumerate() {
         let old =
             a.catalog.find(info.name()).and_then(|(s, i)| Some((s, i, a.catalog.shards()[s].layout.at(i)?)));
         compared.origins.push(None);
         match old {
             None => compared.added.push((shard, index, info)),
             Some((s, i, old)) if (old.dtype(), old.shape()) == (info.dtype(), info.shape()) => {
-                compared.origins[place] = Some(starts[s] + i);
+                compared.origins[position] = Some(starts[s] + i);
                 pairs.push(Pair {
                     now: b.now(shard, index, &info).into(),
                     before: a.now(s, i, &old).into(),
                     blocks: Pair::all_blocks(info.bytes().len()),
                     unit: info.dtype().itemsize().unwrap_or(1),
                 });
-                places.push((shard, index, info, place));
+                positions.push((shard, index, info, position));
             }
             Some((_, _, old)) => compared.reshaped.push((shard, index, info, old)),
         }
@@ -117,13 +117,13 @@ pub(crate) fn compare_contents<'a>(a: &Contents<'a>, b: &Contents<'a>, hash: boo
     compared.removed = removed.filter(|name| b.catalog.find(name).is_none()).collect();
     compared.found = compare(&pairs, hash)
         .into_iter()
-        .zip(places)
+        .zip(positions)
         .filter(|(difference, _)| !difference.is_empty())
-        .map(|(difference, (shard, index, info, place))| Found {
+        .map(|(difference, (shard, index, info, position))| Found {
             shard,
             index,
             info,
-            place,
+            position,
             in_page: 0,
             difference,
         })

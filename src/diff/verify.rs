@@ -58,7 +58,7 @@ impl Catalog {
 }
 
 impl Contents<'_> {
-    /// Holds every tensor against the checksum that its file carries.
+    /// Checks every tensor against the checksum that its file carries.
     ///
     /// # Errors
     /// [`Error::Argument`] if there are none, [`Error::Checksum`].

@@ -87,7 +87,7 @@ impl std::fmt::Debug for Select<'_> {
     }
 }
 
-/// A tensor's shard, and its place there.
+/// A tensor's shard, and its position there.
 pub(crate) type Position = (usize, usize);
 
 /// Bytes of one shard's file.
@@ -99,23 +99,23 @@ impl Catalog {
     /// # Errors
     /// [`Error::Missing`] for a name that is not there; [`Error::Argument`] where no tensor is meant.
     pub(crate) fn select(&self, select: &Select<'_>) -> Result<Vec<Position>> {
-        let mut places: Vec<Position> = match &select.0 {
-            Inner::All => return Ok(self.places(|_| true)),
+        let mut positions: Vec<Position> = match &select.0 {
+            Inner::All => return Ok(self.positions(|_| true)),
             Inner::Names(names) => {
                 let find = |name: &&str| self.find(name).ok_or_else(|| self.missing(name));
                 names.iter().map(find).collect::<Result<_>>()?
             }
-            Inner::Matching(predicate) => self.places(&**predicate),
+            Inner::Matching(predicate) => self.positions(&**predicate),
         };
-        if places.is_empty() {
+        if positions.is_empty() {
             return Err(Error::Argument(format!("none of the {} tensors is selected", self.len())));
         }
-        places.sort_unstable();
-        places.dedup();
-        Ok(places)
+        positions.sort_unstable();
+        positions.dedup();
+        Ok(positions)
     }
 
-    fn places(&self, wanted: impl Fn(&str) -> bool) -> Vec<Position> {
+    fn positions(&self, wanted: impl Fn(&str) -> bool) -> Vec<Position> {
         let shards = self.shards().iter().enumerate();
         let all =
             shards.flat_map(|(s, shard)| shard.layout.iter().enumerate().map(move |(i, info)| (s, i, info)));
@@ -132,14 +132,14 @@ impl Catalog {
     }
 
     /// The bytes of tensors in file order: what touches is one run.
-    pub(crate) fn runs(&self, places: &[Position]) -> Vec<Run> {
+    pub(crate) fn runs(&self, positions: &[Position]) -> Vec<Run> {
         let mut runs: Vec<Run> = Vec::new();
-        for &place in places {
-            let bytes = self.bytes(place);
+        for &position in positions {
+            let bytes = self.bytes(position);
             match runs.last_mut() {
                 _ if bytes.is_empty() => {}
-                Some((shard, run)) if *shard == place.0 && run.end == bytes.start => run.end = bytes.end,
-                _ => runs.push((place.0, bytes)),
+                Some((shard, run)) if *shard == position.0 && run.end == bytes.start => run.end = bytes.end,
+                _ => runs.push((position.0, bytes)),
             }
         }
         runs
@@ -166,8 +166,8 @@ mod tests {
     fn a_selection_is_in_file_order_each_tensor_once_and_never_empty() {
         let catalog = catalog();
         let names = |select: Select<'_>| -> Vec<String> {
-            let places = catalog.select(&select).unwrap();
-            places.into_iter().map(|place| catalog.name(place).to_owned()).collect()
+            let positions = catalog.select(&select).unwrap();
+            positions.into_iter().map(|position| catalog.name(position).to_owned()).collect()
         };
         let all: Vec<_> = catalog.infos().map(|(_, info)| info.name().to_owned()).collect();
         assert_eq!(names(Select::from(..)), all);

@@ -1,7 +1,7 @@
 //! A range of memory backed by a file, or owned in the same shape.
 
 use super::Window;
-use super::lock::{self, Moving};
+use super::mlock::{self, Moving};
 use super::options::{MapOptions, aligning};
 #[cfg(target_os = "linux")]
 use super::promote;
@@ -98,7 +98,7 @@ impl Mapping {
     #[cfg(test)]
     pub(crate) unsafe fn open_copy_on_write(file: &File, len: usize) -> io::Result<Self> {
         // SAFETY: the caller's promise is passed on.
-        unsafe { MapOptions::new().place(file, Window { offset: 0, len }, Backing::CopyOnWrite) }
+        unsafe { MapOptions::new().map_window(file, Window { offset: 0, len }, Backing::CopyOnWrite) }
     }
 
     /// Whether this is a copy-on-write mapping of `file`.
@@ -306,7 +306,7 @@ impl Mapping {
     /// ```
     pub fn residency(&self, range: Range<usize>) -> io::Result<Residency> {
         self.check(&range)?;
-        residency::of(self.ptr().wrapping_add(range.start), range.len(), self.told, &lock::locked()?)
+        residency::of(self.ptr().wrapping_add(range.start), range.len(), self.told, &mlock::locked()?)
     }
 
     /// Makes the pages that hold a part of the bytes this process's own, in bulk: for a range that will be
@@ -352,7 +352,7 @@ impl Mapping {
         {
             let (ptr, len) = (self.ptr().wrapping_add(range.start), range.len());
             let _moving = self.moving.wait();
-            let locked = lock::locked()?;
+            let locked = mlock::locked()?;
             // SAFETY: pages of `raw`, private and writable because the backing is copy-on-write; the last page
             // of a file's mapping is mapped whole.
             let promoted = unsafe { promote::promote(ptr, len, self.huge_pages) };
@@ -365,7 +365,7 @@ impl Mapping {
             for run in locked {
                 let (start, end) = (run.start.max(ptr.addr()), run.end.min(ptr.addr() + len));
                 if start < end {
-                    kept = kept.and(lock::lock_pages(ptr.with_addr(start), end - start));
+                    kept = kept.and(mlock::lock_pages(ptr.with_addr(start), end - start));
                 }
             }
             promoted.and(kept)?;

@@ -59,7 +59,7 @@ impl Memfd {
         let file = File::from(fd);
         file.set_len(len as u64)?;
         // SAFETY: the descriptor is new and nobody else's: nobody resizes or writes it before it is sealed.
-        let mapping = unsafe { options.place(&file, Window { offset: 0, len }, Backing::Output) }?;
+        let mapping = unsafe { options.map_window(&file, Window { offset: 0, len }, Backing::Output) }?;
         Ok(Self { file, mapping, owner: Owner::me() })
     }
 

@@ -23,7 +23,7 @@ pub(crate) trait Memory: Sync {
     fn in_page(&self) -> usize;
 
     /// The file that is mapped, by device and inode, and which bytes of a file these are or were.
-    fn place(&self) -> Option<(Option<Identity>, Range<u64>)>;
+    fn in_file(&self) -> Option<(Option<Identity>, Range<u64>)>;
 
     /// The pages of a part that became this process's own, as ranges of bytes.
     fn private(&self, part: Range<usize>) -> io::Result<Vec<Range<usize>>>;
@@ -46,7 +46,7 @@ impl Memory for Mapping {
         self.backing
     }
 
-    fn place(&self) -> Option<(Option<Identity>, Range<u64>)> {
+    fn in_file(&self) -> Option<(Option<Identity>, Range<u64>)> {
         Some((self.identity, self.offset..self.offset + self.len as u64))
     }
 

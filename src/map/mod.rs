@@ -22,11 +22,11 @@ mod advice;
 mod atomic;
 #[cfg(feature = "cli")]
 pub(crate) mod cached;
-mod lock;
 mod mapping;
 #[cfg(target_os = "linux")]
 mod memfd;
 mod memory;
+mod mlock;
 mod options;
 mod pages;
 #[cfg(target_os = "linux")]

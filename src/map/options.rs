@@ -3,7 +3,7 @@
 use super::mapping::identity;
 use super::raw::Raw;
 use super::residency::may_ask;
-use super::{Advice, Backing, CHUNK, Mapping, SharedMemory, lock};
+use super::{Advice, Backing, CHUNK, Mapping, SharedMemory, mlock};
 #[cfg(target_os = "linux")]
 use super::{Memfd, SealedMemfd};
 use crate::error::{Error, Result};
@@ -288,7 +288,7 @@ impl MapOptions {
         backing: Backing,
     ) -> Result<Mapping> {
         // SAFETY: the caller's promise is passed on.
-        let mapping = unsafe { self.place(file, window, backing) };
+        let mapping = unsafe { self.map_window(file, window, backing) };
         self.settled(mapping.map_err(Error::io(path, "mapping the file"))?, path)
     }
 
@@ -377,24 +377,29 @@ impl MapOptions {
     ///
     /// # Safety
     /// As [`MapOptions::bring`].
-    pub(super) unsafe fn place(&self, file: &File, window: Window, backing: Backing) -> io::Result<Mapping> {
+    pub(super) unsafe fn map_window(
+        &self,
+        file: &File,
+        window: Window,
+        backing: Backing,
+    ) -> io::Result<Mapping> {
         // SAFETY: the caller's promise is passed on.
-        let mut mapping = unsafe { self.place_alone(file, window, backing) }?;
+        let mut mapping = unsafe { self.map_alone(file, window, backing) }?;
         mapping.identity = identity(file);
         mapping.told = may_ask(file).unwrap_or(true);
         if backing == Backing::CopyOnWrite || self.compared && backing == Backing::ReadOnly {
             let plain = Self { huge_pages: self.huge_pages, ..Self::new() };
             // SAFETY: as above. Where there are no addresses for it, nothing is lost but being told changes.
-            mapping.base = unsafe { plain.place_alone(file, window, Backing::ReadOnly) }.ok().map(Box::new);
+            mapping.base = unsafe { plain.map_alone(file, window, Backing::ReadOnly) }.ok().map(Box::new);
         }
         Ok(mapping)
     }
 
-    /// As [`MapOptions::place`], of a file that nothing is asked about.
+    /// As [`MapOptions::map_window`], of a file that nothing is asked about.
     ///
     /// # Safety
     /// As [`MapOptions::bring`].
-    unsafe fn place_alone(&self, file: &File, window: Window, backing: Backing) -> io::Result<Mapping> {
+    unsafe fn map_alone(&self, file: &File, window: Window, backing: Backing) -> io::Result<Mapping> {
         let page = rustix::param::page_size() as u64;
         // Less than a page, which fits.
         let start = usize::try_from(window.offset % page).unwrap_or_default();
@@ -466,8 +471,8 @@ impl MapOptions {
     fn settled(&self, mut mapping: Mapping, path: &Path) -> Result<Mapping> {
         if self.lock {
             // Before anything is read: a limit shows at once, and no page can go again between.
-            lock::lock_pages(mapping.ptr(), mapping.len)
-                .map_err(|error| lock::refused(path, mapping.len, error))?;
+            mlock::lock_pages(mapping.ptr(), mapping.len)
+                .map_err(|error| mlock::refused(path, mapping.len, error))?;
             mapping.locked_whole = true;
             mapping.moving.note_locked();
         }

@@ -1,6 +1,6 @@
 //! The pages of a mapping, to be brought, given back and locked: nothing here looks at a byte.
 
-use super::lock::{self, Moving};
+use super::mlock::{self, Moving};
 use super::raw::Raw;
 use super::writable::{self, Writable};
 use super::{Backing, Mapping, Residency, mapping, residency};
@@ -305,13 +305,13 @@ impl Pages {
     /// Holds the pages of a part in memory, and reads them in.
     ///
     /// # Errors
-    /// As [`lock::lock_range`]; a part of them may be locked then.
+    /// As [`mlock::lock_range`]; a part of them may be locked then.
     ///
     /// # Panics
     /// If the part lies outside: a fault of this crate.
     pub(crate) fn lock(&self, part: Range<usize>) -> Result<()> {
         assert!(part.start <= part.end && part.end <= self.len);
-        lock::lock_range(&self.path, self.ptr(part.start), part.len(), &self.moving)
+        mlock::lock_range(&self.path, self.ptr(part.start), part.len(), &self.moving)
     }
 
     /// Ends [`Pages::lock`].
@@ -323,19 +323,19 @@ impl Pages {
     /// If the part lies outside: a fault of this crate.
     pub(crate) fn unlock(&self, part: Range<usize>) -> io::Result<()> {
         assert!(part.start <= part.end && part.end <= self.len);
-        lock::unlock_range(self.ptr(part.start), part.len(), &self.moving)
+        mlock::unlock_range(self.ptr(part.start), part.len(), &self.moving)
     }
 
     /// The parts that are locked, whoever locked them, in order.
     ///
     /// # Errors
-    /// As [`lock::locked`].
+    /// As [`mlock::locked`].
     pub(crate) fn locked(&self) -> io::Result<Vec<Range<usize>>> {
         let (start, end) = (self.ptr(0).addr(), self.ptr(self.len).addr());
         let within = |run: &Range<usize>| run.start.max(start) - start..run.end.min(end).max(start) - start;
         let locked = {
             let _still = self.moving.wait();
-            lock::locked()?
+            mlock::locked()?
         };
         Ok(locked.iter().filter(|run| run.start < end && run.end > start).map(within).collect())
     }
@@ -348,7 +348,7 @@ impl Pages {
     /// # Panics
     /// If a part lies outside: a fault of this crate.
     pub(crate) fn residency(&self, parts: &[Range<usize>]) -> io::Result<Vec<Residency>> {
-        let locked = lock::locked()?;
+        let locked = mlock::locked()?;
         let of = |part: &Range<usize>| {
             assert!(part.start <= part.end && part.end <= self.len);
             residency::of(self.ptr(part.start), part.len(), self.told, &locked)

@@ -86,7 +86,7 @@ pub(crate) fn may_ask(file: &File) -> io::Result<bool> {
 }
 
 /// Asks about the pages that hold `len` bytes at `ptr`, which must be mapped. `told`: whether the kernel says what is in
-/// memory; else it says that all is. `locked` are the addresses under a lock, as [`super::lock::locked`] tells.
+/// memory; else it says that all is. `locked` are the addresses under a lock, as [`super::mlock::locked`] tells.
 pub(super) fn of(ptr: *const u8, len: usize, told: bool, locked: &[Range<usize>]) -> io::Result<Residency> {
     let page_size = rustix::param::page_size();
     let mut found = Residency { page_size, ..Residency::default() };

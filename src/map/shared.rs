@@ -68,9 +68,9 @@ impl Memory for SharedMemory {
         }
     }
 
-    fn place(&self) -> Option<(Option<Identity>, Range<u64>)> {
+    fn in_file(&self) -> Option<(Option<Identity>, Range<u64>)> {
         match &self.owner {
-            Owner::Mapping(mapping) => mapping.place(),
+            Owner::Mapping(mapping) => mapping.in_file(),
             #[cfg(feature = "python")]
             Owner::Heap { .. } => None,
         }
@@ -190,7 +190,7 @@ impl SharedMemory {
         use std::os::unix::fs::MetadataExt as _;
         let flushed = if wait { self.flush(part) } else { self.flush_async(part) };
         flushed.map_err(Error::io(path, "writing to the disk"))?;
-        let (Some((Some((device, inode)), _)), Ok(there)) = (self.place(), std::fs::metadata(path)) else {
+        let (Some((Some((device, inode)), _)), Ok(there)) = (self.in_file(), std::fs::metadata(path)) else {
             return Ok(());
         };
         if (there.dev(), there.ino()) == (device, inode) {

@@ -54,7 +54,7 @@ impl Model {
     /// ```
     pub fn residency_by_tensor<'s>(&self, select: impl Into<Select<'s>>) -> Result<Vec<(&str, Residency)>> {
         let found = self.paging().residency_by_tensor(&select.into())?;
-        Ok(found.into_iter().map(|(place, pages)| (self.catalog.name(place), pages)).collect())
+        Ok(found.into_iter().map(|(position, pages)| (self.catalog.name(position), pages)).collect())
     }
 
     /// Begins to bring tensors into memory, in the background and in file order; pages stay shared with everyone

@@ -207,7 +207,7 @@ impl Model {
     /// The tensor called `name`, if there is one.
     ///
     /// # Errors
-    /// Those of [`OpenOptions::guard`] where that is on; else none.
+    /// Those of [`OpenOptions::guard`] where that is on; otherwise none.
     ///
     /// ```
     /// let model = maptensors::Model::read("models/digits.safetensors")?;

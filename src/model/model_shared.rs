@@ -89,7 +89,7 @@ impl ModelShared {
     /// The tensor called `name`, if there is one.
     ///
     /// # Errors
-    /// Those of [`OpenOptions::guard`] where that is on; else none.
+    /// Those of [`OpenOptions::guard`] where that is on; otherwise none.
     ///
     /// ```
     /// # let path = std::env::temp_dir().join("maptensors-doc-shared-get.safetensors");
@@ -101,7 +101,7 @@ impl ModelShared {
     /// # Ok::<(), maptensors::Error>(())
     /// ```
     pub fn get(&self, name: &str) -> Result<Option<TensorShared<'_>>> {
-        let Some((shard, info)) = self.place(name) else { return Ok(None) };
+        let Some((shard, info)) = self.lookup(name) else { return Ok(None) };
         if let Some(guards) = &self.guards {
             let memory = &self.memories[shard];
             guards.hand_out(shard, self.path_of(shard), || memory.populate_read(info.bytes()))?;
@@ -202,10 +202,10 @@ impl ModelShared {
     }
 
     fn find(&self, name: &str) -> Result<(usize, TensorInfo<'_>)> {
-        self.place(name).ok_or_else(|| self.catalog.missing(name))
+        self.lookup(name).ok_or_else(|| self.catalog.missing(name))
     }
 
-    fn place(&self, name: &str) -> Option<(usize, TensorInfo<'_>)> {
+    fn lookup(&self, name: &str) -> Option<(usize, TensorInfo<'_>)> {
         let (shard, index) = self.catalog.find(name)?;
         Some((shard, self.catalog.shards()[shard].layout.at(index)?))
     }

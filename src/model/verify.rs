@@ -4,7 +4,7 @@ use super::Model;
 use crate::error::Result;
 
 impl Model {
-    /// Holds every tensor, as it is now, against the checksum that the file carries: reads everything. Files
+    /// Checks every tensor, as it is now, against the checksum that the file carries: reads everything. Files
     /// carry checksums when they were saved with [`SaveOptions::checksums`](crate::SaveOptions::checksums).
     ///
     /// # Errors

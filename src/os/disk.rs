@@ -231,7 +231,7 @@ impl Dir {
     }
 
     /// Waits for the directory's lock, which dies with this value or its process.
-    pub(crate) fn lock(&self) -> io::Result<()> {
+    pub(crate) fn flock(&self) -> io::Result<()> {
         self.locked.get_or_init(|| Private::new(&self.fd));
         Ok(rustix::io::retry_on_intr(|| rustix::fs::flock(&self.fd, FlockOperation::LockExclusive))?)
     }
@@ -311,7 +311,7 @@ pub(crate) fn sync(file: &File) -> io::Result<()> {
 }
 
 /// flock(2), where nobody else has it; `false` where somebody has.
-pub(crate) fn lock(file: &File) -> io::Result<bool> {
+pub(crate) fn flock(file: &File) -> io::Result<bool> {
     act(Op::Lock(file), || match rustix::fs::flock(file, FlockOperation::NonBlockingLockExclusive) {
         Err(Errno::WOULDBLOCK) => Ok(false),
         done => Ok(done.map(|()| true)?),

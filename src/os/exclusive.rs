@@ -67,7 +67,7 @@ impl ExclusiveFile {
     pub(crate) fn create(dir: &Dir, mode: u32) -> io::Result<Self> {
         let Some(file) = dir.create_unnamed(mode)? else { return Self::create_named(dir, mode) };
         // As for a named one: once it has a name, that of a living owner's file.
-        disk::lock(&file).ok();
+        disk::flock(&file).ok();
         Ok(Self::new(file, None, false))
     }
 
@@ -82,7 +82,7 @@ impl ExclusiveFile {
             };
             // The lock says that the file has a living owner. File systems without locks lose only the
             // sweeping of files that a crash left behind.
-            let locked = disk::lock(&file);
+            let locked = disk::flock(&file);
             // A sweeper may have come between creation and lock, and taken the file for an orphan.
             let swept = rustix::fs::fstat(&file).map(|stat| stat.st_nlink == 0);
             tries += 1;

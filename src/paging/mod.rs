@@ -107,9 +107,9 @@ impl Paging<'_> {
     /// All that is selected, together. A page that holds several of the tensors counts once.
     pub(crate) fn residency(&self, select: &Select<'_>) -> Result<Residency> {
         let mut total = Residency { page_size: rustix::param::page_size(), ..Residency::default() };
-        let places = self.catalog.select(select)?;
+        let positions = self.catalog.select(select)?;
         let mut parts: Vec<Vec<Range<usize>>> = vec![Vec::new(); self.pages.len()];
-        for (shard, run) in self.catalog.runs(&places) {
+        for (shard, run) in self.catalog.runs(&positions) {
             let run = self.pages[shard].pages_of(&run);
             match parts[shard].last_mut() {
                 Some(last) if last.end >= run.start => last.end = run.end,
@@ -126,24 +126,24 @@ impl Paging<'_> {
 
     /// For each tensor that is selected, in file order.
     pub(crate) fn residency_by_tensor(&self, select: &Select<'_>) -> Result<Vec<(Position, Residency)>> {
-        let places = self.catalog.select(select)?;
-        let mut found = Vec::with_capacity(places.len());
-        for places in places.chunk_by(|a, b| a.0 == b.0) {
-            let shard = places[0].0;
-            let parts: Vec<_> = places.iter().map(|&place| self.catalog.bytes(place)).collect();
+        let positions = self.catalog.select(select)?;
+        let mut found = Vec::with_capacity(positions.len());
+        for positions in positions.chunk_by(|a, b| a.0 == b.0) {
+            let shard = positions[0].0;
+            let parts: Vec<_> = positions.iter().map(|&position| self.catalog.bytes(position)).collect();
             let answers = self.pages[shard].residency(&parts);
             let answers = answers.map_err(self.failed(shard, "asking about its pages"))?;
-            found.extend(places.iter().copied().zip(answers));
+            found.extend(positions.iter().copied().zip(answers));
         }
         Ok(found)
     }
 
     /// Gives back the pages that hold nothing but selected tensors.
     pub(crate) fn evict(&self, select: &Select<'_>) -> Result<Evicted> {
-        let places = self.catalog.select(select)?;
+        let positions = self.catalog.select(select)?;
         let mut work = Vec::new();
         let mut locked: Vec<Option<Vec<Range<usize>>>> = vec![None; self.pages.len()];
-        for (shard, run) in self.catalog.runs(&places) {
+        for (shard, run) in self.catalog.runs(&positions) {
             let part = self.pages[shard].pages_in(&run);
             let locked = match &mut locked[shard] {
                 Some(locked) => locked,
@@ -154,10 +154,10 @@ impl Paging<'_> {
             };
             // Before anything is given back.
             if let Some(locked) = locked.iter().find(|run| run.start < part.end && part.start < run.end) {
-                let inside = |place: &&Position| {
-                    place.0 == shard && self.touches(**place, &(locked.start..locked.end))
+                let inside = |position: &&Position| {
+                    position.0 == shard && self.touches(**position, &(locked.start..locked.end))
                 };
-                let name = places.iter().find(inside).map_or("", |&place| self.catalog.name(place));
+                let name = positions.iter().find(inside).map_or("", |&position| self.catalog.name(position));
                 return Err(Error::Argument(format!(
                     "tensor {} is locked in memory: unlock it first",
                     quote(name)
@@ -175,17 +175,17 @@ impl Paging<'_> {
         Ok(total.into_inner().unwrap_or_else(PoisonError::into_inner))
     }
 
-    fn touches(&self, place: Position, part: &Range<usize>) -> bool {
-        let pages = self.pages[place.0].pages_of(&self.catalog.bytes(place));
+    fn touches(&self, position: Position, part: &Range<usize>) -> bool {
+        let pages = self.pages[position.0].pages_of(&self.catalog.bytes(position));
         pages.start < part.end && part.start < pages.end
     }
 
     /// What is selected, to be locked with its pages.
-    pub(crate) fn to_lock(&self, places: &[Position]) -> ToLock {
+    pub(crate) fn to_lock(&self, positions: &[Position]) -> ToLock {
         drop(self.locks.held(self));
         ToLock {
-            runs: self.catalog.runs(places),
-            tensors: places.iter().map(|&place| (place.0, self.catalog.bytes(place))).collect(),
+            runs: self.catalog.runs(positions),
+            tensors: positions.iter().map(|&position| (position.0, self.catalog.bytes(position))).collect(),
             locks: self.locks.clone(),
         }
     }
@@ -197,15 +197,15 @@ impl Paging<'_> {
 
     /// Unlocks what is selected, but for pages that hold a part of a tensor that stays locked.
     pub(crate) fn unlock(&self, select: &Select<'_>) -> Result<()> {
-        let places = self.catalog.select(select)?;
+        let positions = self.catalog.select(select)?;
         let mut held = self.locks.held(self);
-        for place in &places {
-            let bytes = self.catalog.bytes(*place);
+        for position in &positions {
+            let bytes = self.catalog.bytes(*position);
             if !bytes.is_empty() {
-                held.tensors.remove(&(place.0, bytes.start));
+                held.tensors.remove(&(position.0, bytes.start));
             }
         }
-        for run in self.catalog.runs(&places) {
+        for run in self.catalog.runs(&positions) {
             held.unlock_rest(&self.pages, &run).map_err(self.failed(run.0, "unlocking its pages"))?;
         }
         Ok(())

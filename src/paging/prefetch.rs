@@ -78,16 +78,17 @@ pub(crate) fn pieces(runs: &[Run], data: impl Fn(usize) -> Range<usize>) -> Vec<
 impl Paging<'_> {
     /// Begins to bring what is selected, and to lock it then.
     pub(crate) fn prefetch(&self, select: &Select<'_>, lock: bool) -> Result<Prefetch> {
-        let places = self.catalog.select(select)?;
-        let runs = self.catalog.runs(&places);
+        let positions = self.catalog.select(select)?;
+        let runs = self.catalog.runs(&positions);
         let total = runs.iter().map(|(_, run)| run.len() as u64).sum();
-        let named =
-            |&place: &Position| ((place.0, self.catalog.bytes(place)), self.catalog.name(place).to_owned());
+        let named = |&position: &Position| {
+            ((position.0, self.catalog.bytes(position)), self.catalog.name(position).to_owned())
+        };
         let work = Work {
             pages: self.pages.clone(),
             pieces: pieces(&runs, |shard| self.catalog.shards()[shard].layout.data_range()),
-            names: places.iter().map(named).collect(),
-            lock: lock.then(|| self.to_lock(&places)),
+            names: positions.iter().map(named).collect(),
+            lock: lock.then(|| self.to_lock(&positions)),
         };
         let shared = Arc::new(Shared {
             progress: Progress::default().over(total),

@@ -179,8 +179,8 @@ impl Paging<'_> {
     /// Begins to read ahead.
     pub(crate) fn read_ahead(&self, options: &StreamOptions<'_>) -> Result<ReadAhead> {
         let order = self.order(options)?;
-        let mut places = order.clone();
-        places.sort_unstable();
+        let mut positions = order.clone();
+        positions.sort_unstable();
         // Chunks have numbers over all files, and none is of two.
         let mut first = Vec::with_capacity(self.pages.len());
         let mut next = 0;
@@ -190,16 +190,16 @@ impl Paging<'_> {
         }
         let mut chunks: HashMap<usize, Piece> = HashMap::new();
         let data = |shard: usize| self.catalog.shards()[shard].layout.data_range();
-        for piece in pieces(&self.catalog.runs(&places), data) {
+        for piece in pieces(&self.catalog.runs(&positions), data) {
             let chunk = first[piece.shard] + piece.part.start / CHUNK;
             // In another order, what the kernel reads behind a huge page would only be in the way.
             let piece = Piece { exact: piece.exact || options.order != Order::File, ..piece };
             // Two runs in one chunk: what lies between is little.
             chunks.entry(chunk).and_modify(|whole| whole.part.end = piece.part.end).or_insert(piece);
         }
-        let needs = |&place: &Position| {
-            let bytes = self.catalog.bytes(place);
-            let first = first[place.0];
+        let needs = |&position: &Position| {
+            let bytes = self.catalog.bytes(position);
+            let first = first[position.0];
             if bytes.is_empty() {
                 0..0
             } else {
@@ -222,7 +222,8 @@ impl Paging<'_> {
             // Where the system gives no thread, the consumer reads.
             readers += usize::from(thread.spawn(move || theirs.read()).is_ok());
         }
-        let sizes: Vec<u64> = order.iter().map(|&place| self.catalog.bytes(place).len() as u64).collect();
+        let sizes: Vec<u64> =
+            order.iter().map(|&position| self.catalog.bytes(position).len() as u64).collect();
         let progress = Progress::default().over(sizes.iter().sum());
         Ok(ReadAhead { shared, order, sizes, at: 0, progress, readers: (readers, std::process::id()) })
     }
@@ -231,17 +232,17 @@ impl Paging<'_> {
         let mut order = self.catalog.select(&options.select)?;
         match &options.order {
             Order::File => {}
-            Order::Name => order.sort_by_key(|&place| self.catalog.name(place)),
+            Order::Name => order.sort_by_key(|&position| self.catalog.name(position)),
             Order::Given(names) => {
                 let selected: HashSet<Position> = order.into_iter().collect();
                 let mut seen = HashSet::new();
                 order = Vec::with_capacity(names.len());
                 for &name in names {
-                    let place = self.catalog.find(name).ok_or_else(|| self.catalog.missing(name))?;
-                    if !seen.insert(place) {
+                    let position = self.catalog.find(name).ok_or_else(|| self.catalog.missing(name))?;
+                    if !seen.insert(position) {
                         return Err(Error::Argument(format!("the order names tensor {} twice", quote(name))));
                     }
-                    order.extend(selected.contains(&place).then_some(place));
+                    order.extend(selected.contains(&position).then_some(position));
                 }
             }
         }
@@ -268,14 +269,14 @@ impl ReadAhead {
         self.progress.add(self.sizes[tensor]);
     }
 
-    /// The place of the next tensor, once it is there; what was out before is passed. `Some(Ok(None))` where that
+    /// The position of the next tensor, once it is there; what was out before is passed. `Some(Ok(None))` where that
     /// takes longer than `timeout`; `None` at the end.
     pub(crate) fn next(&mut self, catalog: &Catalog, timeout: Duration) -> Option<Result<Option<Position>>> {
         let deadline = Instant::now().checked_add(timeout);
         if self.at > 0 && self.is_out() {
             self.pass(self.at - 1);
         }
-        let &place = self.order.get(self.at)?;
+        let &position = self.order.get(self.at)?;
         let alone = self.readers.0 == 0 || self.readers.1 != std::process::id();
         let mut state = self.shared.state();
         let chunks = loop {
@@ -297,16 +298,16 @@ impl ReadAhead {
         self.at += 1;
         let failed: Vec<usize> = chunks.filter(|chunk| state.failed.contains(chunk)).collect();
         drop(state);
-        let bytes = catalog.bytes(place);
+        let bytes = catalog.bytes(position);
         for piece in failed.iter().filter_map(|chunk| self.shared.chunks.get(chunk)) {
             // What could not be read may be a neighbour's.
             let part = piece.part.start.max(bytes.start)..piece.part.end.min(bytes.end);
-            let pages = &self.shared.pages[place.0];
+            let pages = &self.shared.pages[position.0];
             if let Err(error) = pages.bring(part.start..part.end.max(part.start), true) {
-                return Some(Err(unreadable(pages.path(), catalog.name(place), &error)));
+                return Some(Err(unreadable(pages.path(), catalog.name(position), &error)));
             }
         }
-        Some(Ok(Some(place)))
+        Some(Ok(Some(position)))
     }
 
     /// Whether a tensor was handed out that has not been passed.

@@ -181,7 +181,7 @@ pub(super) fn materialize(
     })??)
 }
 
-/// Holds every tensor of a model (or path) against the checksum that its file carries. Raises
+/// Checks every tensor of a model (or path) against the checksum that its file carries. Raises
 /// `ChecksumError`, whose `tensors` names those that differ; a file without checksums is an error too.
 ///
 /// Warns where an index's `metadata.total_size` is not the bytes that the tensors take, which harms nobody.

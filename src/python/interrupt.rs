@@ -15,13 +15,13 @@ use std::time::{Duration, Instant};
 /// What waits sees signals so often.
 pub(super) const TURN: Duration = Duration::from_millis(50);
 
-/// What was called off may take so long to tidy up before it is left to itself.
+/// What was cancelled may take this long to tidy up before it is left to itself.
 pub(super) const GRACE: Duration = Duration::from_millis(200);
 
 /// Copying fewer bytes than this is over before anybody could want it to be.
 pub(super) const LONG: u64 = 16 << 20;
 
-/// Does `work`, which is called off when a signal's handler raises.
+/// Does `work`, which is cancelled when a signal's handler raises.
 pub(super) fn interruptible<T: Send>(py: Python<'_>, work: impl FnOnce() -> T + Send) -> PyResult<T> {
     if !is_main_thread() {
         return Ok(py.detach(work));
@@ -52,7 +52,7 @@ pub(super) fn interruptible<T: Send>(py: Python<'_>, work: impl FnOnce() -> T + 
     done.ok_or_else(|| Error::Argument("the work was not done".into()).into())
 }
 
-/// As [`interruptible`], of work that borrows nothing: it is not waited for where it cannot be called off at once, as
+/// As [`interruptible`], of work that borrows nothing: it is not waited for where it cannot be cancelled at once, as
 /// in fsync(2). Its unfinished files are gone all the same.
 pub(super) fn abandonable<T: Send + 'static>(
     py: Python<'_>,

@@ -65,17 +65,17 @@ impl Parts {
     }
 
     /// Lets go of a misaligned tensor's aligned copy, if nobody has it and nobody wrote to it.
-    fn forget_copy(&self, place: (usize, usize)) {
+    fn forget_copy(&self, position: (usize, usize)) {
         let mut copies = self.copies.lock().unwrap_or_else(PoisonError::into_inner);
-        let Some(copy) = copies.get(&place) else { return };
+        let Some(copy) = copies.get(&position) else { return };
         // The lock is held, so nobody else can take it now.
         if Arc::strong_count(copy) > 1 {
             return;
         }
-        let Some(info) = self.catalog.shards()[place.0].layout.at(place.1) else { return };
-        let (file, copy) = (self.memories[place.0].source(&info.bytes()), copy.source(&(0..copy.len())));
+        let Some(info) = self.catalog.shards()[position.0].layout.at(position.1) else { return };
+        let (file, copy) = (self.memories[position.0].source(&info.bytes()), copy.source(&(0..copy.len())));
         if is_same(file, copy) {
-            copies.remove(&place);
+            copies.remove(&position);
         }
     }
 }
@@ -109,8 +109,8 @@ pub(super) fn residency_by_tensor<'py>(
 ) -> PyResult<Bound<'py, PyDict>> {
     let found = parts.select(py, names, |paging, select| paging.residency_by_tensor(select))?;
     let dict = PyDict::new(py);
-    for (place, pages) in &found {
-        dict.set_item(parts.catalog.name(*place), results::residency(py, pages)?)?;
+    for (position, pages) in &found {
+        dict.set_item(parts.catalog.name(*position), results::residency(py, pages)?)?;
     }
     Ok(dict)
 }
@@ -153,7 +153,7 @@ pub(super) fn prefetch(
 
 #[pymethods]
 impl Prefetch {
-    /// Waits at most so many seconds: whether all is there, or None if it goes on.
+    /// Waits at most `timeout` seconds: whether all is there, or None if it goes on.
     #[pyo3(signature = (timeout = None))]
     fn wait(&self, py: Python<'_>, timeout: Option<f64>) -> PyResult<Option<bool>> {
         Ok(wait_in_turns(py, timeout, |most| self.inner.wait_for(most))?.transpose()?)
@@ -226,12 +226,12 @@ impl Stream {
             let next = py.detach(|| {
                 let mut ahead = self.ahead.try_lock().map_err(|_| ())?;
                 let Some(Ahead { reads, out }) = ahead.as_mut() else { return Ok(None) };
-                if let Some(place) = out.take() {
-                    self.parts.forget_copy(place);
+                if let Some(position) = out.take() {
+                    self.parts.forget_copy(position);
                 }
                 let next = reads.next(&self.parts.catalog, TURN);
-                if let Some(Ok(Some(place))) = &next {
-                    *out = Some(*place);
+                if let Some(Ok(Some(position))) = &next {
+                    *out = Some(*position);
                 }
                 Ok::<_, ()>(next)
             });
@@ -264,7 +264,7 @@ impl Stream {
     }
 }
 
-/// The part of a rank: a dict of tensors, and the bytes asked, touched and read into memory of its own.
+/// The part of a rank: a dict of tensors, and the bytes asked for, touched, and read into the view's own memory.
 #[pyfunction]
 pub(super) fn rank_view<'py>(
     py: Python<'py>,
@@ -284,14 +284,14 @@ pub(super) fn rank_view<'py>(
         // Under a guard: what was read was read of the files as they had been.
         parts.check()?;
         for piece in found.pieces.iter().filter(|piece| matches!(piece.at, At::Mapped(_))) {
-            parts.keep_in_place(piece.place);
+            parts.keep_in_place(piece.position);
         }
         Ok(found)
     })?;
     let memory = Arc::new(SharedMemory::of(Arc::new(memory)));
     let dict = PyDict::new(py);
     for piece in pieces {
-        let (shard, index) = piece.place;
+        let (shard, index) = piece.position;
         let Some(info) = parts.catalog.shards()[shard].layout.at(index) else { continue };
         let (memory, start, watch) = match piece.at {
             At::Mapped(part) => (&parts.memories[shard], part.start, parts.watch(shard)),

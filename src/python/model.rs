@@ -213,7 +213,7 @@ impl Model {
         lazy::module(slf.py())?.call_method1("stream", (slf, budget, names, order, progress))
     }
 
-    /// The part of a rank, of `world` ranks, under a plan of tensor parallelism: a `RankView`, names to tensors. `plan`
+    /// A rank's view of the model, of `world` ranks, under a plan of tensor parallelism: a `RankView`, names to tensors. `plan`
     /// maps patterns of names to "column" (axis 0), "row" (axis 1), another axis, or "replicate"; the first that
     /// matches holds, and `default` for the rest.
     #[pyo3(signature = (rank, world, plan, *, default = None))]

@@ -61,7 +61,7 @@ impl Files {
 pub(super) enum Backend {
     /// Its file is mapped.
     Mmap,
-    /// It is read into memory of its own.
+    /// It is read into this process's own memory.
     Pread,
     /// It is read into sealed memory, which is mapped.
     Memfd,
@@ -103,13 +103,13 @@ pub(super) fn is_mapped(backend: &str) -> PyResult<bool> {
 /// arrays are the file's pages, shared. What is written to them reaches the file, and everyone who maps or reads it,
 /// at once; `model.flush()` has it reach the disk. The header, checksums in it included, stays as it is.
 ///
-/// `backend="pread"` reads everything into memory of its own instead of mapping it. `backend="memfd"` reads it into
+/// `backend="pread"` reads everything into the process's own memory instead of mapping it. `backend="memfd"` reads it into
 /// sealed memory and maps that: as independent of the file, with pages that forked children share, and `changed()`
 /// works. `populate` reads all pages in at once, so that an I/O error shows here. `lock` has them stay in RAM
 /// (`LimitError` where `RLIMIT_MEMLOCK` does not allow it). `reserve_swap` has the kernel promise memory for every page
 /// that may be edited, all at once; otherwise it is for the tensors that are taken to be written. `huge_pages=False` asks for none. `dense_edits` is for fine-tuning a whole model: each
 /// tensor of 2 MiB or more becomes this process's own in bulk when it is first taken, several times as fast
-/// as page by page when it is written; it has no meaning in `"r+"`. `verify="all"` holds every tensor against the
+/// as page by page when it is written; it has no meaning in `"r+"`. `verify="all"` checks every tensor against the
 /// checksum that the file carries, which reads everything. `offset` and `length`, in bytes, are the part of the file
 /// that is the model, for one inside a tar or an uncompressed zip archive.
 ///

@@ -56,7 +56,7 @@ impl Parts {
     ///
     /// # Errors
     /// [`Error::Align`] for a misaligned tensor of a file that is edited; those of a guard.
-    pub(super) fn place(
+    pub(super) fn memory_of(
         &self,
         shard: usize,
         index: usize,
@@ -110,7 +110,7 @@ impl Parts {
         work(&Contents {
             catalog: &self.catalog,
             memories: self.memories.iter().map(|memory| memory.as_ref() as &dyn Memory).collect(),
-            copies: copies.iter().map(|(&place, copy)| (place, copy.now())).collect(),
+            copies: copies.iter().map(|(&position, copy)| (position, copy.now())).collect(),
             marks: marks.as_deref(),
         })
     }
@@ -129,14 +129,14 @@ impl Parts {
     }
 
     /// A part of a tensor's pages is handed out to be written: from now on it is not promoted.
-    pub(super) fn keep_in_place(&self, place: (usize, usize)) {
+    pub(super) fn keep_in_place(&self, position: (usize, usize)) {
         if let Some(promoted) = &self.promoted {
-            promoted.lock().unwrap_or_else(PoisonError::into_inner).insert(place);
+            promoted.lock().unwrap_or_else(PoisonError::into_inner).insert(position);
         }
     }
 
     pub(super) fn tensor(&self, shard: usize, index: usize, info: &TensorInfo<'_>) -> Result<Tensor, Error> {
-        let (memory, offset) = self.place(shard, index, info)?;
+        let (memory, offset) = self.memory_of(shard, index, info)?;
         // A copy is nothing of the file's any more.
         let watch = if Arc::ptr_eq(&memory, &self.memories[shard]) { self.watch(shard) } else { None };
         let tensor = Tensor::whole(memory, offset, info.dtype(), info.shape(), info.name(), self.read_only);
@@ -160,7 +160,7 @@ impl Parts {
         Ok(self.catalog.runs(&self.catalog.select(&select)?))
     }
 
-    /// Every tensor's shard, place in it, and info, in file order.
+    /// Every tensor's shard, position in it, and info, in file order.
     pub(super) fn infos(&self) -> impl Iterator<Item = (usize, usize, TensorInfo<'_>)> {
         let shards = self.catalog.shards().iter().enumerate();
         shards.flat_map(|(s, shard)| shard.layout.iter().enumerate().map(move |(i, info)| (s, i, info)))

@@ -15,7 +15,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
-/// A tensor where it lies: in a mapped file, in a file being made, or in memory of its own.
+/// A tensor where it lies: in a mapped file, in a file being made, or in its own memory.
 ///
 /// Hands its memory to other libraries without copying: `numpy()`, `torch()`, `jax()`, the buffer
 /// protocol, DLPack. Whatever is handed out keeps the memory alive, also after the model is closed.
@@ -178,14 +178,14 @@ impl Tensor {
         self.array().numpy(py)
     }
 
-    /// A torch tensor of the same memory with a storage of its own; on another `device`, a copy there.
+    /// A torch tensor of the same memory with its own storage; on another `device`, a copy there.
     #[pyo3(signature = (device = None))]
     fn torch<'py>(&self, py: Python<'py>, device: Option<Bound<'py, PyAny>>) -> PyResult<Bound<'py, PyAny>> {
         self.look(py)?;
         self.array().torch(py, device.as_ref())
     }
 
-    /// A JAX array of the same memory where it lies on a 64-byte boundary on the CPU, else a copy.
+    /// A JAX array of the same memory where it lies on a 64-byte boundary on the CPU, otherwise a copy.
     ///
     /// JAX holds arrays to be immutable: do not write to this tensor while one lives.
     #[pyo3(signature = (device = None))]

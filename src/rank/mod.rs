@@ -1,4 +1,4 @@
-//! A rank's part of a model, which reads no more than that.
+//! Rank views: a rank's part of a model, reading no more than that.
 #![forbid(unsafe_code)]
 
 mod plan;
@@ -19,19 +19,19 @@ use plan::Cut;
 use std::ops::Range;
 use std::path::Path;
 
-/// A part is mapped where its pages are at most a 20th more than its bytes; else it is read.
+/// A part is mapped where its pages are at most a 20th more than its bytes; otherwise it is read.
 const OVERHEAD: usize = 20;
 
 /// Bytes that one thread reads at a time.
 const JOB: usize = 1 << 20;
 
 /// A rank's part of a model, made by [`Model::rank_view`]: each tensor where it lies in the file if its part is
-/// contiguous there, else read into memory of its own, without the bytes between.
+/// contiguous there, otherwise read into the view's own memory, without the bytes between.
 #[derive(Debug)]
 pub struct RankView<'a> {
     /// The names, dtypes and shapes of the parts.
     layout: Layout,
-    /// By their places in `layout`.
+    /// By their positions in `layout`.
     parts: Vec<Part<'a>>,
     memory: Mapping,
     sizes: Sizes,
@@ -57,7 +57,7 @@ pub(crate) struct Sizes {
 
 /// A rank's part of one tensor.
 pub(crate) struct Piece {
-    pub(crate) place: Position,
+    pub(crate) position: Position,
     pub(crate) cut: Cut,
     pub(crate) at: At,
 }
@@ -70,7 +70,7 @@ pub(crate) enum At {
     Gathered(Range<usize>),
 }
 
-/// A rank's part of Rust's model or Python's.
+/// What a rank view of Rust or of Python is made of.
 pub(crate) struct RankParts {
     pub(crate) pieces: Vec<Piece>,
     pub(crate) memory: Mapping,
@@ -89,10 +89,10 @@ impl Paging<'_> {
         if rank >= world {
             return Err(Error::Argument(format!("rank {rank} is not one of {world}")));
         }
-        let places = self.catalog.select(&Select::from(..))?;
-        let unmatched: Vec<&str> = places
+        let positions = self.catalog.select(&Select::from(..))?;
+        let unmatched: Vec<&str> = positions
             .iter()
-            .map(|&place| self.catalog.name(place))
+            .map(|&position| self.catalog.name(position))
             .filter(|name| plan.split(name).is_none())
             .collect();
         if !unmatched.is_empty() {
@@ -101,24 +101,25 @@ impl Paging<'_> {
             return Err(Error::Argument(format!(
                 "no rule of the plan matches {} of the {} tensors: {}{more}",
                 unmatched.len(),
-                places.len(),
+                positions.len(),
                 some.join(", ")
             )));
         }
-        let (mut pieces, mut sizes, mut end) = (Vec::with_capacity(places.len()), Sizes::default(), 0usize);
-        for place in places {
-            let Some(info) = self.catalog.shards()[place.0].layout.at(place.1) else { continue };
+        let (mut pieces, mut sizes, mut end) =
+            (Vec::with_capacity(positions.len()), Sizes::default(), 0usize);
+        for position in positions {
+            let Some(info) = self.catalog.shards()[position.0].layout.at(position.1) else { continue };
             let Some(split) = plan.split(info.name()) else { continue };
             let cut = Cut::new(info.name(), info.dtype(), info.shape(), split, rank, world)?;
-            let pages = &self.pages[place.0];
+            let pages = &self.pages[position.0];
             let start = info.bytes().start + cut.first;
             let part = start..start + cut.nbytes();
             let cost = if pages.is_of_a_file() { pages.pages_of(&part).len() } else { part.len() };
-            let is_aligned = contents.memories[place.0].now().is_aligned(start, info.dtype().align());
+            let is_aligned = contents.memories[position.0].now().is_aligned(start, info.dtype().align());
             sizes.asked += cut.nbytes() as u64;
-            let in_place = cut.count == 1 && is_aligned && !contents.copies.contains_key(&place);
+            let in_place = cut.count == 1 && is_aligned && !contents.copies.contains_key(&position);
             // What is edited in its file is never copied: writes to the copy would not reach it.
-            let edited = contents.memories[place.0].backing() == Backing::Shared && cut.nbytes() > 0;
+            let edited = contents.memories[position.0].backing() == Backing::Shared && cut.nbytes() > 0;
             if edited && !in_place {
                 return Err(not_in_place(pages.path(), info.name(), is_aligned));
             }
@@ -134,7 +135,7 @@ impl Paging<'_> {
                 sizes.gathered += cut.nbytes() as u64;
                 At::Gathered(start..end)
             };
-            pieces.push(Piece { place, cut, at });
+            pieces.push(Piece { position, cut, at });
         }
         let memory = Mapping::owned(end, 0);
         let mut memory = memory.map_err(Error::io(Path::new(""), "allocating memory for the rank"))?;
@@ -150,17 +151,17 @@ impl Paging<'_> {
             let At::Mapped(part) = &piece.at else { continue };
             for chunk in part.start / CHUNK..part.end.div_ceil(CHUNK) {
                 let part = part.start.max(chunk * CHUNK)..part.end.min((chunk + 1) * CHUNK);
-                work.push((piece.place, part));
+                work.push((piece.position, part));
             }
         }
-        each_in_parallel(work, |(place, part): (Position, Range<usize>)| {
-            let pages = &self.pages[place.0];
-            let unreadable = |error| unreadable(pages.path(), self.catalog.name(place), &error);
+        each_in_parallel(work, |(position, part): (Position, Range<usize>)| {
+            let pages = &self.pages[position.0];
+            let unreadable = |error| unreadable(pages.path(), self.catalog.name(position), &error);
             pages.bring(part, true).map_err(unreadable)
         })
     }
 
-    /// Reads what is not mapped to its place in `memory`; returns the bytes that took, in pages where they were
+    /// Reads what is not mapped to its position in `memory`; returns the bytes that took, in pages where they were
     /// mapped.
     fn gather(&self, contents: &Contents<'_>, pieces: &[Piece], memory: &mut Mapping) -> Result<u64> {
         let page = rustix::param::page_size();
@@ -174,12 +175,12 @@ impl Paging<'_> {
             let (_, from_there) = std::mem::take(&mut rest).split_at_mut(room.start - at);
             let (mut to, behind) = from_there.split_at_mut(room.len());
             (rest, at) = (behind, room.end);
-            let bytes = self.catalog.bytes(piece.place);
-            let memory = contents.memories[piece.place.0];
-            let pages = &self.pages[piece.place.0];
+            let bytes = self.catalog.bytes(piece.position);
+            let memory = contents.memories[piece.position.0];
+            let pages = &self.pages[piece.position.0];
             let failed = Error::io(pages.path(), "asking which pages were edited");
             let is_edited = || memory.private(bytes.clone()).map(|found| !found.is_empty()).map_err(failed);
-            let from = if let Some(&copy) = contents.copies.get(&piece.place) {
+            let from = if let Some(&copy) = contents.copies.get(&piece.position) {
                 Origin::Memory(copy)
             } else if !pages.is_of_a_file() {
                 Origin::Memory(memory.now().part(bytes.clone()))
@@ -203,7 +204,7 @@ impl Paging<'_> {
             if piece.cut.count == 1 {
                 for (i, to) in to.chunks_mut(JOB).enumerate() {
                     let starts = vec![piece.cut.first + i * JOB];
-                    work.push(Job { place: piece.place, from, run: to.len(), starts, to });
+                    work.push(Job { position: piece.position, from, run: to.len(), starts, to });
                 }
                 continue;
             }
@@ -211,12 +212,12 @@ impl Paging<'_> {
             for starts in starts.chunks((JOB / run).max(1)) {
                 let (now, behind) = std::mem::take(&mut to).split_at_mut(starts.len() * run);
                 to = behind;
-                work.push(Job { place: piece.place, from, run, starts: starts.to_vec(), to: now });
+                work.push(Job { position: piece.position, from, run, starts: starts.to_vec(), to: now });
             }
         }
-        each_in_parallel(work, |Job { place, from, run, starts, to }: Job<'_>| {
-            let pages = &self.pages[place.0];
-            let failed = |error| unreadable(pages.path(), self.catalog.name(place), &error);
+        each_in_parallel(work, |Job { position, from, run, starts, to }: Job<'_>| {
+            let pages = &self.pages[position.0];
+            let failed = |error| unreadable(pages.path(), self.catalog.name(position), &error);
             match from {
                 Origin::Memory(source) | Origin::Pages(source, _) => {
                     if let Origin::Pages(_, base) = from {
@@ -252,7 +253,7 @@ fn not_in_place(path: &Path, tensor: &str, is_aligned: bool) -> Error {
 
 /// Runs of one tensor, of the same length, to be read one behind the other.
 struct Job<'a> {
-    place: Position,
+    position: Position,
     from: Origin<'a>,
     run: usize,
     /// From the start of the tensor.
@@ -263,7 +264,7 @@ struct Job<'a> {
 /// Where to read a tensor's bytes from.
 #[derive(Clone, Copy)]
 enum Origin<'a> {
-    /// The tensor, in memory of its own.
+    /// The tensor, in a copy's memory.
     Memory(RawSlice<'a>),
     /// The tensor, in pages of its file, and its start there.
     Pages(RawSlice<'a>, usize),
@@ -300,16 +301,16 @@ impl Model {
         self.check()?;
         let mut layout = Layout::builder();
         for piece in &pieces {
-            let (shard, index) = piece.place;
+            let (shard, index) = piece.position;
             let Some(info) = self.catalog.shards()[shard].layout.at(index) else { continue };
             layout = layout.tensor(info.name(), info.dtype(), &piece.cut.shape);
         }
         let layout = layout.build()?;
         let mut parts = vec![Part::Gathered(0..0); layout.len()];
         for piece in pieces {
-            let Some(place) = layout.position(self.catalog.name(piece.place)) else { continue };
-            parts[place] = match piece.at {
-                At::Mapped(part) => Part::Mapped(&self.mappings[piece.place.0].as_bytes()[part]),
+            let Some(position) = layout.position(self.catalog.name(piece.position)) else { continue };
+            parts[position] = match piece.at {
+                At::Mapped(part) => Part::Mapped(&self.mappings[piece.position.0].as_bytes()[part]),
                 At::Gathered(part) => Part::Gathered(part),
             };
         }
@@ -318,12 +319,12 @@ impl Model {
 }
 
 impl RankView<'_> {
-    fn view(&self, place: usize) -> Option<TensorView<'_>> {
-        let data = match self.parts.get(place)? {
+    fn view(&self, position: usize) -> Option<TensorView<'_>> {
+        let data = match self.parts.get(position)? {
             Part::Mapped(data) => data,
             Part::Gathered(part) => &self.memory.as_bytes()[part.clone()],
         };
-        Some(TensorView::new(self.layout.at(place)?, data))
+        Some(TensorView::new(self.layout.at(position)?, data))
     }
 
     /// Number of tensors: all of the model.
@@ -341,13 +342,13 @@ impl RankView<'_> {
     /// # Errors
     /// [`Error::Missing`].
     pub fn tensor(&self, name: &str) -> Result<TensorView<'_>> {
-        let view = self.layout.position(name).and_then(|place| self.view(place));
+        let view = self.layout.position(name).and_then(|position| self.view(position));
         view.ok_or_else(|| Error::Missing { path: "".into(), name: name.into(), hint: String::new() })
     }
 
     /// The rank's part of every tensor; what [`save`](crate::save()) takes.
     pub fn tensors(&self) -> impl Iterator<Item = TensorView<'_>> {
-        (0..self.len()).filter_map(|place| self.view(place))
+        (0..self.len()).filter_map(|position| self.view(position))
     }
 
     /// Bytes of all its tensors.
@@ -360,7 +361,7 @@ impl RankView<'_> {
         self.sizes.touched
     }
 
-    /// Bytes that were read into memory of its own; the rest are the file's pages.
+    /// Bytes that were read into the view's own memory; the rest are the file's pages.
     pub fn gathered(&self) -> u64 {
         self.sizes.gathered
     }

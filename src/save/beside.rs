@@ -116,7 +116,7 @@ impl OldSet {
         let dir = Arc::new(dir.again().map_err(Error::io(path, "opening its directory"))?);
         // Released when dropped, or by the process' death. File systems without locks lose only this.
         if lock {
-            dir.lock().ok();
+            dir.flock().ok();
         }
         let index = parent.join(name);
         let bytes = match dir.read(name, index::MAX_INDEX_LEN) {

@@ -3,7 +3,7 @@
 use super::Pending;
 use crate::diff::digest::{self, CHECKSUMS};
 use crate::error::{Error, Result};
-use crate::format::safetensors::{self, Changes, PREFIX_LEN, Pieces};
+use crate::format::safetensors::{self, HeaderChanges, PREFIX_LEN, Pieces};
 use crate::layout::Layout;
 use crate::layout::{Catalog, Shard};
 use crate::os;
@@ -41,7 +41,7 @@ use std::path::Path;
 /// ```
 #[derive(Debug, Clone)]
 pub struct HeaderEdit {
-    changes: Changes,
+    changes: HeaderChanges,
     durable: bool,
 }
 
@@ -69,7 +69,7 @@ pub enum Edited {
 
 impl Default for HeaderEdit {
     fn default() -> Self {
-        Self { changes: Changes::default(), durable: true }
+        Self { changes: HeaderChanges::default(), durable: true }
     }
 }
 
@@ -200,7 +200,7 @@ struct Plan {
 }
 
 impl Plan {
-    fn of((file, file_len): &(File, u64), changes: &Changes, path: &Path) -> Result<Self> {
+    fn of((file, file_len): &(File, u64), changes: &HeaderChanges, path: &Path) -> Result<Self> {
         let old = read_header(file, *file_len, path)?;
         let layout = safetensors::parse(old[PREFIX_LEN..].to_vec(), *file_len, path)?;
         check(&layout, changes, path)?;
@@ -243,7 +243,7 @@ fn read_header(file: &File, file_len: u64, path: &Path) -> Result<Vec<u8>> {
 }
 
 /// The changes, and those that checksums by the old names ask for.
-fn with_checksums(layout: &Layout, changes: &Changes, path: &Path) -> Result<Changes> {
+fn with_checksums(layout: &Layout, changes: &HeaderChanges, path: &Path) -> Result<HeaderChanges> {
     let mut changes = changes.clone();
     let text = layout.metadata().text(CHECKSUMS);
     if let (Some(text), false) = (text, changes.names.is_empty() || changes.metadata.contains_key(CHECKSUMS))
@@ -257,7 +257,7 @@ fn with_checksums(layout: &Layout, changes: &Changes, path: &Path) -> Result<Cha
 }
 
 /// Whether what is to be changed is there.
-fn check(layout: &Layout, changes: &Changes, path: &Path) -> Result<()> {
+fn check(layout: &Layout, changes: &HeaderChanges, path: &Path) -> Result<()> {
     for (key, value) in &changes.metadata {
         if value.is_none() && !layout.metadata().contains_key(key) {
             let (key, path) = (crate::error::quote(key), path.display());
@@ -279,7 +279,7 @@ fn check(layout: &Layout, changes: &Changes, path: &Path) -> Result<()> {
 }
 
 /// Whether the new header says what it should, and of everything else what the old one said.
-fn verify(old: &Layout, new: &Layout, changes: &Changes, path: &Path) -> Result<()> {
+fn verify(old: &Layout, new: &Layout, changes: &HeaderChanges, path: &Path) -> Result<()> {
     let mut metadata = old.metadata().clone();
     for (key, value) in &changes.metadata {
         match value {

@@ -149,7 +149,7 @@ pub(crate) fn model_may_be_at(path: &Path, model: &Contents<'_>) -> Result<()> {
     };
     let shards = model.catalog.shards();
     for (shard, memory) in shards.iter().zip(&model.memories) {
-        let Some((mapped, part)) = memory.place() else { continue };
+        let Some((mapped, part)) = memory.in_file() else { continue };
         let is_mapped = mapped == Some(there);
         // One that was read from within a file has no mapping of it.
         let is_within = part.start != 0 && identity(&shard.path) == Some(there);
@@ -192,7 +192,10 @@ type Identity = (u64, u64);
 fn is_of(file: Identity, model: &Contents<'_>) -> bool {
     let shards = model.catalog.shards();
     shards.iter().any(|shard| identity(&shard.path) == Some(file))
-        || model.memories.iter().any(|memory| memory.place().is_some_and(|(mapped, _)| mapped == Some(file)))
+        || model
+            .memories
+            .iter()
+            .any(|memory| memory.in_file().is_some_and(|(mapped, _)| mapped == Some(file)))
 }
 
 /// What a path leads to, and its length.

@@ -48,7 +48,7 @@ impl Locked {
     pub(crate) fn wait(path: &Path) -> Result<Self> {
         let target = Target::of(path, None)?;
         // File systems without locks lose only this.
-        target.dir.lock().ok();
+        target.dir.flock().ok();
         Ok(Self(target))
     }
 }
@@ -105,7 +105,7 @@ fn stage_at<E: From<Error>>(
 ) -> Result<Set, E> {
     // One set at a time: names are chosen, and old shards removed, by what is there. Released when dropped,
     // or by the process' death. File systems without locks lose only this.
-    target.dir.lock().ok();
+    target.dir.flock().ok();
     replaced_mode(&target.dir, path, file_name(path)?)?;
     let mut old = target.old_shards();
     let groups = group(tensors, limit);

@@ -53,11 +53,11 @@ impl Publisher {
             }
             alike.push((i, bytes, old, info.offset()));
         }
-        let pairs: Vec<Pair<'_>> = alike
+        let pairs: Vec<Published<'_>> = alike
             .iter()
             .filter_map(|(_, now, old, offset)| {
                 let Opened { file, path, .. } = files.get(old)?;
-                Some(Pair { now: *now, file, path, offset: *offset })
+                Some(Published { now: *now, file, path, offset: *offset })
             })
             .collect();
         for ((i, ..), found) in alike.iter().zip(differing(&pairs)?) {
@@ -109,15 +109,15 @@ pub(super) fn differing_from(before: &Model, after: &Model, names: &[&str]) -> V
 }
 
 /// A tensor now, and its published bytes at an offset of a file.
-struct Pair<'a> {
+struct Published<'a> {
     now: RawSlice<'a>,
     file: &'a File,
     path: &'a Path,
     offset: u64,
 }
 
-/// Compares all pairs, in parallel: bytewise, a NaN's payload and the sign of zero included.
-fn differing(pairs: &[Pair<'_>]) -> Result<Vec<bool>> {
+/// Compares all of them, in parallel: bytewise, a NaN's payload and the sign of zero included.
+fn differing(pairs: &[Published<'_>]) -> Result<Vec<bool>> {
     /// Bytes compared at once: both sides stay in the nearest caches.
     const STEP: usize = 128 << 10;
     let found: Vec<AtomicBool> = pairs.iter().map(|_| AtomicBool::new(false)).collect();
@@ -125,7 +125,7 @@ fn differing(pairs: &[Pair<'_>]) -> Result<Vec<bool>> {
         let len = pair.now.len();
         (0..len).step_by(map::CHUNK).map(move |start| (pair, found, start..len.min(start + map::CHUNK)))
     });
-    work::each_in_parallel(jobs.collect(), |(pair, found, range): (&Pair<'_>, &AtomicBool, _)| {
+    work::each_in_parallel(jobs.collect(), |(pair, found, range): (&Published<'_>, &AtomicBool, _)| {
         let range: std::ops::Range<usize> = range;
         let (mut now, mut published) = (vec![0; STEP.min(range.len())], vec![0; STEP.min(range.len())]);
         for start in range.clone().step_by(STEP) {

@@ -7,7 +7,7 @@ use std::ops::Range;
 
 /// What is to be changed in a header.
 #[derive(Debug, Clone, Default)]
-pub(crate) struct Changes {
+pub(crate) struct HeaderChanges {
     /// New values of metadata keys; `None` takes the key away.
     pub(crate) metadata: BTreeMap<String, Option<String>>,
     /// New names of tensors, by their old ones.
@@ -43,7 +43,7 @@ enum Comma {
 
 impl<'h> Pieces<'h> {
     /// `header`, which has been parsed and found right, with these changes. `None` for what is no JSON object.
-    pub(crate) fn of(header: &'h str, changes: &Changes) -> Option<Self> {
+    pub(crate) fn of(header: &'h str, changes: &HeaderChanges) -> Option<Self> {
         let mut made = Self { pieces: Vec::new(), metadata_end: None };
         let top = Object::read(header, 0)?;
         made.keep(header, top.open..top.open + 1);
@@ -74,7 +74,12 @@ impl<'h> Pieces<'h> {
     }
 
     /// The metadata's object, new where there is none.
-    fn metadata(&mut self, header: &'h str, value: Option<Range<usize>>, changes: &Changes) -> Option<()> {
+    fn metadata(
+        &mut self,
+        header: &'h str,
+        value: Option<Range<usize>>,
+        changes: &HeaderChanges,
+    ) -> Option<()> {
         let object = match &value {
             Some(value) if header[value.clone()].starts_with('{') => Some(Object::read(header, value.start)?),
             _ => None,
@@ -286,8 +291,8 @@ fn json(text: &str) -> String {
 mod tests {
     use super::*;
 
-    fn changes(metadata: &[(&str, Option<&str>)], names: &[(&str, &str)]) -> Changes {
-        Changes {
+    fn changes(metadata: &[(&str, Option<&str>)], names: &[(&str, &str)]) -> HeaderChanges {
+        HeaderChanges {
             metadata: metadata.iter().map(|(k, v)| ((*k).into(), v.map(Into::into))).collect(),
             names: names.iter().map(|(a, b)| ((*a).into(), (*b).into())).collect(),
         }

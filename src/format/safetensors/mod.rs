@@ -26,7 +26,7 @@ mod json;
 mod scan;
 mod write;
 
-pub(crate) use edit::{Changes, Pieces};
+pub(crate) use edit::{HeaderChanges, Pieces};
 pub(crate) use write::{encode, encode_placed, finish, metadata_len, padded, texts};
 
 use crate::error::{Error, Result};

@@ -20,7 +20,7 @@ pub(in crate::python) fn arrays<'py>(
     let dict = PyDict::new(py);
     let mut bad = Vec::new();
     for (shard, index, info) in parts.infos() {
-        let (memory, offset) = py.detach(|| parts.place(shard, index, &info))?;
+        let (memory, offset) = py.detach(|| parts.memory_of(shard, index, &info))?;
         let array = Array {
             memory: &memory,
             offset,

@@ -31,7 +31,7 @@ pub(super) fn lock_range(path: &Path, ptr: *const u8, len: usize, moving: &Movin
 }
 
 /// Held while pages of a mapping are put in the place of others, which are locked afterwards as those were: who locks
-/// or unlocks meanwhile would do so to pages that go. Who only reads or writes never waits.
+/// or unlocks meanwhile would do so to pages that go. Reading and writing never wait.
 #[derive(Debug, Default)]
 pub(super) struct Moving {
     still: Mutex<()>,
