@@ -21,7 +21,7 @@ pub struct Reshaped {
     pub to: (DType, Vec<usize>),
 }
 
-/// How a second model differs from a first: what [`diff`] finds.
+/// How a second model differs from a first: what [`diff`](crate::diff()) finds.
 ///
 /// ```
 /// # let a = maptensors::Model::read("models/digits.safetensors")?;

@@ -6,7 +6,7 @@ use crate::error::{Error, Result};
 use crate::layout::Catalog;
 use std::collections::HashMap;
 
-/// What is checked when a model is opened: see [`OpenOptions::verify`](super::OpenOptions::verify).
+/// What is checked when a model is opened: see [`OpenOptions::verify`](crate::OpenOptions::verify).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 #[non_exhaustive]

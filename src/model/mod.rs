@@ -34,6 +34,8 @@ pub use stream::Stream;
 pub use tensors::Tensors;
 
 use crate::diff::Contents;
+#[cfg(doc)]
+use crate::error::Error;
 use crate::error::Result;
 use crate::layout::{Catalog, Layout, Metadata, Shard, TensorInfo};
 use crate::map::{Mapping, Memory};

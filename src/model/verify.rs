@@ -1,6 +1,8 @@
 //! Checking a model against the checksums that it carries.
 
 use super::Model;
+#[cfg(doc)]
+use crate::error::Error;
 use crate::error::Result;
 
 impl Model {

@@ -18,7 +18,7 @@ const BUDGET: u64 = 1 << 30;
 /// Threads that read ahead: a disk is busy with fewer than a memory bus.
 const READERS: usize = 4;
 
-/// How to stream a model's tensors; [`Model::stream`] takes it.
+/// How to stream a model's tensors; [`Model::stream`](crate::Model::stream) takes it.
 ///
 /// ```
 /// use maptensors::{Model, Order, Select, StreamOptions};

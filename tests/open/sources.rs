@@ -166,7 +166,7 @@ fn a_window_is_of_every_source_that_is_one_file_and_refused_for_a_set() {
     for (way, found) in sources.all(&OpenOptions::new().window(515..len - 100), false) {
         assert!(found.unwrap() == expected(), "{way}");
     }
-    for (way, found) in sources.all(&OpenOptions::new().window(515..len + 1), false) {
+    for (way, found) in sources.all(&OpenOptions::new().window(515..=len), false) {
         assert!(matches!(found, Err(Error::Truncated { .. })), "{way}: {:?}", found.err());
     }
     #[allow(clippy::reversed_empty_ranges)]
