@@ -128,3 +128,10 @@ def _metadata(tensors: object, metadata: Mapping[str, str] | None) -> Mapping[st
     if metadata is None and isinstance(tensors, _native.Model) and tensors.has_metadata:
         return tensors.metadata
     return metadata
+
+
+def loads_bytes(data: bytes) -> _native.Model:
+    """As :func:`loads`, of ``bytes`` alone, as safetensors' ``load``."""
+    if not isinstance(data, bytes):
+        raise TypeError(f"load takes bytes, not {type(data).__name__}; maptensors.loads takes any buffer")
+    return _native.loads(data)

@@ -32,7 +32,7 @@ def save_file(
 
 def load(data: bytes) -> dict[str, jax.Array]:
     """Return the arrays in the bytes of a safetensors file."""
-    return _native.loads(data).jax()
+    return _api.loads_bytes(data).jax()
 
 
 def load_file(filename: str | os.PathLike[str], *, backend: str = "mmap") -> dict[str, jax.Array]:

@@ -33,7 +33,7 @@ def save_file(
 
 def load(data: bytes) -> dict[str, np.ndarray]:
     """Return the arrays in the bytes of a safetensors file, copied once."""
-    return _native.loads(data).numpy()
+    return _api.loads_bytes(data).numpy()
 
 
 def load_file(filename: str | os.PathLike[str], *, backend: str = "mmap") -> dict[str, np.ndarray]:

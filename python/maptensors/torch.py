@@ -48,7 +48,7 @@ def save_file(
 
 def load(data: bytes) -> dict[str, torch.Tensor]:
     """Return the tensors in the bytes of a safetensors file, copied once."""
-    return _native.loads(data).torch()
+    return _api.loads_bytes(data).torch()
 
 
 def load_file(
