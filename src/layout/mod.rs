@@ -15,7 +15,6 @@ mod value;
 
 pub(crate) use catalog::{Catalog, Shard};
 pub(crate) use check::{Parts, Rules};
-#[cfg(feature = "python")]
 pub(crate) use check::{checked_nbytes, elements};
 pub use format::Format;
 pub use iter::TensorInfos;

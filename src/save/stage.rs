@@ -43,6 +43,7 @@ pub(crate) fn plan<T: SaveTensor>(tensors: &[(String, T)], metadata: Option<&Met
 ///
 /// # Errors
 /// As [`fill`].
+#[cfg_attr(not(feature = "python"), allow(unused_variables))]
 pub(crate) fn stage<T: SaveTensor>(mut draft: Draft, tensors: &[(String, T)]) -> Result<Staged> {
     let later = fill(&mut draft, tensors)?;
     #[cfg(feature = "python")]
