@@ -23,7 +23,7 @@ demo: $(VENV)/.wheel-release ## Map, run, fine-tune and save a real model
 # Rust is built with one set of features. The python feature is part of it where this Python comes with a library to link
 # against; where it does not (Debian's without its -dev package), clippy still checks it and pytest runs it.
 LIBDIR = $(shell $(BIN)/python tools/libpython.py)
-FEATURES = $(if $(LIBDIR),--all-features,--features cli)
+FEATURES = $(if $(LIBDIR),--all-features,--features "cli serde safetensors")
 PYTHON_ENV = PYO3_PYTHON=$(CURDIR)/$(BIN)/python $(if $(LIBDIR),LD_LIBRARY_PATH="$(LIBDIR):$$LD_LIBRARY_PATH")
 
 # What was skipped, by Rust and by Python: tools/skips.py compares it with tests/skips.txt.

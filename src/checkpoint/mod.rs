@@ -458,35 +458,33 @@ impl Checkpointer {
         let (mut size, mut ready) = (None, Ready::No);
         #[cfg(feature = "python")]
         let mut later = Vec::new();
-        let commit = match self.options.max_shard_size.filter(|limit| bytes > *limit) {
-            Some(limit) => {
+        let limit = self.options.max_shard_size.filter(|limit| bytes > *limit);
+        let commit = if let Some(limit) = limit {
+            #[cfg(feature = "python")]
+            let brought = std::cell::RefCell::new(&mut later);
+            let write = |part: Range<usize>, path: &Path| -> Result<_> {
+                let tensors = &tensors[part.clone()];
+                let staged = stage(options.create(path, &plan(tensors, Some(&all))?)?, tensors)?;
                 #[cfg(feature = "python")]
-                let brought = std::cell::RefCell::new(&mut later);
-                let write = |part: Range<usize>, path: &Path| -> Result<_> {
-                    let draft = options.create(path, &plan(&tensors[part.clone()], Some(&all))?)?;
-                    let staged = stage(draft, &tensors[part.clone()])?;
-                    #[cfg(feature = "python")]
-                    brought.borrow_mut().extend(staged.later.into_iter().map(|mut later| {
-                        later.tensor += part.start;
-                        later
-                    }));
-                    Ok(staged.commit)
-                };
-                let mut shared = all.clone();
-                // Those of each file.
-                shared.remove(crate::diff::digest::CHECKSUMS);
-                let durable = options.is_durable();
-                let set = sharded::stage(dir, &sizes, &path, limit, Some(&shared), durable, write)?;
-                Box::new(move || set.commit().map(|()| None))
-            }
-            None => {
-                let (draft, made) = self.queue.draft(&path, &plan(tensors, Some(&all))?, &options)?;
-                (size, ready) = (Some(draft.layout().file_len()), made);
-                let staged: Staged = stage(draft, tensors)?;
-                #[cfg(feature = "python")]
-                later.extend(staged.later);
-                staged.commit
-            }
+                brought.borrow_mut().extend(staged.later.into_iter().map(|mut later| {
+                    later.tensor += part.start;
+                    later
+                }));
+                Ok(staged.commit)
+            };
+            let mut shared = all.clone();
+            // Those of each file.
+            shared.remove(crate::diff::digest::CHECKSUMS);
+            let durable = options.is_durable();
+            let set = sharded::stage(dir, &sizes, &path, limit, Some(&shared), durable, write)?;
+            Box::new(move || set.commit().map(|()| None))
+        } else {
+            let (draft, made) = self.queue.draft(&path, &plan(tensors, Some(&all))?, &options)?;
+            (size, ready) = (Some(draft.layout().file_len()), made);
+            let staged: Staged = stage(draft, tensors)?;
+            #[cfg(feature = "python")]
+            later.extend(staged.later);
+            staged.commit
         };
         let job = queue::Job {
             commit,

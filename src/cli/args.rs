@@ -373,7 +373,7 @@ impl ChangeArgs {
             {
                 return Err(format!("--set {}: it is set twice, to two values", quote(&key)).into());
             }
-            edit = edit.set(key, value);
+            edit = edit.metadata(key, value);
         }
         for key in self.unset {
             if keys.contains_key(&key) {

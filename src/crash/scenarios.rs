@@ -239,7 +239,7 @@ pub(super) const SCENARIOS: [Scenario; 22] = [
         prepare: |dir| one(&model(dir), 1).unwrap(),
         saves: 1,
         save: |dir, i, saved| {
-            let edited = HeaderEdit::new().set("generation", i.to_string()).apply(model(dir))?;
+            let edited = HeaderEdit::new().metadata("generation", i.to_string()).apply(model(dir))?;
             // A refused operation on the way may lead to the other.
             assert_ne!(edited, Edited::Unchanged);
             said(Ok(()), i, saved)
@@ -366,7 +366,7 @@ pub(super) fn two_places(dir: &Path) {
 }
 
 pub(super) fn edit_two_places(generation: u8) -> HeaderEdit {
-    HeaderEdit::new().set("generation", generation.to_string()).set("zz", generation.to_string())
+    HeaderEdit::new().metadata("generation", generation.to_string()).metadata("zz", generation.to_string())
 }
 
 pub(super) fn scenario(name: &str) -> &'static Scenario {

@@ -93,7 +93,7 @@ pub(super) fn edit(
 ) -> PyResult<&'static str> {
     let mut edit = HeaderEdit::new().durable(durable);
     for (key, value) in metadata {
-        edit = edit.set(key, value);
+        edit = edit.metadata(key, value);
     }
     for key in remove {
         edit = edit.remove(key);

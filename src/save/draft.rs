@@ -352,12 +352,11 @@ impl Draft {
         };
         cancel::check().map_err(bringing)?;
         let mut copy = Vec::new();
-        let to = match &mut self.memory {
-            Some(memory) => &mut memory.as_bytes_mut()[bytes],
-            None => {
-                copy.resize(bytes.len(), 0);
-                &mut copy[..]
-            }
+        let to = if let Some(memory) = &mut self.memory {
+            &mut memory.as_bytes_mut()[bytes]
+        } else {
+            copy.resize(bytes.len(), 0);
+            &mut copy[..]
         };
         let found = write(to).map_err(bringing)? as u64;
         if found != expected {

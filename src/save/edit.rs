@@ -4,8 +4,7 @@ use super::Pending;
 use crate::diff::digest::{self, CHECKSUMS};
 use crate::error::{Error, Result};
 use crate::format::safetensors::{self, HeaderChanges, PREFIX_LEN, Pieces};
-use crate::layout::Layout;
-use crate::layout::{Catalog, Shard};
+use crate::layout::{Catalog, Layout, Metadata, Shard, Value};
 use crate::os;
 use crate::os::disk::{self, Dir};
 use crate::os::lease;
@@ -30,18 +29,20 @@ use std::path::Path;
 ///
 /// # let path = std::env::temp_dir().join("maptensors-doc-header.safetensors");
 /// # Model::read("models/digits.safetensors")?.save(&path)?;
-/// let edit = HeaderEdit::new().set("license", "MIT").rename("fc1.weight", "first.weight");
+/// let edit = HeaderEdit::new().metadata("license", "MIT").rename("fc1.weight", "first.weight");
 /// edit.apply(&path)?;
 /// let model = Model::read(&path)?;
 /// assert_eq!(model.metadata()["license"], "MIT");
 /// assert!(model.contains("first.weight") && !model.contains("fc1.weight"));
-/// assert_eq!(HeaderEdit::new().set("license", "MIT").apply(&path)?, Edited::Unchanged);
+/// assert_eq!(HeaderEdit::new().metadata("license", "MIT").apply(&path)?, Edited::Unchanged);
 /// # std::fs::remove_file(path).unwrap();
 /// # Ok::<(), maptensors::Error>(())
 /// ```
 #[derive(Debug, Clone)]
 pub struct HeaderEdit {
     changes: HeaderChanges,
+    /// Values that are no text, with which the edit is refused.
+    typed: Metadata,
     durable: bool,
 }
 
@@ -50,7 +51,7 @@ pub struct HeaderEdit {
 /// ```
 /// # let path = std::env::temp_dir().join("maptensors-doc-edited.safetensors");
 /// # maptensors::Model::read("models/digits.safetensors")?.save(&path)?;
-/// let edited = maptensors::HeaderEdit::new().set("step", "1000").apply(&path)?;
+/// let edited = maptensors::HeaderEdit::new().metadata("step", "1000").apply(&path)?;
 /// println!("{path:?} was {}", if edited == maptensors::Edited::InPlace { "edited" } else { "written anew" });
 /// # std::fs::remove_file(path).unwrap();
 /// # Ok::<(), maptensors::Error>(())
@@ -69,7 +70,7 @@ pub enum Edited {
 
 impl Default for HeaderEdit {
     fn default() -> Self {
-        Self { changes: HeaderChanges::default(), durable: true }
+        Self { changes: HeaderChanges::default(), typed: Metadata::new(), durable: true }
     }
 }
 
@@ -81,15 +82,23 @@ impl HeaderEdit {
 
     /// Sets a metadata entry. Of several changes to one key the last counts.
     #[must_use]
-    pub fn set(mut self, key: impl Into<String>, value: impl Into<String>) -> Self {
-        self.changes.metadata.insert(key.into(), Some(value.into()));
+    pub fn metadata(mut self, key: impl Into<String>, value: impl Into<Value>) -> Self {
+        let (key, value) = (key.into(), value.into());
+        self.typed.remove(&key);
+        if let Value::String(text) = value {
+            self.changes.metadata.insert(key, Some(text));
+        } else {
+            self.typed.insert(key, value);
+        }
         self
     }
 
     /// Removes a metadata entry.
     #[must_use]
     pub fn remove(mut self, key: impl Into<String>) -> Self {
-        self.changes.metadata.insert(key.into(), None);
+        let key = key.into();
+        self.typed.remove(&key);
+        self.changes.metadata.insert(key, None);
         self
     }
 
@@ -113,10 +122,11 @@ impl HeaderEdit {
     /// # Errors
     /// Those of reading the header ([`Model::open`](crate::Model::open)); [`Error::Missing`] for a tensor that is
     /// not there; [`Error::Duplicate`] for a name that two tensors would have; [`Error::Argument`] for a metadata
-    /// key to remove that is not there, for the name `__metadata__` and for an index; [`Error::Limit`] for a header that
+    /// key to remove that is not there, for a value that is no string, for the name `__metadata__` and for an index; [`Error::Limit`] for a header that
     /// no reader would accept. [`Error::Io`]: the file is as it was. [`Error::NotDurable`].
     pub fn apply(&self, path: impl AsRef<Path>) -> Result<Edited> {
         let path = path.as_ref();
+        safetensors::texts(&self.typed)?;
         if path.as_os_str().as_encoded_bytes().ends_with(b".index.json") {
             let why = "is an index, and has no header: edit the files that it names";
             let path = crate::error::printable(&path.to_string_lossy());
@@ -328,11 +338,23 @@ mod tests {
     }
 
     #[test]
+    fn a_value_that_is_no_string_is_refused_by_name_and_one_that_follows_counts() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = file(dir.path(), &[("a", "1")], 2);
+        let before = std::fs::read(&path).unwrap();
+        let edit = HeaderEdit::new().metadata("step", 3u64);
+        let error = edit.apply(&path).unwrap_err().to_string();
+        assert!(error.contains("step") && error.contains("strings alone"), "{error}");
+        assert_eq!(std::fs::read(&path).unwrap(), before);
+        assert_ne!(edit.metadata("step", "3").apply(&path).unwrap(), Edited::Unchanged);
+    }
+
+    #[test]
     fn what_was_canceled_writes_nothing_in_place_either() {
         let dir = tempfile::tempdir().unwrap();
         let path = file(dir.path(), &[("step", "0001")], 2);
         let before = std::fs::read(&path).unwrap();
-        let edit = HeaderEdit::new().set("step", "0002");
+        let edit = HeaderEdit::new().metadata("step", "0002");
         let cancel = cancel::Cancel::default();
         cancel.cancel();
         assert!(cancel::under(Some(cancel), || edit.apply(&path)).is_err());
@@ -350,23 +372,35 @@ mod tests {
                 "grows into the padding",
                 &[("a", "1")][..],
                 2,
-                HeaderEdit::new().set("a", "12"),
+                HeaderEdit::new().metadata("a", "12"),
                 Edited::InPlace,
             ),
-            ("shrinks", &[("a", "12")], 100, HeaderEdit::new().set("a", "1"), Edited::InPlace),
+            ("shrinks", &[("a", "12")], 100, HeaderEdit::new().metadata("a", "1"), Edited::InPlace),
             ("goes", &[("a", "1"), ("b", "2")], 100, HeaderEdit::new().remove("a"), Edited::InPlace),
             ("a name of the same length", &[], 100, HeaderEdit::new().rename("t5", "u5"), Edited::InPlace),
-            ("says so already", &[("a", "1")], 2, HeaderEdit::new().set("a", "1"), Edited::Unchanged),
-            ("pushes all tensors", &[("a", "1")], 100, HeaderEdit::new().set("a", "12"), Edited::Rewritten),
+            ("says so already", &[("a", "1")], 2, HeaderEdit::new().metadata("a", "1"), Edited::Unchanged),
+            (
+                "pushes all tensors",
+                &[("a", "1")],
+                100,
+                HeaderEdit::new().metadata("a", "12"),
+                Edited::Rewritten,
+            ),
             (
                 "two sectors",
                 &[("a", "1")],
                 100,
-                HeaderEdit::new().set("a", "2").rename("t99", "u99"),
+                HeaderEdit::new().metadata("a", "2").rename("t99", "u99"),
                 Edited::Rewritten,
             ),
-            ("outgrows the header", &[("a", "1")], 2, HeaderEdit::new().set("a", &*long), Edited::Rewritten),
-            ("is new", &[], 100, HeaderEdit::new().set("a", "1"), Edited::Rewritten),
+            (
+                "outgrows the header",
+                &[("a", "1")],
+                2,
+                HeaderEdit::new().metadata("a", &*long),
+                Edited::Rewritten,
+            ),
+            ("is new", &[], 100, HeaderEdit::new().metadata("a", "1"), Edited::Rewritten),
         ] {
             let path = file(dir.path(), metadata, tensors);
             let before = Model::read(&path).unwrap();
@@ -404,12 +438,12 @@ mod tests {
     fn a_file_once_rewritten_has_room_for_edits_in_place() {
         let dir = tempfile::tempdir().unwrap();
         let path = file(dir.path(), &[], 1000);
-        let set = |value: &str| HeaderEdit::new().set("step", value).apply(&path).unwrap();
+        let set = |value: &str| HeaderEdit::new().metadata("step", value).apply(&path).unwrap();
         assert_eq!(set("1"), Edited::Rewritten);
         for value in ["10", "100", "1000000", "2"] {
             assert_eq!(set(value), Edited::InPlace, "{value}");
         }
-        assert_eq!(HeaderEdit::new().set("other", "key").apply(&path).unwrap(), Edited::InPlace);
+        assert_eq!(HeaderEdit::new().metadata("other", "key").apply(&path).unwrap(), Edited::InPlace);
         assert_eq!(Model::read(&path).unwrap().metadata().len(), 2);
     }
 
@@ -433,7 +467,7 @@ mod tests {
         let model = Model::read(&path).unwrap();
         assert_eq!(model.tensor("t0").unwrap().shape(), [2]);
         assert_eq!(model.tensor("t1").unwrap().shape(), [1]);
-        let edit = HeaderEdit::new().set("a", "2");
+        let edit = HeaderEdit::new().metadata("a", "2");
         assert_eq!(edit.apply(dir.path()).unwrap_err().kind().name(), "NotRegular");
         assert_eq!(edit.apply(dir.path().join("gone")).unwrap_err().kind().name(), "Io");
     }

@@ -43,6 +43,7 @@ pub(crate) fn plan<T: SaveTensor>(tensors: &[(String, T)], metadata: Option<&Met
 ///
 /// # Errors
 /// As [`fill`].
+#[cfg_attr(not(feature = "python"), allow(unused_variables))]
 pub(crate) fn stage<T: SaveTensor>(mut draft: Draft, tensors: &[(String, T)]) -> Result<Staged> {
     let later = fill(&mut draft, tensors)?;
     #[cfg(not(feature = "python"))]
@@ -71,13 +72,14 @@ pub(crate) fn stage<T: SaveTensor>(mut draft: Draft, tensors: &[(String, T)]) ->
 /// # Errors
 /// [`Error::Shape`](crate::Error::Shape) for bytes that are not as many as the tensor's;
 /// [`Error::Io`](crate::Error::Io).
+// Without Python nothing comes later.
+#[cfg_attr(not(feature = "python"), allow(unused_mut, unused_variables))]
 pub(super) fn fill<T: SaveTensor>(draft: &mut Draft, tensors: &[(String, T)]) -> Result<Vec<usize>> {
     // What lies in memory is filled in one parallel go at the end; what has to be brought is filled at once, so that no
     // two such copies exist together.
     let mut lying = Vec::with_capacity(tensors.len());
-    #[allow(unused_mut)] // Without Python there is none.
     let mut later = Vec::new();
-    for (_at, (name, tensor)) in tensors.iter().enumerate() {
+    for (at, (name, tensor)) in tensors.iter().enumerate() {
         // Planned just now, from these very names.
         let index = draft.layout().position(name).unwrap_or_default();
         match tensor.bytes().0 {
@@ -88,7 +90,7 @@ pub(super) fn fill<T: SaveTensor>(draft: &mut Draft, tensors: &[(String, T)]) ->
             Kind::Later => {
                 // Nothing is in the file yet: Python's tensors lie in memory, or come later.
                 draft.materialize()?;
-                later.push(_at);
+                later.push(at);
             }
         }
     }

@@ -10,7 +10,7 @@ use super::store::{CONTROL, Store, damaged};
 use super::user::{self, User};
 use crate::diff::{Contents, Span};
 use crate::error::{Error, Result, quote};
-use crate::layout::{Metadata, elements};
+use crate::layout::{Metadata, Value, elements};
 use crate::map::RawSlice;
 use crate::model::ModelMut;
 use crate::os::ExclusiveFile;
@@ -35,11 +35,12 @@ use std::sync::Arc;
 pub struct PublishOptions {
     mode: u32,
     recycle: bool,
+    metadata: Metadata,
 }
 
 impl Default for PublishOptions {
     fn default() -> Self {
-        Self { mode: 0o600, recycle: true }
+        Self { mode: 0o600, recycle: true, metadata: Metadata::new() }
     }
 }
 
@@ -63,6 +64,33 @@ impl PublishOptions {
     #[must_use]
     pub fn recycle(mut self, recycle: bool) -> Self {
         self.recycle = recycle;
+        self
+    }
+
+    /// Adds one entry to the metadata of the generations; a key given again is replaced. Later ones may have other
+    /// metadata: [`Publisher::set_metadata`].
+    ///
+    /// ```
+    /// # let place = std::env::temp_dir().join(format!("maptensors-doc-noted-{}", std::process::id()));
+    /// # let model = maptensors::Model::read("models/digits.safetensors")?;
+    /// let mut publisher = maptensors::PublishOptions::new().metadata("run", "a").open(&place)?;
+    /// publisher.publish(model.tensors().map(|t| (t.name(), t)))?;
+    /// // SAFETY: only publishers write to the publication's files.
+    /// let subscriber = unsafe { maptensors::Subscriber::attach(&place)? };
+    /// assert_eq!(subscriber.model().metadata()["run"], "a");
+    /// # publisher.remove()?;
+    /// # Ok::<(), maptensors::Error>(())
+    /// ```
+    #[must_use]
+    pub fn metadata(mut self, key: impl Into<String>, value: impl Into<Value>) -> Self {
+        self.metadata.insert(key, value);
+        self
+    }
+
+    /// Replaces all of that metadata.
+    #[must_use]
+    pub fn all_metadata(mut self, metadata: impl Into<Metadata>) -> Self {
+        self.metadata = metadata.into();
         self
     }
 
@@ -158,7 +186,7 @@ impl Publisher {
             belongs_to,
             recycle: options.recycle && cfg!(target_os = "linux"),
             draft: DraftOptions::new().durable(false).mode(options.mode),
-            metadata: Metadata::new(),
+            metadata: options.metadata.clone(),
             generation: state.generation,
             next: 0,
             listed: Vec::new(),

@@ -403,7 +403,7 @@ fn too_much_metadata_is_not_told_to_split_the_tensors() {
     assert_eq!(error.kind().name(), "Limit");
     assert!(error.to_string().contains("metadata") && !error.to_string().contains("shard"), "{error}");
     save(maptensors::SaveOptions::new()).unwrap();
-    let edit = maptensors::HeaderEdit::new().set("k", "x".repeat(100_000_001));
+    let edit = maptensors::HeaderEdit::new().metadata("k", "x".repeat(100_000_001));
     let error = edit.apply(&path).unwrap_err();
     assert!(error.to_string().contains("metadata") && !error.to_string().contains("shard"), "{error}");
 }

@@ -82,8 +82,8 @@ fn times_copies_and_edits_do_not_change_which_was_saved_last() {
         date(&checkpoints.path(step), now);
     }
     resumes_from(dir.path(), 90);
-    maptensors::HeaderEdit::new().set("best", "yes").apply(checkpoints.path(500)).unwrap();
-    maptensors::HeaderEdit::new().set("note", "x".repeat(100_000)).apply(checkpoints.path(100)).unwrap();
+    maptensors::HeaderEdit::new().metadata("best", "yes").apply(checkpoints.path(500)).unwrap();
+    maptensors::HeaderEdit::new().metadata("note", "x".repeat(100_000)).apply(checkpoints.path(100)).unwrap();
     resumes_from(dir.path(), 90);
     let copy = tempfile::tempdir().unwrap();
     for step in [90, 100, 500] {

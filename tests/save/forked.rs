@@ -364,7 +364,7 @@ fn a_header_is_edited_by_a_child_as_by_anybody() {
     alone("a_header_is_edited_by_a_child_as_by_anybody", |dir| {
         let path = dir.join("model.safetensors");
         Model::read("models/digits.safetensors").unwrap().save(&path).unwrap();
-        let edit = HeaderEdit::new().set("step", "1").set("long", "x".repeat(5000));
+        let edit = HeaderEdit::new().metadata("step", "1").metadata("long", "x".repeat(5000));
         forked(|| assert_eq!(edit.apply(&path).unwrap(), maptensors::Edited::Rewritten));
         assert_eq!(Model::read(&path).unwrap().metadata()["step"], "1");
         assert_eq!(listing(dir), ["model.safetensors"]);

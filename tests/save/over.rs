@@ -229,7 +229,7 @@ impl Writer {
                 let delta = [Model::read(at("one.delta.safetensors")).unwrap()];
                 said(materialize(open(&at("set")), &delta, out))
             }
-            Self::Header => said(HeaderEdit::new().set("k", "v").apply(out).map(drop)),
+            Self::Header => said(HeaderEdit::new().metadata("k", "v").apply(out).map(drop)),
             Self::CommandDelta => command(root, &["delta", "base.safetensors", "./new.safetensors"], out),
             Self::CommandApply => {
                 command(root, &["apply", "./base.safetensors", "one.delta.safetensors"], out)

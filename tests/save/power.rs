@@ -52,7 +52,7 @@ fn what_is_said_to_be_durable_is_on_the_disk() {
         for step in 7..=9u8 {
             checkpoints.save([("w", bytes_tensor(&vec![step; LEN]))], step.into()).unwrap();
         }
-        let edit = HeaderEdit::new().set("long", "x".repeat(8192));
+        let edit = HeaderEdit::new().metadata("long", "x".repeat(8192));
         edit.apply(at("new.safetensors")).unwrap();
 
         let Some(after) = disk.after_power_loss(TEST) else { continue };
