@@ -121,7 +121,7 @@ mod tests {
         let layout = layout.tensor("c", DType::U8, &[0]).tensor("d", DType::U8, &[3]).build().unwrap();
         let kept = layout.keeping(|info| info.name() != "a");
         assert_eq!((kept.len(), kept.data_len()), (3, layout.data_len()));
-        for info in layout.iter() {
+        for info in &layout {
             assert_eq!(kept.get(info.name()), Some(info).filter(|info| info.name() != "a"));
         }
         assert!(layout.keeping(|_| false).is_empty());

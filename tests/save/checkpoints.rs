@@ -15,7 +15,9 @@ fn save(checkpoints: &Checkpointer, step: u64) -> maptensors::Result<maptensors:
     checkpoints.save(views(&bytes), step)
 }
 
-fn views(bytes: &[u8]) -> [(&'static str, (DType, [usize; 1], &[u8])); 2] {
+type Raw<'a> = (DType, [usize; 1], &'a [u8]);
+
+fn views(bytes: &[u8]) -> [(&'static str, Raw<'_>); 2] {
     [("a", bytes_tensor(&bytes[..LEN / 2])), ("b", bytes_tensor(&bytes[LEN / 2..]))]
 }
 

@@ -59,7 +59,9 @@ fn zoo() -> Vec<(String, DType, Vec<usize>, Vec<u8>)> {
 
 type Zoo = [(String, DType, Vec<usize>, Vec<u8>)];
 
-fn views(zoo: &Zoo) -> Vec<(&str, (DType, &[usize], &[u8]))> {
+type Raw<'a> = (DType, &'a [usize], &'a [u8]);
+
+fn views(zoo: &Zoo) -> Vec<(&str, Raw<'_>)> {
     zoo.iter().map(|(name, dtype, shape, bytes)| (name.as_str(), (*dtype, &shape[..], &bytes[..]))).collect()
 }
 

@@ -181,6 +181,8 @@ fn every_way_to_save_takes_every_kind_of_tensor() {
     }
 }
 
+type Case = (&'static str, fn() -> Numbers, &'static str);
+
 #[test]
 fn a_tensor_that_is_not_what_it_says_is_refused_and_nothing_is_left() {
     let with = |how, change: fn(&mut Vec<u8>)| {
@@ -188,7 +190,7 @@ fn a_tensor_that_is_not_what_it_says_is_refused_and_nothing_is_left() {
         change(&mut tensor.values);
         tensor
     };
-    let cases: &[(&str, fn() -> Numbers, &str)] = &[
+    let cases: &[Case] = &[
         ("short", || Numbers::new(1000, How::Wrote(1999)), "1999"),
         ("nothing", || Numbers::new(1000, How::Wrote(0)), "0 bytes"),
         ("more", || Numbers::new(1000, How::Wrote(2001)), "2001"),

@@ -51,7 +51,7 @@ pub(super) fn base(py: Python<'_>) -> PyResult<&'static Base> {
     })
 }
 
-/// Calls a function with one argument. (Through the stable ABI of Python 3.11, PyO3 makes a tuple for each call.)
+/// Calls a function with one argument. (Through the stable ABI of Python 3.11, `PyO3` makes a tuple for each call.)
 pub(super) fn call_one<'py>(
     function: &Py<PyAny>,
     argument: &Bound<'py, PyAny>,
