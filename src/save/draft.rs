@@ -357,7 +357,7 @@ impl Draft {
         let to = match &mut self.memory {
             Some(memory) if in_place => &mut memory.as_bytes_mut()[bytes],
             _ => {
-                copy.resize(bytes.len(), 0);
+                copy = vec![0; bytes.len()];
                 &mut copy[..]
             }
         };
