@@ -352,11 +352,14 @@ impl Draft {
         };
         cancel::check().map_err(bringing)?;
         let mut copy = Vec::new();
-        let to = if let Some(memory) = &mut self.memory {
-            &mut memory.as_bytes_mut()[bytes]
-        } else {
-            copy.resize(bytes.len(), 0);
-            &mut copy[..]
+        // The small pages of a file in memory fault one by one, which costs more than a copy.
+        let in_place = !(self.mapped && self.pending.file().is_memory());
+        let to = match &mut self.memory {
+            Some(memory) if in_place => &mut memory.as_bytes_mut()[bytes],
+            _ => {
+                copy = vec![0; bytes.len()];
+                &mut copy[..]
+            }
         };
         let found = write(to).map_err(bringing)? as u64;
         if found != expected {
