@@ -64,7 +64,7 @@ lint: $(VENV)/.wheel-dev $(VENV)/.lint ## Check formatting, lints, documentation
 	$(begin)
 	$(TIMED) $(CARGO) fmt --check
 	$(TIMED) env PYO3_PYTHON=$(CURDIR)/$(BIN)/python $(CARGO) clippy --all-targets --all-features --quiet -- -D warnings
-	$(TIMED) env RUSTDOCFLAGS="-D warnings" $(CARGO) doc --no-deps --quiet --features cli
+	$(TIMED) env RUSTDOCFLAGS="-D warnings" $(CARGO) doc --no-deps --quiet --features "cli serde safetensors"
 	$(TIMED) $(BIN)/ruff check
 	$(TIMED) $(BIN)/ruff format --check
 	$(TIMED) $(BIN)/mypy

@@ -140,7 +140,7 @@
 //! [`Backing`], [`Advice`], [`Split`], [`Verify`]. `safetensors` saves what is a `View` of the `safetensors` crate, version
 //! 0.8 (`FromView`), and converts between its `Dtype` and [`DType`].
 //!
-//! [`f16`] and [`bf16`] are those of the `half` crate, version 2; [`Complex32`] is that of `num-complex`, version 0.4.
+//! [`struct@f16`] and [`bf16`] are those of the `half` crate, version 2; [`Complex32`] is that of `num-complex`, version 0.4.
 
 // The demo's walk is one text, compiled into the example and the command: both call the crate by name.
 #[cfg(feature = "cli")]
