@@ -1,9 +1,8 @@
 //! Going through a layout, and planning one from what an iterator gives.
 
-use super::{Layout, LayoutBuilder, TensorInfo};
+use super::{Entry, Layout, LayoutBuilder, TensorInfo};
 use crate::dtype::DType;
 use std::iter::FusedIterator;
-use std::ops::Range;
 
 /// The tensors of a layout, in file order: see [`Layout::iter`].
 ///
@@ -18,12 +17,12 @@ use std::ops::Range;
 #[derive(Debug, Clone)]
 pub struct TensorInfos<'a> {
     layout: &'a Layout,
-    left: Range<usize>,
+    left: std::slice::Iter<'a, Entry>,
 }
 
 impl<'a> TensorInfos<'a> {
     pub(super) fn new(layout: &'a Layout) -> Self {
-        Self { layout, left: 0..layout.len() }
+        Self { layout, left: layout.entries.iter() }
     }
 }
 
@@ -31,11 +30,11 @@ impl<'a> Iterator for TensorInfos<'a> {
     type Item = TensorInfo<'a>;
 
     fn next(&mut self) -> Option<TensorInfo<'a>> {
-        self.left.next().and_then(|index| self.layout.at(index))
+        self.left.next().map(|entry| self.layout.info(entry))
     }
 
     fn nth(&mut self, n: usize) -> Option<TensorInfo<'a>> {
-        self.left.nth(n).and_then(|index| self.layout.at(index))
+        self.left.nth(n).map(|entry| self.layout.info(entry))
     }
 
     fn size_hint(&self) -> (usize, Option<usize>) {
@@ -45,7 +44,7 @@ impl<'a> Iterator for TensorInfos<'a> {
 
 impl DoubleEndedIterator for TensorInfos<'_> {
     fn next_back(&mut self) -> Option<Self::Item> {
-        self.left.next_back().and_then(|index| self.layout.at(index))
+        self.left.next_back().map(|entry| self.layout.info(entry))
     }
 }
 

@@ -116,6 +116,19 @@ impl Parts {
     }
 
     /// With `dense_edits`, makes a large tensor this process's own before it is first handed out.
+    /// As [`Parts::memory_of`], of a tensor that is handed out without waiting for anything: no guard looks, nothing is
+    /// promoted, nothing copied.
+    pub(super) fn memory_at_once(
+        &self,
+        shard: usize,
+        info: &TensorInfo<'_>,
+    ) -> Option<(&Arc<SharedMemory>, usize)> {
+        let (memory, range) = (&self.memories[shard], info.bytes());
+        let aligned = || range.is_empty() || memory.ptr(&range).addr().is_multiple_of(info.dtype().align());
+        let waits = self.guards.is_some() || self.promoted.is_some();
+        (!waits && aligned()).then_some((memory, range.start))
+    }
+
     fn promote_once(&self, shard: usize, index: usize, range: Range<usize>) {
         let Some(promoted) = self.promoted.as_ref().filter(|_| range.len() >= CHUNK) else { return };
         // Held until it is done: whoever else asks for this tensor must not write to it meanwhile.

@@ -20,9 +20,16 @@ pub(in crate::python) fn arrays<'py>(
     let dict = PyDict::new(py);
     let mut bad = Vec::new();
     for (shard, index, info) in parts.infos() {
-        let (memory, offset) = py.detach(|| parts.memory_of(shard, index, &info))?;
+        let made;
+        let (memory, offset) = match parts.memory_at_once(shard, &info) {
+            Some(at_once) => at_once,
+            None => {
+                made = py.detach(|| parts.memory_of(shard, index, &info))?;
+                (&made.0, made.1)
+            }
+        };
         let array = Array {
-            memory: &memory,
+            memory,
             offset,
             dtype: info.dtype(),
             shape: info.shape(),

@@ -156,11 +156,12 @@ pub(super) fn hold<'py>(name: &str, object: &Bound<'py, PyAny>) -> PyResult<Held
     if let Ok(tensor) = object.cast::<Tensor>() {
         return Ok(Held::Ours(tensor.clone()));
     }
-    if is_tensor(object)? {
-        return Ok(Held::Torch(object.clone()));
-    }
+    // First, for it is known without a look at what is imported.
     if numpy::is_exact(object)? {
         return Ok(Held::Numpy(object.clone()));
+    }
+    if is_tensor(object)? {
+        return Ok(Held::Torch(object.clone()));
     }
     numpy::base(name, object).map(Held::Numpy)
 }
