@@ -20,13 +20,12 @@ pub(in crate::python) fn arrays<'py>(
     let dict = PyDict::new(py);
     let mut bad = Vec::new();
     for (shard, index, info) in parts.infos() {
-        let made;
-        let (memory, offset) = match parts.memory_at_once(shard, &info) {
-            Some(at_once) => at_once,
-            None => {
-                made = py.detach(|| parts.memory_of(shard, index, &info))?;
-                (&made.0, made.1)
-            }
+        let waited_for;
+        let (memory, offset) = if let Some(at_once) = parts.memory_at_once(shard, &info) {
+            at_once
+        } else {
+            waited_for = py.detach(|| parts.memory_of(shard, index, &info))?;
+            (&waited_for.0, waited_for.1)
         };
         let array = Array {
             memory,
