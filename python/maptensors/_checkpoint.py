@@ -177,7 +177,7 @@ class Checkpointer:
     def save(
         self, state: Mapping[str, Any], step: int, *, metadata: Mapping[str, str] | None = None
     ) -> Saved:
-        """Save a state; it is durable when this returns. Ctrl-C calls it off, and leaves nothing of it."""
+        """Save a state; it is durable when this returns. Ctrl-C cancels it, and leaves nothing of it."""
         saved = Saved(**self._checkpoints.save(*self._prepared(state, step, metadata)))
         self._warn(step, saved.below)
         return saved
@@ -191,7 +191,7 @@ class Checkpointer:
         under way; the next call then waits. An error is raised by the :class:`Saving` returned, or else by
         the next save, :meth:`wait` or :meth:`close`.
 
-        Ctrl-C while it copies calls it off. Later, in any wait, it ends the waiting: the save goes on.
+        Ctrl-C while it copies cancels it. Later, in any wait, it ends the waiting: the save goes on.
         """
         saving = self._checkpoints.save_async(*self._prepared(state, step, metadata))
         self._warn(step, saving.below)

@@ -75,10 +75,10 @@ impl Compare {
         // What matches nothing is misspelled: it would let everything pass.
         let names = || a.names().chain(b.names());
         if let Some(glob) = self.frozen.iter().find(|glob| !names().any(|name| glob.is_match(name))) {
-            return Err(format!("no tensor is called like --frozen {:?}", glob.glob().glob()).into());
+            return Err(format!("no name of a tensor matches --frozen {:?}", glob.glob().glob()).into());
         }
         if !names().any(is_shown) {
-            return Err("no tensor is called like --filter says".into());
+            return Err("no name of a tensor matches --filter".into());
         }
         let found = diff(&a, &b)?;
         let mut changed: Vec<&Change> =

@@ -63,7 +63,7 @@ Examples:
   maptensors changed base/ tuned/ --frozen 'embed.*' --frozen 'layers.0.*'
 
 Only what changed is listed, the largest share first. A --frozen or --filter
-that no tensor is called like is trouble.
+that matches no tensor is trouble.
 
 Exit codes: 0 done, 1 a frozen tensor changed, 2 trouble.";
 
@@ -135,8 +135,8 @@ Looking brings nothing into memory; what is shown is how it was before the
 header was read. A map has no use for --json, --summary and --filter, and
 refuses them.
 
-Exit codes: 0 done, 1 a model could not be shown or none of its tensors is
-called like --filter says, 2 the command line is not understood.";
+Exit codes: 0 done, 1 a model could not be shown or no name of its tensors
+matches --filter, 2 the command line is not understood.";
 
 pub(super) const TOP: &str = "\
 Examples:

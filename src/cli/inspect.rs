@@ -105,7 +105,7 @@ pub(super) fn matches_any(
         return Ok(());
     }
     let (path, tensors) = (printable(&path.to_string_lossy()), text::plural(model.len(), "tensor"));
-    Err(format!("{path}: none of its {tensors} is called like --filter says").into())
+    Err(format!("{path}: no name of its {tensors} matches --filter").into())
 }
 
 #[allow(unsafe_code)]

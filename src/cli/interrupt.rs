@@ -18,7 +18,7 @@ const SIGNALS: [libc::c_int; 3] = [libc::SIGINT, libc::SIGTERM, libc::SIGHUP];
 /// How often the thread looks whether it is still needed.
 const TURN: Duration = Duration::from_millis(50);
 
-/// How long work that was called off may take to end by itself.
+/// How long work that was canceled may take to end by itself.
 const GRACE: Duration = Duration::from_millis(300);
 
 /// Does `work`, which a signal calls off.
@@ -44,7 +44,7 @@ pub(super) fn guarded<T>(work: impl FnOnce() -> T) -> T {
     thread::Builder::new().name("signals".into()).spawn(watch).ok();
     let result = cancel::under(Some(cancel.clone()), work);
     done.store(true, Ordering::Relaxed);
-    // The thread is about to end the process: what the work says of having been called off is of no interest.
+    // The thread is about to end the process: nobody wants to hear from the work that it was canceled.
     let began = Instant::now();
     while cancel.is_canceled() && began.elapsed() < 10 * GRACE {
         thread::sleep(GRACE);

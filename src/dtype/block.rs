@@ -38,7 +38,7 @@ impl Block {
         }
     }
 
-    /// Whether so many elements are a whole number of blocks.
+    /// Whether `elements` elements are a whole number of blocks.
     ///
     /// ```
     /// assert!(maptensors::DType::F4.block().is_whole(4));

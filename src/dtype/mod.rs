@@ -131,7 +131,7 @@ impl DType {
         &FACTS[self as usize]
     }
 
-    /// What is smallest whole: so many elements, in so many bytes.
+    /// The block that its elements come in: how many elements, in how many bytes.
     ///
     /// ```
     /// use maptensors::{Block, DType};

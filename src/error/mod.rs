@@ -391,7 +391,7 @@ impl Error {
         }
     }
 
-    /// Whether it is that of work that was called off.
+    /// Whether it is that of work that was canceled.
     pub(crate) fn is_canceled(&self) -> bool {
         matches!(self, Self::Io { source, .. } if source.raw_os_error() == Some(libc::ECANCELED))
     }

@@ -107,7 +107,7 @@ pub(super) fn wait_in_turns<T: Send>(
     }
 }
 
-/// Waits until work ends, with what it sends if it does; a signal's handler that raises calls it off.
+/// Waits until work ends, with what it sends if it does; a signal's handler that raises cancels it.
 fn wait<T>(end: &Receiver<T>, cancel: &Cancel) -> PyResult<Option<T>> {
     loop {
         match end.recv_timeout(TURN) {

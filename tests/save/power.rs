@@ -1,6 +1,6 @@
 //! What is durable is on the disk: looked for in a copy of the disk, made at the instant that the save returns.
 //!
-//! `save/crash/` enumerates what may be left by the model of a disk; here are real file systems, which must keep what that
+//! `src/crash/` enumerates what may be left by the model of a disk; here are real file systems, which must keep what that
 //! model says of files that had no name when they were synced.
 #![cfg(target_os = "linux")]
 

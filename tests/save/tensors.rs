@@ -23,7 +23,7 @@ enum How {
     Borrowed,
     Owned,
     Written,
-    /// Says that it wrote so many bytes.
+    /// The number of bytes that it says it wrote.
     Wrote(usize),
     Fails,
 }
